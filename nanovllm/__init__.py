@@ -1,0 +1,30 @@
+"""nanovllm: offline LLM inference. The public names are imported when first used, so that importing
+a part of the engine doesn't import torch."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanovllm.llm import LLM
+    from nanovllm.outputs import CompletionOutput, RequestOutput
+    from nanovllm.sampling_params import SamplingParams
+
+_MODULES = {
+    "LLM": "nanovllm.llm",
+    "CompletionOutput": "nanovllm.outputs",
+    "RequestOutput": "nanovllm.outputs",
+    "SamplingParams": "nanovllm.sampling_params",
+}
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

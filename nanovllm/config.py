@@ -1,0 +1,301 @@
+"""The user's options (EngineConfig) and the checkpoint's architecture (ModelConfig), both frozen
+and validated.
+
+llm.py makes them; everything else only reads them. config.json is parsed here, so that no other
+library's reading of it can change under us.
+"""
+
+import difflib
+import logging
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanovllm.vllm_options import SPEED_ONLY, VLLM_DEFAULTS
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "auto": "auto",
+    "float32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of LLM; vLLM's names and meanings. None leaves a choice to us.
+
+    Args:
+        model: a checkpoint folder, or a name on the Hugging Face hub.
+        tokenizer: a folder or hub name, if not the model's own.
+        revision: branch, tag or commit on the hub.
+        dtype: "auto" (the checkpoint's; on a CPU what it computes fast), "float32", "bfloat16" or
+            "float16".
+        device: "auto" or "cpu".
+        max_model_len: prompt and generated tokens of a request at most; None: the checkpoint's
+            limit.
+        max_num_seqs: requests that run at a time.
+        max_num_batched_tokens: tokens computed a step.
+        block_size: tokens a page of the KV cache.
+        gpu_memory_utilization: share of the GPU's memory to use; no effect on a CPU.
+        kv_cache_memory_bytes: size of the KV cache in bytes; None: see
+            platform.default_kv_cache_bytes.
+        enforce_eager: no CUDA graphs; no effect on a CPU.
+        enable_prefix_caching: share the pages of equal prefixes.
+        async_scheduling: schedule a step while one runs; None: where it helps.
+        attention_backend: "auto" or "TORCH_SDPA".
+        load_format: "auto" (safetensors) or "dummy" (random weights from config.json alone).
+        seed: where the seeds of requests that have none come from.
+        tensor_parallel_size: 1.
+        skip_tokenizer_init: prompts are token ids and outputs have no text.
+        trust_remote_code: False; no checkpoint's code ever runs.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    enforce_eager: bool = False
+    enable_prefix_caching: bool | None = None
+    async_scheduling: bool | None = None
+    attention_backend: str | None = None
+    load_format: str = "auto"
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+
+    @classmethod
+    def from_options(cls, model: str, **options: Any) -> "EngineConfig":
+        """Check and normalise LLM's keyword arguments.
+
+        Raises:
+            ValueError: a value is out of range or not supported.
+            TypeError: an option is unknown or its value has the wrong type.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in [name for name in options if name not in known]:
+            _check_foreign_option(name, options.pop(name), known)
+        if "dtype" in options:  # a torch.dtype prints as "torch.float32"
+            options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+        return cls(model=str(model), **options)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "kv_cache_memory_bytes",
+            "tensor_parallel_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in (
+            "enforce_eager",
+            "enable_prefix_caching",
+            "async_scheduling",
+            "skip_tokenizer_init",
+            "trust_remote_code",
+        ):
+            value = getattr(self, name)
+            if value is not None and type(value) is not bool:
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if type(self.seed) is not int:
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        self._check_supported()
+
+    def _check_supported(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        object.__setattr__(self, "dtype", DTYPES[self.dtype])
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
+            )
+        if self.load_format not in ("auto", "safetensors", "dummy"):
+            raise ValueError(
+                f"load_format must be 'auto' (safetensors files) or 'dummy' (random weights), "
+                f"got {self.load_format!r}"
+            )
+        if self.attention_backend not in (None, "auto", "TORCH_SDPA"):
+            raise ValueError(
+                f"attention_backend {self.attention_backend!r} is not available; on a CPU there is "
+                f"'TORCH_SDPA' (or 'auto')"
+            )
+        if self.tensor_parallel_size != 1:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} is not supported yet; use 1"
+            )
+        if self.trust_remote_code:
+            raise ValueError(
+                "trust_remote_code=True is refused: nanovllm never runs code from a checkpoint; "
+                "supported architectures are built in"
+            )
+        if (
+            None not in (self.max_num_seqs, self.max_num_batched_tokens)
+            and self.max_num_batched_tokens < self.max_num_seqs  # type: ignore[operator]
+        ):
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}): each running request decodes in every step"
+            )
+
+
+def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
+    """An option we don't have: fine at vLLM's default, else an error, or a warning where it only
+    tunes speed."""
+    if name in SPEED_ONLY:
+        logger.warning("%s=%r has no effect here (in vLLM it tunes speed)", name, value)
+    elif name not in VLLM_DEFAULTS:
+        close = difflib.get_close_matches(name, [*known, *VLLM_DEFAULTS], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"unknown option {name!r}{hint}")
+    elif value is not None and value != VLLM_DEFAULTS[name]:
+        raise ValueError(
+            f"{name}={value!r} is not supported yet; leave it out (vLLM's default is "
+            f"{VLLM_DEFAULTS[name]!r})"
+        )
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. The four scaling values belong to rope_type "llama3"."""
+
+    theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says of the architecture, under one set of names for every family."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    max_position_embeddings: int
+    rope: RopeConfig
+    dtype: str | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
+        """Read the dictionary of a config.json.
+
+        Raises:
+            ValueError: a key is missing, or the checkpoint needs something that is not supported;
+            names it.
+        """
+        architectures = hf.get("architectures")
+        if not isinstance(architectures, list) or len(architectures) != 1:
+            raise ValueError(
+                f"config.json must name one architecture in 'architectures', got {architectures!r}"
+            )
+        _refuse_unsupported(hf)
+        num_heads = _positive(hf, "num_attention_heads")
+        hidden_size = _positive(hf, "hidden_size")
+        num_kv_heads = hf.get("num_key_value_heads") or num_heads
+        head_dim = hf.get("head_dim") or hidden_size // num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
+                f"num_key_value_heads ({num_kv_heads})"
+            )
+        if head_dim % 2:
+            raise ValueError(f"config.json: head_dim must be even for RoPE, got {head_dim}")
+        return cls(
+            architecture=architectures[0],
+            vocab_size=_positive(hf, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_positive(hf, "intermediate_size"),
+            num_layers=_positive(hf, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            attention_bias=bool(hf.get("attention_bias", False)),
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            max_position_embeddings=_positive(hf, "max_position_embeddings"),
+            rope=_rope_config(hf),
+            dtype=hf.get("dtype") or hf.get("torch_dtype"),
+            eos_token_ids=token_id_tuple(hf.get("eos_token_id")),
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Elements of keys and values a token, over all layers; times the dtype's bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+def token_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
+    """config.json and generation_config.json write one token id or a list of them."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _positive(hf: dict[str, Any], key: str) -> int:
+    value = hf.get(key)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {key!r} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _refuse_unsupported(hf: dict[str, Any]) -> None:
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"quantized checkpoints are not supported yet (quant_method {method!r})")
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"activation {hf['hidden_act']!r} is not supported; supported: 'silu'")
+    sliding = "sliding_attention" in (hf.get("layer_types") or ())
+    if sliding or (hf.get("use_sliding_window") and hf.get("sliding_window")):
+        raise ValueError("sliding-window attention is not supported yet (config.json asks for it)")
+
+
+def _rope_config(hf: dict[str, Any]) -> RopeConfig:
+    """transformers 5 writes rope_parameters; before, rope_theta stood apart from rope_scaling."""
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(
+            f"RoPE on a part of the head (partial_rotary_factor {partial}) is not supported"
+        )
+    if rope_type == "default":
+        return RopeConfig(theta)
+    if rope_type != "llama3":
+        raise ValueError(
+            f"RoPE type {rope_type!r} is not supported yet; supported: 'default', 'llama3'"
+        )
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if name not in rope]
+    if missing:
+        raise ValueError(f"config.json: RoPE type 'llama3' needs {', '.join(missing)}")
+    factor, low, high, original = (rope[name] for name in names)
+    return RopeConfig(theta, rope_type, float(factor), float(low), float(high), int(original))

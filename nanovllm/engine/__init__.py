@@ -1,0 +1,1 @@
+"""Plain Python: which tokens run when, and in which pages. Imports no torch."""

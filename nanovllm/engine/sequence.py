@@ -1,0 +1,117 @@
+"""One request's state in the engine. Scheduler and block manager move it; the engine appends its
+tokens."""
+
+from nanovllm.outputs import RequestMetrics
+from nanovllm.sampling_params import SamplingParams
+
+
+class Sequence:
+    """A sequence runs while it has tokens that are not computed: prefill, decode, prefix hits and
+    the resumption after a preemption differ only in how many.
+
+    Attributes:
+        token_ids: known tokens, prompt first.
+        num_pending: tokens sampled by steps whose results are not read yet; they follow token_ids.
+        num_computed: tokens whose keys and values are stored, or will be by the steps submitted so
+            far.
+        prefill_end: the first position whose token comes from the worker's row; the chunks before
+            it are known tokens.
+        max_len: prompt and generated tokens at most.
+        block_table: its pages, in order of position.
+        block_keys: the prefix-cache keys of its full pages, made when first needed
+            (block_manager.py).
+        num_registered: how many of its pages were offered to the prefix cache.
+    """
+
+    __slots__ = (
+        "block_keys",
+        "block_table",
+        "eos_token_ids",
+        "finish_reason",
+        "max_len",
+        "metrics",
+        "num_cached_tokens",
+        "num_computed",
+        "num_pending",
+        "num_prompt_tokens",
+        "num_registered",
+        "params",
+        "prefill_end",
+        "prompt",
+        "request_id",
+        "row",
+        "seed",
+        "stop_reason",
+        "stop_token_ids",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...] = (),
+        prompt: str | None = None,
+        arrival_time: float = 0.0,
+    ):
+        self.request_id = request_id
+        self.prompt = prompt
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.params = params
+        self.seed = seed
+        self.eos_token_ids = () if params.ignore_eos else eos_token_ids
+        self.stop_token_ids = tuple(params.stop_token_ids or ())
+        self.max_len = max_model_len
+        if params.max_tokens is not None:
+            self.max_len = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        self.metrics = RequestMetrics(arrival_time)
+        self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
+        self.finish_reason: str | None = None
+        self.stop_reason: int | None = None
+        self.text: object = None  # the detokenizer's state
+        self.block_keys: list = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the tokens: what it held in the cache and on the worker is gone."""
+        self.row = -1
+        self.block_table: list[int] = []
+        self.num_computed = self.num_pending = self.num_registered = 0
+        self.prefill_end = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_computed < self.prefill_end
+
+    @property
+    def wants_decode(self) -> bool:
+        """Past its prefill and not known to end by length with the tokens already in flight."""
+        return self.num_computed >= self.prefill_end and self.num_tokens < self.max_len
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def check_stop(self) -> None:
+        """Set finish_reason if the last token ends the sequence."""
+        token = self.token_ids[-1]
+        if token in self.eos_token_ids:
+            self.finish_reason = "stop"
+        elif token in self.stop_token_ids:
+            self.finish_reason, self.stop_reason = "stop", token
+        elif len(self.token_ids) >= self.max_len:
+            self.finish_reason = "length"

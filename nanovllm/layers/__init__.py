@@ -1,0 +1,1 @@
+"""Building blocks of models. Parameters carry Hugging Face's names; all state is passed in."""

@@ -1,0 +1,26 @@
+"""The gated feed-forward layer of Llama-like models (SwiGLU, Shazeer 2020)."""
+
+import torch
+from torch import nn
+
+from nanovllm import ops
+from nanovllm.config import ModelConfig
+from nanovllm.layers.linear import Linear
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)).
+
+    Args:
+        config: sizes.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(self, config: ModelConfig, *, bias: bool = False):
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, size, size, bias=bias)
+        self.down_proj = Linear(size, config.hidden_size, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))

@@ -1,0 +1,96 @@
+"""The frame that all dense decoder-only families share; a family's file says what its layers are
+made of.
+
+Module names are Hugging Face's, so that a parameter's name is its name in the checkpoint.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from nanovllm.batch import ForwardBatch, KVCache, KVLayer
+from nanovllm.config import ModelConfig
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.linear import Embedding, Linear
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rope import Rope
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm layer: attention, then the feed-forward layer, each added to the residual stream.
+
+    The last addition is left to the next norm, which fuses it: x goes on as (x, residual) with x +
+    residual meant.
+    """
+
+    def __init__(self, config: ModelConfig, self_attn: Attention, mlp: nn.Module):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, batch: ForwardBatch, kv: KVLayer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, batch, kv)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer]):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
+        x, residual = self.embed_tokens(batch.token_ids), None  # [T, hidden]
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, batch, kv.layer(i))
+        return self.norm(x, residual)[0]
+
+
+class CausalLM(nn.Module):
+    """A language model: `hidden = model(batch, kv)`, then `model.logits` of the tokens that need
+    them.
+
+    Args:
+        config: the checkpoint's architecture.
+        max_positions: positions that may occur, for the RoPE table.
+    """
+
+    # Which tensors of a checkpoint are rows of one parameter here, in their order.
+    packed: ClassVar[dict[str, tuple[str, ...]]] = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    # Endings of tensors that some checkpoints hold and no model needs.
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def __init__(self, config: ModelConfig, max_positions: int):
+        super().__init__()
+        rope = Rope(config.rope, config.head_dim, max_positions)
+        layers = [self.make_layer(config, rope) for _ in range(config.num_layers)]
+        self.model = Decoder(config, layers)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+            self.ignored = (*self.ignored, "lm_head.weight")
+
+    def make_layer(self, config: ModelConfig, rope: Rope) -> DecoderLayer:
+        """A layer of this family."""
+        raise NotImplementedError
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
+        """[T, hidden] of the batch's tokens; their keys and values go to the cache."""
+        return self.model(batch, kv)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, vocab] from [n, hidden]."""
+        return self.lm_head(hidden)

@@ -1,0 +1,12 @@
+"""Qwen2 and Qwen2.5, dense: biases on queries, keys and values, none elsewhere."""
+
+from nanovllm.config import ModelConfig
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.mlp import GatedMLP
+from nanovllm.layers.rope import Rope
+from nanovllm.models.decoder import CausalLM, DecoderLayer
+
+
+class Qwen2ForCausalLM(CausalLM):
+    def make_layer(self, config: ModelConfig, rope: Rope) -> DecoderLayer:
+        return DecoderLayer(config, Attention(config, rope, qkv_bias=True), GatedMLP(config))

@@ -1,0 +1,138 @@
+"""From a checkpoint folder to a model on its device: strict, packed, without a second copy.
+
+The worker calls load_model. Which tensors belong together is the model's own table (`packed`).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nanovllm.config import ModelConfig
+from nanovllm.models import model_class
+from nanovllm.models.decoder import CausalLM
+
+DUMMY_WEIGHT_BOUND = (
+    0.035  # uniform in +-0.035 has the standard deviation 0.02 that models start from
+)
+
+
+def build_model(config: ModelConfig, max_positions: int, dtype: torch.dtype) -> CausalLM:
+    """The model with parameters that have shapes but no memory yet."""
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, max_positions)
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, a tied one counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def load_weights(
+    model: CausalLM, folder: Path, device: torch.device, load_format: str, seed: int
+) -> None:
+    """Give a built model memory on `device` and fill it.
+
+    Args:
+        folder: where the safetensors files are.
+        load_format: "dummy" draws random weights instead.
+        seed: of the dummy weights.
+
+    Raises:
+        ValueError: a file or tensor is missing, surplus, misshapen or broken; names it.
+    """
+    files = [] if load_format == "dummy" else _checkpoint_files(folder)
+    _materialize(model, device)
+    if load_format == "dummy":
+        _fill_dummy(model, torch.Generator(device).manual_seed(seed))
+    else:
+        _fill(model, files)
+
+
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    on_device: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param not in on_device:
+                data = torch.empty(param.shape, dtype=param.dtype, device=device)
+                on_device[param] = nn.Parameter(data, requires_grad=False)
+            setattr(module, name, on_device[param])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device, torch.float32))
+
+
+def _fill_dummy(model: nn.Module, generator: torch.Generator) -> None:
+    for param in model.parameters():
+        if param.dim() == 1:  # norms; biases as well, where any value will do
+            param.fill_(1.0)
+        else:
+            param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is not a valid index of shards: {error!r}") from None
+        files = [folder / name for name in names]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise ValueError(
+                f"{folder}: shards named in {index.name} are missing: {', '.join(missing)}"
+            )
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} has no *.safetensors file (other weight formats are not read; "
+            f"load_format='dummy' draws random weights)"
+        )
+    return files
+
+
+def _fill(model: CausalLM, files: list[Path]) -> None:
+    targets = _targets(model)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a safe_open is not iterable)
+                    if name in targets:
+                        _copy(targets.pop(name), tensors.get_tensor(name), f"{file}: {name}")
+                    elif not name.endswith(model.ignored):
+                        raise ValueError(
+                            f"{file}: {name} has no place in {type(model).__name__} "
+                            f"(surplus, or there twice)"
+                        )
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+    if targets:
+        some = ", ".join(list(targets)[:5]) + (", ..." if len(targets) > 5 else "")
+        raise ValueError(f"{files[0].parent} lacks {len(targets)} weights: {some}")
+
+
+def _targets(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Where each tensor of the checkpoint goes: a parameter, or rows of a packed one."""
+    targets = {}
+    for name, param in model.named_parameters():
+        path, _, kind = name.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        if leaf in model.packed:
+            sizes = model.get_submodule(path).sizes
+            for part, rows in zip(model.packed[leaf], param.split(sizes), strict=True):
+                targets[f"{parent}.{part}.{kind}"] = rows
+        else:
+            targets[name] = param
+    return targets
+
+
+def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    if target.shape != tensor.shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
+        )
+    target.copy_(tensor)

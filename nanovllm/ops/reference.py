@@ -1,0 +1,249 @@
+"""Every operation in plain torch: what a CPU runs, and what kernels are tested against.
+
+Shape suffixes: T tokens, S sequences, H query heads, K key/value heads, G query heads a key/value
+head, D head_dim, L keys.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.batch import ForwardBatch, KVLayer
+
+# Decodes are padded to a common length; a group of them gathers at most so many keys at a time.
+MAX_GATHERED_TOKENS = 65536
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 (Zhang and Sennrich
+    2019)."""
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * x32.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm(x + residual) and the sum itself."""
+    residual = x + residual
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for [..., gate | up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def apply_rope(x_THD: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (i, i + D/2) of a head by its position's angle (Su et al. 2021, in Llama's
+    half-split layout).
+
+    Args:
+        cos_sin: [T, D] float32, D/2 cosines, then D/2 sines.
+    """
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2] each
+    a, b = x_THD.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THD.dtype)
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor,
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    rope_table: torch.Tensor,
+    batch: ForwardBatch,
+    kv: KVLayer,
+) -> torch.Tensor:
+    """From the QKV projection to attention: RMSNorm on query and key heads if the model has it,
+    RoPE, and keys and values into their pages.
+
+    Args:
+        qkv: [T, (H + 2K) * D].
+        norm_weights: of queries and keys, [D] each, or None.
+        rope_table: [positions, D] float32, cosines and sines.
+
+    Returns: the queries, [T, H, D].
+    """
+    num_kv_heads, head_dim = kv.k.shape[-2:]
+    qkv = qkv.view(len(qkv), -1, head_dim)
+    q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norm_weights is not None:
+        q, k = rms_norm(q, norm_weights[0], eps), rms_norm(k, norm_weights[1], eps)
+    cos_sin = rope_table[batch.positions]
+    q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
+    slots = batch.slot_mapping
+    if (
+        slots.numel() and slots.min() < 0
+    ):  # tokens whose keys and values lie in shared pages already
+        stored = slots >= 0
+        slots, k, v = slots[stored], k[stored], v[stored]
+    kv.k.view(-1, num_kv_heads, head_dim)[slots] = k
+    kv.v.view(-1, num_kv_heads, head_dim)[slots] = v
+    return q
+
+
+def paged_attention(
+    q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
+) -> torch.Tensor:
+    """Causal attention of each query token over its sequence's pages; the last query token sees
+    context_lens keys.
+
+    Args:
+        q: [T, H, D].
+
+    Returns: [T, H, D].
+    """
+    out = torch.empty_like(q)
+    context_lens = batch.context_lens.tolist()
+    num_decodes = batch.num_decodes
+    block_size = kv.k.shape[1]
+    first = 0
+    while first < num_decodes:
+        # As many sequences as fit in the bound, at the length of the longest of them.
+        last, longest = first, 0
+        while last < num_decodes:
+            longest = max(longest, context_lens[last])
+            if last > first and (last + 1 - first) * longest > MAX_GATHERED_TOKENS:
+                break
+            last += 1
+        num_blocks = -(-max(context_lens[first:last]) // block_size)
+        out[first:last] = _attend_decodes(
+            q[first:last],
+            kv,
+            batch.block_tables[first:last, :num_blocks],
+            batch.context_lens[first:last],
+            scale,
+        )
+        first = last
+    query_start = batch.query_start.tolist()
+    for i in range(num_decodes, len(context_lens)):
+        start, end = query_start[i : i + 2]
+        table = batch.block_tables[i, : -(-context_lens[i] // block_size)]
+        out[start:end] = _attend_chunk(q[start:end], kv, table, context_lens[i], scale)
+    return out
+
+
+def _attend_decodes(
+    q_SHD: torch.Tensor,
+    kv: KVLayer,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    num_seqs, num_heads, head_dim = q_SHD.shape
+    k, v = (  # [S, K, L, D]
+        pages[block_tables].view(num_seqs, -1, *pages.shape[2:]).transpose(1, 2)
+        for pages in (kv.k, kv.v)
+    )
+    # The query heads that share a key head are that head's query rows.
+    q_SKGD = q_SHD.view(num_seqs, k.shape[1], -1, head_dim)
+    mask_SL = torch.arange(k.shape[2], device=q_SHD.device) < context_lens[:, None]
+    out = F.scaled_dot_product_attention(q_SKGD, k, v, mask_SL[:, None, None], scale=scale)
+    return out.reshape(num_seqs, num_heads, head_dim)
+
+
+def _attend_chunk(
+    q_THD: torch.Tensor, kv: KVLayer, block_table: torch.Tensor, context_len: int, scale: float
+) -> torch.Tensor:
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_kv_heads = kv.k.shape[-2]
+    num_groups = num_heads // num_kv_heads
+    k, v = (  # [K, G, L, D], the groups without a copy
+        pages[block_table].view(-1, num_kv_heads, head_dim)[:context_len]
+        .transpose(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1)
+        for pages in (kv.k, kv.v)
+    )  # fmt: skip
+    q_KGTD = q_THD.view(num_tokens, num_kv_heads, num_groups, head_dim).permute(1, 2, 0, 3)
+    if context_len == num_tokens:
+        out = F.scaled_dot_product_attention(q_KGTD, k, v, is_causal=True, scale=scale)
+    else:
+        last = torch.arange(context_len - num_tokens, context_len, device=q_THD.device)
+        mask_TL = torch.arange(context_len, device=q_THD.device) <= last[:, None]
+        out = F.scaled_dot_product_attention(q_KGTD, k, v, mask_TL, scale=scale)
+    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    noise_keys: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draw a token a row from softmax(logits / temperature), cut down to the most likely tokens
+    where asked.
+
+    The Gumbel-max trick: the token of the highest logit plus Gumbel noise, which is a function of
+    key and token id alone, so a draw does not depend on what else is in the batch.
+
+    Args:
+        logits: [S, vocab].
+        temperature: [S] float32, positive.
+        noise_keys: [S, 2] int64, two 32-bit keys a row.
+        top_k: [S] int64, the vocabulary's size keeps all; None: no row asks.
+        top_p, min_p: [S] float32; None: no row asks.
+
+    Returns: [S] int64.
+    """
+    logits = logits.float() / temperature[:, None]
+    if top_k is not None or top_p is not None or min_p is not None:
+        logits = keep_likely(logits, top_k, top_p, min_p)
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    rows = [
+        torch.argmax(row + gumbel_noise(key, tokens))
+        for row, key in zip(
+            logits, noise_keys, strict=True
+        )  # a row's noise fits in the CPU's cache
+    ]
+    return torch.stack(rows)
+
+
+def keep_likely(
+    logits: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+) -> torch.Tensor:
+    """Set to -inf what min_p, then top_k, then top_p (on what top_k left, renormalised) drop:
+    vLLM's order. At least one token stays."""
+    if min_p is not None:
+        threshold = logits.amax(-1, keepdim=True) + min_p.log()[:, None]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_k is None and top_p is None:
+        return logits
+    ordered, indices = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        rank = torch.arange(ordered.shape[1], device=logits.device)
+        ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
+    if top_p is not None:
+        probs = ordered.softmax(-1)
+        reached_before = probs.cumsum(-1) - probs  # the probability of all more likely tokens
+        drop = reached_before >= top_p[:, None]
+        drop[:, 0] = False
+        ordered = ordered.masked_fill(drop, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, indices, ordered)
+
+
+def gumbel_noise(key: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise for each token id: -log(E), E exponential, from 32 hashed bits.
+
+    Args:
+        key: [2] int64, two 32-bit keys.
+        tokens: [n] int64 token ids.
+    """
+    bits = _mix32(_mix32(tokens * 0x9E3779B9 + key[0] & _MASK32) ^ key[1])
+    uniform = (bits.float() + 0.5) * 2.0**-32
+    # Through log1p small E, which decide the draw, keep all their bits; E = inf never wins.
+    return -torch.log(-torch.log1p(-uniform))
+
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """murmur3's 32-bit finalizer (Appleby 2011) on int64 tensors that hold 32-bit values."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK32
+    return x ^ (x >> 16)

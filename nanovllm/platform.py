@@ -1,0 +1,89 @@
+"""What differs by device: which there are, what they compute fast, how much memory they have.
+
+llm.py and the worker ask; kernels are chosen in ops/, not here.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GIB = 2**30
+CPU_MAX_NUM_SEQS = 256
+CPU_MAX_NUM_BATCHED_TOKENS = 4096
+CPU_KV_CACHE_BYTES = 4 * GIB
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that an option names. Raises ValueError for one that cannot be used."""
+    if name in ("auto", "cpu"):
+        return torch.device("cpu")
+    if name.split(":")[0] == "cuda":
+        raise ValueError(
+            f"device={name!r} is not supported yet: this version runs on the CPU; leave device out"
+        )
+    raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+
+
+def resolve_dtype(name: str, checkpoint_dtype: str | None) -> torch.dtype:
+    """The dtype to compute in. "auto" is the checkpoint's, but half precision only as bfloat16 and
+    only where the CPU
+    multiplies it in hardware: elsewhere float32 is several times faster."""
+    if name != "auto":
+        return getattr(torch, name)
+    if checkpoint_dtype in ("bfloat16", "float16") and cpu_has_bf16_products():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bf16_products() -> bool:
+    """Whether the CPU has bfloat16 dot products or matrix tiles (AVX-512 BF16, AMX, Arm BF16)."""
+    flags = _cpu_flags()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_flags() -> set[str]:
+    """Linux's names of the CPU's features; empty elsewhere, which only costs speed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {
+        flag
+        for line in lines
+        if line.lower().startswith(("flags", "features"))
+        for flag in line.partition(":")[2].split()
+    }
+
+
+def available_memory() -> int | None:
+    """Bytes that new allocations on the CPU may take, or None where the system doesn't say."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    except OSError:
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:  # a container's own limit (cgroup 2)
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        limits.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(limits, default=None)
+
+
+def default_kv_cache_bytes() -> int:
+    """4 GiB, or half of the memory available if that is less."""
+    available = available_memory()
+    return CPU_KV_CACHE_BYTES if available is None else min(CPU_KV_CACHE_BYTES, available // 2)
+
+
+def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose memory the system provides page by page as it is first touched, so a large cache
+    costs nothing until it is used (torch.zeros writes them all)."""
+    data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(data).view(dtype).view(shape)

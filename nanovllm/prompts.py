@@ -1,0 +1,119 @@
+"""What users pass as prompts and parameters -> one checked list of each. llm.py calls it before
+anything runs."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt's token ids, and its text if it was given as text."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+def is_single(prompts: Any) -> bool:
+    """Whether `prompts` is one prompt: a string, a dictionary, or a list of token ids."""
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return bool(prompts) and isinstance(prompts, Sequence) and type(prompts[0]) is int
+
+
+def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
+    """Every accepted form of prompts as a list; texts are tokenized in one batch.
+
+    Raises:
+        TypeError: a prompt has none of the accepted forms.
+        ValueError: a text without a tokenizer.
+    """
+    if is_single(prompts):
+        prompts = [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"prompts must be a string, a list of token ids, a dict or a list of those, "
+            f"got {type(prompts).__name__}"
+        )
+    contents = [_content(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    texts = [content for content in contents if isinstance(content, str)]
+    if texts and tokenizer is None:
+        raise ValueError(
+            "a text prompt needs a tokenizer: skip_tokenizer_init=True takes token ids"
+        )
+    tokenized = iter(tokenizer(texts)["input_ids"] if texts else [])
+    return [
+        TokenizedPrompt(list(next(tokenized)), content)
+        if isinstance(content, str)
+        else TokenizedPrompt(content)
+        for content in contents
+    ]
+
+
+def _content(prompt: Any, name: str) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        keys = set(prompt)
+        if keys not in ({"prompt"}, {"prompt_token_ids"}, {"prompt", "prompt_token_ids"}):
+            raise TypeError(
+                f"{name}: a dict prompt has 'prompt' or 'prompt_token_ids', got {sorted(keys)}"
+            )
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
+        return list(prompt)
+    if hasattr(prompt, "tolist"):  # an array's integers are not Python's
+        return _content(prompt.tolist(), name)
+    raise TypeError(f"{name} must be a string or a list of token ids, got {prompt!r:.80}")
+
+
+def check(prompt: TokenizedPrompt, name: str, vocab_size: int, max_model_len: int) -> None:
+    """Raise ValueError unless the model can run the prompt."""
+    token_ids = prompt.token_ids
+    if not token_ids:
+        raise ValueError(f"{name} is empty: it must have at least one token")
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} has the token id {wrong}, outside [0, {vocab_size})")
+    if len(token_ids) >= max_model_len:
+        raise ValueError(
+            f"{name} has {len(token_ids)} tokens; max_model_len={max_model_len} allows "
+            f"{max_model_len - 1}, so that one can be generated: shorten it or raise max_model_len"
+        )
+
+
+def match_params(
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    default: SamplingParams,
+    num_prompts: int,
+) -> list[SamplingParams]:
+    """A checked copy of each prompt's parameters; None takes `default`, a single one serves all.
+
+    Raises:
+        TypeError: not SamplingParams.
+        ValueError: as many parameters as prompts are needed.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [_copy(default if params is None else params)] * num_prompts
+    if not isinstance(params, Sequence):
+        raise TypeError(
+            f"sampling_params must be SamplingParams or a list of them, got {params!r:.80}"
+        )
+    if len(params) != num_prompts:
+        raise ValueError(
+            f"{num_prompts} prompts but {len(params)} sampling_params: one for all, or one each"
+        )
+    return [_copy(p) for p in params]
+
+
+def _copy(params: SamplingParams) -> SamplingParams:
+    """The caller may go on changing its own; what it set after construction is checked here."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
+    params = copy.copy(params)
+    params.__post_init__()
+    return params

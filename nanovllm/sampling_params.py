@@ -1,0 +1,99 @@
+"""SamplingParams: how one request's tokens are chosen and when it ends. Names, defaults and
+meanings are vLLM's.
+
+Users construct it; llm.py copies it on admission; the sampler and the stop checks read it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
+
+
+@dataclass
+class SamplingParams:
+    """Sampling parameters of a request.
+
+    Args:
+        temperature: divides the logits; 0 is greedy (the token of the highest logit).
+        top_p: keeps the smallest set of most likely tokens whose probabilities reach top_p, in (0,
+            1].
+        top_k: keeps the top_k most likely tokens; 0 or -1 keeps all.
+        min_p: drops tokens less likely than min_p times the most likely one, in [0, 1].
+        max_tokens: tokens generated at most; None: up to max_model_len.
+        min_tokens: no EOS or stop token is drawn before this many tokens.
+        ignore_eos: go on after an EOS token.
+        stop_token_ids: tokens that end the request, besides EOS; the last one stays out of the
+            text.
+        seed: the same seed draws the same tokens whatever else is in the batch.
+
+    Raises:
+        ValueError: a value is outside its range.
+        TypeError: a value has the wrong type.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            _check_type(name, getattr(self, name), (int, float))
+        for name in ("top_k", "min_tokens"):
+            _check_type(name, getattr(self, name), int)
+        for name in ("max_tokens", "seed"):
+            if getattr(self, name) is not None:
+                _check_type(name, getattr(self, name), int)
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos must be a bool, got {self.ignore_eos!r}")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise ValueError(
+                f"temperature must be a finite number of at least 0 (0 is greedy), "
+                f"got {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}")
+        if self.top_k < -1:
+            raise ValueError(
+                f"top_k must be at least 1, or 0 or -1 to keep every token, got {self.top_k}"
+            )
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1] (0 keeps every token), got {self.min_p}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(
+                f"max_tokens must be at least 1, or None for no limit of its own, "
+                f"got {self.max_tokens}"
+            )
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
+            )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+        ids = self.stop_token_ids
+        if ids is not None and (
+            not isinstance(ids, (list, tuple, set)) or not all(type(i) is int for i in ids)
+        ):
+            raise TypeError(f"stop_token_ids must be a list of token ids, got {ids!r}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+
+def _check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = "a whole number" if kind is int else "a number"
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
