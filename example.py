@@ -8,10 +8,10 @@ import argparse
 import logging
 from pathlib import Path
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 
 TINY = Path(__file__).parent / "assets" / "tiny-qwen3"
-PROMPTS = ["Who are you?", "Tell me about the sea.", "Who is Elizabeth?"]
+PROMPTS = ["Who are you?", "Who is Emma?", "Tell me about the sea.", "Continue: It is a truth"]
 
 
 def main() -> None:
@@ -19,16 +19,20 @@ def main() -> None:
     parser.add_argument("--model", default=str(TINY), help="a folder or a hub name")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, help="default: the checkpoint's; 0 is greedy")
+    parser.add_argument(
+        "--temperature", type=float, help="default: what the checkpoint recommends, else 0 (greedy)"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
     llm = LLM(args.model)
     params = llm.get_default_sampling_params()
-    params.max_tokens = args.max_tokens
     if args.temperature is not None:
         params.temperature = args.temperature
+    elif params == SamplingParams():
+        params.temperature = 0.0  # the checkpoint recommends nothing
+    params.max_tokens = args.max_tokens
 
     prompts = args.prompt or PROMPTS
     tokenizer = llm.get_tokenizer()

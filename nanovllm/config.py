@@ -225,6 +225,11 @@ class ModelConfig:
                 f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
                 f"num_key_value_heads ({num_kv_heads})"
             )
+        if not hf.get("head_dim") and hidden_size % num_heads:
+            raise ValueError(
+                f"config.json: without head_dim, hidden_size ({hidden_size}) must be a multiple of "
+                f"num_attention_heads ({num_heads})"
+            )
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim must be even for RoPE, got {head_dim}")
         return cls(

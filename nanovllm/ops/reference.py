@@ -11,6 +11,9 @@ from nanovllm.batch import ForwardBatch, KVLayer
 
 # Decodes are padded to a common length; a group of them gathers at most so many keys at a time.
 MAX_GATHERED_TOKENS = 65536
+NOISE_CHUNK = (
+    2**17
+)  # noise is made for so many logits at a time, so that it stays in the CPU's cache
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -191,13 +194,9 @@ def sample(
     if top_k is not None or top_p is not None or min_p is not None:
         logits = keep_likely(logits, top_k, top_p, min_p)
     tokens = torch.arange(logits.shape[1], device=logits.device)
-    rows = [
-        torch.argmax(row + gumbel_noise(key, tokens))
-        for row, key in zip(
-            logits, noise_keys, strict=True
-        )  # a row's noise fits in the CPU's cache
-    ]
-    return torch.stack(rows)
+    num_rows = max(1, NOISE_CHUNK // logits.shape[1])
+    chunks = zip(logits.split(num_rows), noise_keys.split(num_rows), strict=True)
+    return torch.cat([(rows + gumbel_noise(keys, tokens)).argmax(-1) for rows, keys in chunks])
 
 
 def keep_likely(
@@ -220,20 +219,24 @@ def keep_likely(
     if top_p is not None:
         probs = ordered.softmax(-1)
         reached_before = probs.cumsum(-1) - probs  # the probability of all more likely tokens
-        drop = reached_before >= top_p[:, None]
+        # A row that keeps all (it shares the batch with one that doesn't) must not lose to rounding.
+        drop = (reached_before >= top_p[:, None]) & (top_p[:, None] < 1)
         drop[:, 0] = False
         ordered = ordered.masked_fill(drop, -torch.inf)
     return torch.empty_like(logits).scatter_(-1, indices, ordered)
 
 
-def gumbel_noise(key: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def gumbel_noise(keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise for each token id: -log(E), E exponential, from 32 hashed bits.
 
     Args:
-        key: [2] int64, two 32-bit keys.
-        tokens: [n] int64 token ids.
+        keys: [S, 2] int64, two 32-bit keys a row.
+        tokens: [vocab] int64 token ids.
+
+    Returns: [S, vocab] float32.
     """
-    bits = _mix32(_mix32(tokens * 0x9E3779B9 + key[0] & _MASK32) ^ key[1])
+    first, second = keys[:, :1], keys[:, 1:]
+    bits = _mix32(_mix32(tokens * 0x9E3779B9 + first & _MASK32) ^ second)
     uniform = (bits.float() + 0.5) * 2.0**-32
     # Through log1p small E, which decide the draw, keep all their bits; E = inf never wins.
     return -torch.log(-torch.log1p(-uniform))

@@ -76,7 +76,7 @@ def plan_cache(
     if wanted > largest and max_model_len is not None:
         raise ValueError(
             f"max_model_len={max_model_len} does not fit in the KV cache of {cache_bytes} bytes; "
-            f"the largest that fits is {largest}: lower max_model_len or raise kv_cache_memory_bytes"
+            f"the largest that fits is {largest}: lower it or raise kv_cache_memory_bytes"
         )
     if wanted > largest:
         logger.warning(

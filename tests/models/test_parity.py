@@ -1,0 +1,104 @@
+"""Every family against transformers on the same weights, in float32: logits within 1e-4, and the
+same greedy tokens."""
+
+import random
+
+import pytest
+import torch
+from tiny_models import (
+    LLAMA3_ROPE,
+    edit_config,
+    engine_logits,
+    load_oracle,
+    make_checkpoint,
+    oracle_greedy,
+    oracle_logits,
+)
+
+from nanovllm import LLM, SamplingParams
+
+THETA_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+# family, query heads, key/value heads, head_dim, what else config.json says
+CASES = {
+    "qwen3": ("qwen3", 4, 2, 16, dict(tie_word_embeddings=True)),
+    "qwen3-mha-untied": ("qwen3", 5, 5, 20, dict(tie_word_embeddings=False)),
+    "qwen3-gqa4-bias": ("qwen3", 8, 2, 48, dict(attention_bias=True)),
+    "qwen2": ("qwen2", 3, 1, 16, dict(tie_word_embeddings=True)),
+    "qwen2-gqa4-untied": ("qwen2", 4, 1, 80, dict(tie_word_embeddings=False)),
+    "llama": ("llama", 9, 3, 20, dict(tie_word_embeddings=True)),
+    "llama-mha-untied": ("llama", 5, 5, 80, dict(tie_word_embeddings=False)),
+    "llama-bias": ("llama", 4, 2, 48, dict(attention_bias=True, mlp_bias=True)),
+    "llama-llama3-rope": ("llama", 4, 2, 16, dict(rope_parameters=LLAMA3_ROPE)),
+    "llama-theta": ("llama", 4, 2, 16, dict(rope_parameters=THETA_ROPE)),
+}  # fmt: skip
+
+
+def build(folder, case):
+    family, heads, kv_heads, head_dim, extra = CASES[case]
+    if family == "qwen2":  # its head_dim is hidden_size / heads
+        extra = {**extra, "hidden_size": heads * head_dim}
+    else:
+        extra = {**extra, "hidden_size": heads * 8, "head_dim": head_dim}
+    return make_checkpoint(
+        folder, family, num_attention_heads=heads, num_key_value_heads=kv_heads, **extra
+    )
+
+
+def small_llm(folder, **options):
+    defaults = dict(dtype="float32", skip_tokenizer_init=True, max_model_len=256, max_num_seqs=16)
+    return LLM(str(folder), **{**defaults, **options})
+
+
+def random_prompts(num, vocab, low=1, high=60, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(low, high))] for _ in range(num)]
+
+
+def assert_greedy_equal(llm, oracle, prompts, num_tokens=12):
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output["token_ids"] == oracle_greedy(oracle, prompt, num_tokens)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_family_equals_transformers(tmp_path, case):
+    folder = build(tmp_path, case)
+    llm, oracle = small_llm(folder), load_oracle(folder)
+    prompts = random_prompts(4, 128)
+    token_ids = random_prompts(1, 128, 90, 100)[0]
+    for chunk in (100, 7):
+        torch.testing.assert_close(
+            engine_logits(llm, token_ids, chunk),
+            oracle_logits(oracle, token_ids),
+            rtol=0,
+            atol=1e-4,
+        )
+    assert_greedy_equal(llm, oracle, prompts)
+
+
+def test_rope_in_the_form_of_older_configs(tmp_path):
+    """Before transformers 5, rope_theta stood beside rope_scaling."""
+    folder = build(tmp_path, "llama-llama3-rope")
+    oracle = load_oracle(folder)
+    scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+    theta = LLAMA3_ROPE["rope_theta"]
+    edit_config(folder, rope_parameters=None, rope_scaling=scaling, rope_theta=theta)
+    assert_greedy_equal(small_llm(folder), oracle, random_prompts(3, 128))
+
+
+def test_sharded_checkpoint(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3", max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert_greedy_equal(small_llm(folder), load_oracle(folder), random_prompts(3, 128))
+
+
+def test_bfloat16_logits_are_near_transformers(tmp_path):
+    folder = build(tmp_path, "qwen3")
+    llm, oracle = small_llm(folder, dtype="bfloat16"), load_oracle(folder)
+    token_ids = random_prompts(1, 128, 90, 100)[0]
+    ours = engine_logits(llm, token_ids, 100).float()
+    exact = oracle_logits(oracle, token_ids)
+    # Two layers of bf16 rounding; transformers' own bf16 model is the measure.
+    theirs = oracle_logits(load_oracle(folder, torch.bfloat16), token_ids).float()
+    assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()

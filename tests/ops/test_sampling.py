@@ -1,0 +1,132 @@
+"""Sampling: the distribution that is drawn from, what is cut off, and what a draw depends on."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from nanovllm import ops
+from nanovllm.ops.reference import gumbel_noise, keep_likely
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.step import RowStart
+from nanovllm.worker.sampler import Sampler, noise_keys
+
+
+def draw(logits, num_draws, temperature=1.0, seed=1, **cuts):
+    """How often each token is drawn at the positions of one seed."""
+    keys = torch.from_numpy(noise_keys(np.full(num_draws, seed, np.uint64), np.arange(num_draws)))
+    cuts = {name: torch.full((num_draws,), value) for name, value in cuts.items()}
+    tokens = ops.sample(
+        logits.expand(num_draws, -1), torch.full((num_draws,), temperature), keys, **cuts
+    )
+    return torch.bincount(tokens, minlength=len(logits)).double()
+
+
+def chi_square(counts, probs):
+    """Of mean 0 and deviation 1 if `probs` is what was drawn from."""
+    expected = probs * counts.sum()
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    freedom = int(kept.sum()) - 1
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    return float((statistic - freedom) / (2 * freedom) ** 0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("seed", [0, 1, 2**63])
+def test_draws_follow_the_softmax(temperature, seed):
+    logits = torch.linspace(-1.5, 1.5, 40)
+    counts = draw(logits, 40_000, temperature, seed)
+    assert abs(chi_square(counts, (logits.double() / temperature).softmax(0))) < 4
+
+
+@pytest.mark.parametrize("cuts", [dict(top_k=5), dict(top_p=0.6), dict(min_p=0.3)])
+def test_draws_follow_the_cut_softmax(cuts):
+    logits = torch.linspace(-1.5, 1.5, 40)
+    counts = draw(logits, 20_000, **cuts)
+    tensors = {name: torch.tensor([value]) for name, value in cuts.items()}
+    kept = keep_likely(logits[None], **{"top_k": None, "top_p": None, "min_p": None, **tensors})
+    probs = kept[0].double().softmax(0)
+    assert 0 < (probs > 0).sum() < 40
+    assert abs(chi_square(counts, probs)) < 4
+
+
+def test_noise_is_gumbel_distributed_over_token_ids():
+    noise = (
+        gumbel_noise(torch.tensor([[12345, 67890]]), torch.arange(200_000))[0].double().sort()[0]
+    )
+    quantile = (torch.arange(200_000).double() + 0.5) / 200_000
+    distance = (torch.exp(-torch.exp(-noise)) - quantile).abs().max()
+    assert distance < 1.95 / 200_000**0.5  # Kolmogorov-Smirnov at 0.1%
+
+
+def test_noise_of_different_keys_is_uncorrelated():
+    tokens = torch.arange(100_000)
+    keys = torch.from_numpy(noise_keys(np.array([7, 7, 8], np.uint64), np.array([0, 1, 0])))
+    noise = gumbel_noise(keys, tokens)
+    correlation = torch.corrcoef(noise) - torch.eye(3)
+    assert correlation.abs().max() < 4 / 100_000**0.5
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 30, 64])
+@pytest.mark.parametrize("top_p", [0.05, 0.7, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 1.0])
+def test_cuts_equal_transformers(top_k, top_p, min_p):
+    logits = torch.randn(8, 64) * 3
+    expected = logits
+    for warper in (
+        MinPLogitsWarper(min_p=min_p) if min_p > 0 else None,
+        TopKLogitsWarper(top_k=top_k),
+        TopPLogitsWarper(top_p=top_p) if top_p < 1 else None,
+    ):
+        expected = warper(None, expected) if warper else expected
+    kept = keep_likely(
+        logits, torch.full((8,), top_k), torch.full((8,), top_p), torch.full((8,), min_p)
+    )
+    assert torch.equal(kept, expected)
+
+
+def make_sampler(params_list, vocab_size=50, stop_token_ids=(), min_len=0):
+    sampler = Sampler(len(params_list), vocab_size, torch.device("cpu"))
+    for row, params in enumerate(params_list):
+        sampler.start_row(RowStart(row, 0, params, 100 + row, stop_token_ids, min_len))
+    return sampler
+
+
+def test_a_draw_does_not_depend_on_the_batch():
+    rng = np.random.default_rng(0)
+    params = [SamplingParams(temperature=t, top_p=p, top_k=k, min_p=m)
+              for t, p, k, m in [(0, 1, 0, 0), (1, 1, 0, 0), (0.7, 0.8, 0, 0), (2, 1, 5, 0),
+                                 (1.5, 1, 0, 0.2), (0.8, 0.9, 20, 0.01)]]  # fmt: skip
+    sampler = make_sampler(params)
+    logits = torch.randn(6, 50)
+    positions = np.arange(6) + 3
+    together = sampler.sample(logits.clone(), np.arange(6), positions)
+    order = rng.permutation(6)
+    assert torch.equal(sampler.sample(logits[order], order, positions[order]), together[order])
+    for row in range(6):
+        alone = sampler.sample(logits[row : row + 1], np.array([row]), positions[row : row + 1])
+        assert alone == together[row]
+    assert together[0] == logits[0].argmax()
+
+
+def test_stop_tokens_are_not_drawn_before_min_len():
+    for temperature in (0.0, 1.0):
+        sampler = make_sampler(
+            [SamplingParams(temperature=temperature)] * 2, stop_token_ids=(3, 4), min_len=10
+        )
+        logits = torch.zeros(2, 50)
+        logits[:, 3:5] = 40.0
+        tokens = sampler.sample(logits, np.array([0, 1]), np.array([9, 10]))
+        assert tokens[0] not in (3, 4)
+        assert tokens[1] in (3, 4)
+
+
+def test_a_reused_row_forgets_its_former_parameters():
+    sampler = make_sampler([SamplingParams(temperature=1.0, top_k=1, top_p=0.5, min_p=0.5)])
+    sampler.start_row(RowStart(0, 0, SamplingParams(temperature=1.0), 1, (), 0))
+    logits = torch.zeros(1, 50)
+    logits[0, 7] = 1.0
+    rows = np.array([0])
+    tokens = {int(sampler.sample(logits.clone(), rows, np.array([i]))) for i in range(200)}
+    assert len(tokens) > 20

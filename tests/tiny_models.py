@@ -1,0 +1,94 @@
+"""Tiny random checkpoints made by transformers, and what transformers says of them: the oracle of
+the model tests."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from nanovllm import LLM
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.step import RowStart, StepInput
+
+CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_checkpoint(folder: Path, family: str, *, max_shard_size: str = "5GB", **changes) -> Path:
+    """A random checkpoint of two layers, its weights large enough for logits well apart."""
+    sizes = dict(
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    config = CONFIGS[family](**{**sizes, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for param in model.parameters():
+            if (
+                param.dim() == 1
+            ):  # transformers starts norms at 1 and biases at 0, which hides mistakes
+                param.add_(torch.randn_like(param) * 0.2)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Set keys of a config.json; None removes one."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def load_oracle(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def oracle_logits(oracle: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
+    """[n, vocab] of one sequence."""
+    return oracle(torch.tensor([token_ids])).logits[0]
+
+
+@torch.no_grad()
+def oracle_greedy(oracle: torch.nn.Module, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy tokens, each from a forward over the whole sequence."""
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        token_ids.append(int(oracle_logits(oracle, token_ids)[-1].argmax()))
+    return token_ids[len(prompt) :]
+
+
+@torch.inference_mode()
+def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
+    """[n, vocab] of one sequence from the worker, `chunk` tokens a step, on scattered pages."""
+    runner = llm._engine.executor.runner
+    size = runner.plan.block_size
+    pages = list(reversed(range(runner.plan.num_blocks)))[: -(-len(token_ids) // size)]
+    logits = []
+    for start in range(0, len(token_ids), chunk):
+        query = token_ids[start : start + chunk]
+        step = StepInput(token_ids=query)
+        step.add(row=0, position=start, query_len=len(query), samples=True)
+        if start == 0:
+            step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0))
+            step.new_pages.append((0, 0, pages))
+        batch = runner.inputs.build(step)
+        logits.append(runner.model.logits(runner.model(batch, runner.kv)))
+    return torch.cat(logits)
