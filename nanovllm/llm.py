@@ -47,9 +47,7 @@ class LLM:
         self._engine: Engine | None = None  # close() finds it however far construction came
         self.config = config = EngineConfig.from_options(model, **options)
         platform.resolve_device(config.device)
-        folder = checkpoint.resolve_folder(
-            config.model, config.revision, with_weights=config.load_format != "dummy"
-        )
+        folder = checkpoint.resolve_folder(config.model, config.revision, with_weights=False)
         hf_config = checkpoint.read_json(folder, "config.json", required=True)
         self.model_config = ModelConfig.from_hf(hf_config)
         model_class(
@@ -63,12 +61,14 @@ class LLM:
             tokenizer_folder = folder
             if config.tokenizer is not None:
                 tokenizer_folder = checkpoint.resolve_folder(
-                    config.tokenizer, config.revision, with_weights=False
+                    config.tokenizer, None, with_weights=False
                 )
             self._tokenizer = checkpoint.load_tokenizer(tokenizer_folder)
         self._detokenizer = Detokenizer(self._tokenizer) if self._tokenizer else None
         self._eos_token_ids = self._find_eos_token_ids()
 
+        if config.load_format != "dummy":
+            folder = checkpoint.resolve_folder(config.model, config.revision, with_weights=True)
         max_num_seqs, max_num_batched_tokens = _limits(config)
         executor = InProcessExecutor(config, self.model_config, folder, max_num_seqs)
         plan = executor.runner.plan
@@ -244,7 +244,8 @@ class LLM:
         )
         params = prompts.match_params(sampling_params, default, len(tokenized))
         for i, (prompt, p) in enumerate(zip(tokenized, params, strict=True)):
-            prompts.check(prompt, f"prompt {i}", self.model_config.vocab_size, self.max_model_len)
+            name = f"prompt {i}" if request_id is None else f"request {request_id!r}"
+            prompts.check(prompt, name, self.model_config.vocab_size, self.max_model_len)
             self._check_stop_token_ids(p)
         now = time.monotonic()
         seqs = []

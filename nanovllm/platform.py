@@ -3,12 +3,15 @@
 llm.py and the worker ask; kernels are chosen in ops/, not here.
 """
 
+import logging
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 CPU_MAX_NUM_SEQS = 256
@@ -33,9 +36,14 @@ def resolve_dtype(name: str, checkpoint_dtype: str | None) -> torch.dtype:
     multiplies it in hardware: elsewhere float32 is several times faster."""
     if name != "auto":
         return getattr(torch, name)
-    if checkpoint_dtype in ("bfloat16", "float16") and cpu_has_bf16_products():
-        return torch.bfloat16
-    return torch.float32
+    if checkpoint_dtype not in ("bfloat16", "float16"):
+        return torch.float32
+    dtype = torch.bfloat16 if cpu_has_bf16_products() else torch.float32
+    if str(dtype) != f"torch.{checkpoint_dtype}":
+        logger.info(
+            "dtype 'auto': %s is %s on this CPU, where it is faster", checkpoint_dtype, dtype
+        )
+    return dtype
 
 
 def cpu_has_bf16_products() -> bool:

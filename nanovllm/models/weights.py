@@ -86,7 +86,8 @@ def _checkpoint_files(folder: Path) -> list[Path]:
                 f"{folder}: shards named in {index.name} are missing: {', '.join(missing)}"
             )
         return files
-    files = sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"  # others beside it are another format's copy
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{folder} has no *.safetensors file (other weight formats are not read; "

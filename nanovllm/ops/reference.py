@@ -219,7 +219,8 @@ def keep_likely(
     if top_p is not None:
         probs = ordered.softmax(-1)
         reached_before = probs.cumsum(-1) - probs  # the probability of all more likely tokens
-        # A row that keeps all (it shares the batch with one that doesn't) must not lose to rounding.
+        # A row that keeps all (it shares the batch with one that doesn't) must not lose to
+        # rounding.
         drop = (reached_before >= top_p[:, None]) & (top_p[:, None] < 1)
         drop[:, 0] = False
         ordered = ordered.masked_fill(drop, -torch.inf)

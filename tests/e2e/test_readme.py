@@ -1,0 +1,28 @@
+"""The README's Python blocks and example.py run as they stand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_block_runs_and_prints(code, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_example_answers_every_prompt():
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("Prompt: ") == done.stdout.count("Answer: ") >= 3
+    assert "I am a tiny language model" in done.stdout
+    assert "[stop]" in done.stdout
+    assert "nanovllm.llm: Qwen3ForCausalLM on cpu" in done.stderr
