@@ -10,6 +10,7 @@ from typing import Any
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def resolve_folder(model: str, revision: str | None, with_weights: bool) -> Path:
@@ -22,8 +23,10 @@ def resolve_folder(model: str, revision: str | None, with_weights: bool) -> Path
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise ValueError(f"model {model!r} is a file; give the checkpoint's folder or a hub name")
+    if not model or folder.exists():
+        raise ValueError(
+            f"model {model!r} is not a folder; give a checkpoint's folder or a hub name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -34,7 +37,8 @@ def resolve_folder(model: str, revision: str | None, with_weights: bool) -> Path
         raise ValueError(f"model {model!r} is neither a folder nor a name on the hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model {model!r} is not a folder here, and the hub did not deliver it: {error}"
+            f"model {model!r} is no folder here, and the hub did not deliver it: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
@@ -59,10 +63,16 @@ def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
+    # Without any of these transformers makes up an empty tokenizer from config.json.
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); give tokenizer=FOLDER, or "
+            f"skip_tokenizer_init=True for prompts of token ids"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         raise ValueError(
-            f"{folder} has no tokenizer that loads ({error}); give tokenizer=FOLDER, or "
+            f"{folder} has a tokenizer that does not load ({error}); give tokenizer=FOLDER, or "
             f"skip_tokenizer_init=True for prompts of token ids"
         ) from error

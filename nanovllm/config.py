@@ -7,6 +7,7 @@ library's reading of it can change under us.
 
 import difflib
 import logging
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,9 +89,17 @@ class EngineConfig:
             _check_foreign_option(name, options.pop(name), known)
         if "dtype" in options:  # a torch.dtype prints as "torch.float32"
             options["dtype"] = str(options["dtype"]).removeprefix("torch.")
-        return cls(model=str(model), **options)
+        if not isinstance(model, (str, os.PathLike)):
+            raise TypeError(f"model must be a folder or a hub name, got {model!r}")
+        return cls(model=os.fspath(model), **options)
 
     def __post_init__(self) -> None:
+        for name in ("tokenizer", "revision", "attention_backend", "device", "load_format"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (
+                value is not None or name in ("device", "load_format")
+            ):
+                raise TypeError(f"{name} must be a string, got {value!r}")
         for name in (
             "max_model_len",
             "max_num_seqs",
@@ -112,18 +121,17 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and type(value) is not bool:
                 raise TypeError(f"{name} must be True or False, got {value!r}")
-        if type(self.seed) is not int:
-            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed!r}")
         self._check_supported()
 
     def _check_supported(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
-            )
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")
         if self.load_format not in ("auto", "safetensors", "dummy"):
             raise ValueError(
                 f"load_format must be 'auto' (safetensors files) or 'dummy' (random weights), "
@@ -156,17 +164,18 @@ class EngineConfig:
 def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
     """An option we don't have: fine at vLLM's default, else an error, or a warning where it only
     tunes speed."""
-    if name in SPEED_ONLY:
-        logger.warning("%s=%r has no effect here (in vLLM it tunes speed)", name, value)
-    elif name not in VLLM_DEFAULTS:
+    if name not in VLLM_DEFAULTS:
         close = difflib.get_close_matches(name, [*known, *VLLM_DEFAULTS], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"unknown option {name!r}{hint}")
-    elif value is not None and value != VLLM_DEFAULTS[name]:
+    default = VLLM_DEFAULTS[name]
+    if value is None or value == default:
+        return
+    if name not in SPEED_ONLY:
         raise ValueError(
-            f"{name}={value!r} is not supported yet; leave it out (vLLM's default is "
-            f"{VLLM_DEFAULTS[name]!r})"
+            f"{name}={value!r} is not supported yet; leave it out (vLLM's default is {default!r})"
         )
+    logger.warning("%s=%r has no effect here (in vLLM it tunes speed)", name, value)
 
 
 @dataclass(frozen=True)

@@ -155,12 +155,14 @@ class LLM:
         Returns: the request's id.
         """
         engine = self._open_engine()
-        if request_id is not None and not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a string, got {request_id!r}")
+        if request_id is not None and not (isinstance(request_id, str) and request_id):
+            raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
         if request_id in engine.unfinished:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        if not prompts.is_single(prompt) and prompt:
-            raise TypeError("add_request takes one prompt; generate takes a list of them")
+        if not (prompts.is_single(prompt) or prompt == []):
+            raise TypeError(f"add_request takes one prompt, generate lists; got {prompt!r:.80}")
+        if not isinstance(sampling_params, SamplingParams | None):
+            raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r:.80}")
         [seq] = self._make_sequences([prompt], sampling_params, request_id)
         engine.add(seq)
         return seq.request_id

@@ -21,7 +21,7 @@ def is_single(prompts: Any) -> bool:
     """Whether `prompts` is one prompt: a string, a dictionary, or a list of token ids."""
     if isinstance(prompts, (str, Mapping)):
         return True
-    return bool(prompts) and isinstance(prompts, Sequence) and type(prompts[0]) is int
+    return isinstance(prompts, Sequence) and len(prompts) > 0 and type(prompts[0]) is int
 
 
 def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
@@ -29,14 +29,15 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
 
     Raises:
         TypeError: a prompt has none of the accepted forms.
-        ValueError: a text without a tokenizer.
+        ValueError: a text without a tokenizer, or one that is not valid Unicode.
     """
+    prompts = _plain(prompts)
     if is_single(prompts):
         prompts = [prompts]
     if not isinstance(prompts, Sequence):
         raise TypeError(
             f"prompts must be a string, a list of token ids, a dict or a list of those, "
-            f"got {type(prompts).__name__}"
+            f"got {prompts!r:.80}"
         )
     contents = [_content(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     texts = [content for content in contents if isinstance(content, str)]
@@ -53,21 +54,34 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
     ]
 
 
+def _plain(value: Any) -> Any:
+    """Arrays and tensors as lists, whose integers are Python's. Bytes are refused, they are no
+    list."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"a prompt must be a string or a list of token ids, got {value!r:.80}")
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _content(prompt: Any, name: str) -> str | list[int]:
     if isinstance(prompt, Mapping):
-        keys = set(prompt)
-        if keys not in ({"prompt"}, {"prompt_token_ids"}, {"prompt", "prompt_token_ids"}):
+        has_ids = "prompt_token_ids" in prompt
+        content = _plain(prompt["prompt_token_ids"]) if has_ids else prompt.get("prompt")
+        if not set(prompt) <= {"prompt", "prompt_token_ids"} or isinstance(content, str) == has_ids:
             raise TypeError(
-                f"{name}: a dict prompt has 'prompt' or 'prompt_token_ids', got {sorted(keys)}"
+                f"{name}: a dict prompt is {{'prompt': text}} or {{'prompt_token_ids': list of "
+                f"token ids}}, got {prompt!r:.80}"
             )
-        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-        return list(prompt)
-    if hasattr(prompt, "tolist"):  # an array's integers are not Python's
-        return _content(prompt.tolist(), name)
-    raise TypeError(f"{name} must be a string or a list of token ids, got {prompt!r:.80}")
+    else:
+        content = _plain(prompt)
+    if isinstance(content, str):
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} is not valid Unicode: {error}") from None
+        return content
+    if isinstance(content, Sequence) and all(type(token) is int for token in content):
+        return list(content)
+    raise TypeError(f"{name} must be a string or a list of token ids, got {content!r:.80}")
 
 
 def check(prompt: TokenizedPrompt, name: str, vocab_size: int, max_model_len: int) -> None:

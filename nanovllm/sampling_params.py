@@ -4,7 +4,6 @@ meanings are vLLM's.
 Users construct it; llm.py copies it on admission; the sampler and the stop checks read it.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ class SamplingParams:
     """Sampling parameters of a request.
 
     Args:
-        temperature: divides the logits; 0 is greedy (the token of the highest logit).
+        temperature: divides the logits, in [0, 2]; 0 is greedy (the token of the highest logit).
         top_p: keeps the smallest set of most likely tokens whose probabilities reach top_p, in (0,
             1].
         top_k: keeps the top_k most likely tokens; 0 or -1 keeps all.
@@ -56,11 +55,8 @@ class SamplingParams:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ValueError(
-                f"temperature must be a finite number of at least 0 (0 is greedy), "
-                f"got {self.temperature}"
-            )
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature must be in [0, 2] (0 is greedy), got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}")
         if self.top_k < -1:

@@ -42,6 +42,12 @@ _OFF_BY_NONE = """
     spec_tokens speculative_config structured_outputs_config tokenizer_revision video_pruning_rate
     weight_transfer_config cpu_offload_params ignore_patterns kv_cache_dtype_skip_layers
     """
+_SPEED_SWITCHES = """
+    aggregate_engine_logging cudagraph_metrics disable_chunked_mm_input disable_custom_all_reduce
+    disable_log_requests disable_log_stats enable_layerwise_nvtx_tracing
+    enable_logging_iteration_details enable_mfu_metrics jit_monitor_verbose kv_cache_metrics
+    numa_bind
+    """
 _OFF_BY_FALSE = """
     allow_deprecated_quantization calculate_kv_scales data_parallel_external_lb
     data_parallel_hybrid_lb data_parallel_multi_port_external_lb disable_sliding_window
@@ -69,12 +75,32 @@ _OFF_BY_AUTO = """
 _OFF_BY_EMPTY = "allowed_local_media_path model_weights reasoning_parser worker_extension_cls"
 
 VLLM_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(SPEED_ONLY),
+    **dict.fromkeys(_SPEED_SWITCHES.split(), False),
     **dict.fromkeys(_OFF_BY_NONE.split()),
     **dict.fromkeys(_OFF_BY_FALSE.split(), False),
     **dict.fromkeys(_OFF_BY_ONE.split(), 1),
     **dict.fromkeys(_OFF_BY_ZERO.split(), 0),
     **dict.fromkeys(_OFF_BY_AUTO.split(), "auto"),
     **dict.fromkeys(_OFF_BY_EMPTY.split(), ""),
+    "disable_cascade_attn": True,
+    "enable_chunked_prefill": True,
+    "jit_monitor_mode": "warn",
+    "kv_cache_metrics_sample": 0.01,
+    "linear_backend": "auto",
+    "long_prefill_token_threshold": 0,
+    "max_long_partial_prefills": 1,
+    "max_num_partial_prefills": 1,
+    "moe_backend": "auto",
+    "performance_mode": "balanced",
+    "prefill_schedule_interval": 1,
+    "prefix_caching_hash_algo": "sha256",
+    "renderer_num_workers": 1,
+    "scheduler_reserve_full_isl": True,
+    "shutdown_timeout": 0,
+    "stream_interval": 1,
+    "use_tqdm_on_load": True,
+    "watermark": 0.0,
     "all2all_backend": "allgather_reducescatter",
     "data_parallel_backend": "mp",
     "dbo_decode_token_threshold": 32,

@@ -85,13 +85,12 @@ class Scheduler:
 
     def finish(self, finished: list[Sequence]) -> None:
         """Take back what ended sequences hold, wherever they are."""
-        gone = set(finished)
         for seq in finished:
             if seq.row >= 0:
                 self._release(seq)
-        self.running = [seq for seq in self.running if seq not in gone]
-        if any(seq in gone for seq in self.waiting):
-            self.waiting = deque(seq for seq in self.waiting if seq not in gone)
+            else:
+                self.waiting.remove(seq)
+        self.running = [seq for seq in self.running if not seq.finished]
 
     def restart(self, unfinished: list[Sequence]) -> None:
         """Start over from the sequences' known tokens: after a failed step neither pages nor lists
@@ -147,7 +146,7 @@ class Scheduler:
                 params=seq.params,
                 seed=seq.seed,
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
-                min_len=seq.num_prompt_tokens + seq.params.min_tokens,
+                min_len=min(seq.num_prompt_tokens + seq.params.min_tokens, seq.max_len),
             )
         )
         step.input.new_pages.append((seq.row, 0, list(seq.block_table)))

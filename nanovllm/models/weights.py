@@ -77,13 +77,14 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a valid index of shards: {error!r}") from None
         files = [folder / name for name in names]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise ValueError(
-                f"{folder}: shards named in {index.name} are missing: {', '.join(missing)}"
+                f"{folder}: shards named in {index.name} are missing: {', '.join(missing)}; "
+                f"fetch the checkpoint again"
             )
         return files
     single = folder / "model.safetensors"  # others beside it are another format's copy
@@ -110,10 +111,14 @@ def _fill(model: CausalLM, files: list[Path]) -> None:
                             f"(surplus, or there twice)"
                         )
         except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+            raise ValueError(
+                f"{file} is truncated or not a safetensors file ({error}); fetch it again"
+            ) from None
     if targets:
         some = ", ".join(list(targets)[:5]) + (", ..." if len(targets) > 5 else "")
-        raise ValueError(f"{files[0].parent} lacks {len(targets)} weights: {some}")
+        raise ValueError(
+            f"{files[0].parent} lacks {len(targets)} weights that config.json asks for: {some}"
+        )
 
 
 def _targets(model: CausalLM) -> dict[str, torch.Tensor]:

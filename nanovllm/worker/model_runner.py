@@ -62,15 +62,16 @@ def plan_cache(
     """
     if max_model_len is not None and max_model_len > max_position_embeddings:
         raise ValueError(
-            f"max_model_len={max_model_len} is beyond the checkpoint's max_position_embeddings "
-            f"({max_position_embeddings})"
+            f"max_model_len={max_model_len} is beyond the checkpoint's max_position_embeddings; "
+            f"lower it to {max_position_embeddings} at most"
         )
     fitting_blocks = cache_bytes // (bytes_per_token * block_size)
     largest = fitting_blocks * block_size
     if largest < 2:
         raise ValueError(
             f"the KV cache of {cache_bytes} bytes does not hold one page of {block_size} tokens "
-            f"({bytes_per_token * block_size} bytes); raise kv_cache_memory_bytes"
+            f"({bytes_per_token * block_size} bytes); raise kv_cache_memory_bytes or lower "
+            f"block_size"
         )
     wanted = max_model_len or max_position_embeddings
     if wanted > largest and max_model_len is not None:
@@ -161,7 +162,7 @@ class ModelRunner:
         if available is not None and needed > available:
             raise ValueError(
                 f"memory is too small: {self.weight_bytes / platform.GIB:.2f} GiB of weights and "
-                f"{cache_bytes / platform.GIB:.2f} GiB of KV cache, of which "
+                f"{cache_bytes / platform.GIB:.2f} GiB of KV cache, but only "
                 f"{available / platform.GIB:.2f} GiB is available; lower kv_cache_memory_bytes or "
                 f"max_model_len, or use a smaller dtype or model"
             )
