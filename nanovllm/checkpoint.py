@@ -13,7 +13,9 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def resolve_folder(model: str, revision: str | None, with_weights: bool) -> Path:
+def resolve_folder(
+    model: str, revision: str | None, with_weights: bool, option: str = "model"
+) -> Path:
     """The local folder of a checkpoint: `model` itself, or the hub's snapshot of that name,
     downloaded if needed.
 
@@ -21,11 +23,11 @@ def resolve_folder(model: str, revision: str | None, with_weights: bool) -> Path
         ValueError: no such folder, nor a model of that name on the hub.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
     if not model or folder.exists():
         raise ValueError(
-            f"model {model!r} is not a folder; give a checkpoint's folder or a hub name"
+            f"{option} {model!r} is not a folder; give a checkpoint's folder or a hub name"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -34,10 +36,10 @@ def resolve_folder(model: str, revision: str | None, with_weights: bool) -> Path
         patterns = [*SMALL_FILES, *WEIGHT_FILES] if with_weights else list(SMALL_FILES)
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except HFValidationError:
-        raise ValueError(f"model {model!r} is neither a folder nor a name on the hub") from None
+        raise ValueError(f"{option} {model!r} is neither a folder nor a name on the hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model {model!r} is no folder here, and the hub did not deliver it: "
+            f"{option} {model!r} is no folder here, and the hub did not deliver it: "
             f"{str(error).splitlines()[0]}"
         ) from error
 

@@ -219,6 +219,13 @@ class ModelConfig:
             ValueError: a key is missing, or the checkpoint needs something that is not supported;
             names it.
         """
+        try:
+            return cls._parse(hf)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"config.json has a value of the wrong type: {error}") from error
+
+    @classmethod
+    def _parse(cls, hf: dict[str, Any]) -> "ModelConfig":
         architectures = hf.get("architectures")
         if not isinstance(architectures, list) or len(architectures) != 1:
             raise ValueError(
@@ -227,8 +234,8 @@ class ModelConfig:
         _refuse_unsupported(hf)
         num_heads = _positive(hf, "num_attention_heads")
         hidden_size = _positive(hf, "hidden_size")
-        num_kv_heads = hf.get("num_key_value_heads") or num_heads
-        head_dim = hf.get("head_dim") or hidden_size // num_heads
+        num_kv_heads = _positive(hf, "num_key_value_heads", num_heads)
+        head_dim = _positive(hf, "head_dim", hidden_size // num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
@@ -273,8 +280,10 @@ def token_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _positive(hf: dict[str, Any], key: str) -> int:
+def _positive(hf: dict[str, Any], key: str, default: int | None = None) -> int:
     value = hf.get(key)
+    if value is None and default is not None:
+        return default
     if type(value) is not int or value < 1:
         raise ValueError(f"config.json: {key!r} must be a positive whole number, got {value!r}")
     return value

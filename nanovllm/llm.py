@@ -61,7 +61,7 @@ class LLM:
             tokenizer_folder = folder
             if config.tokenizer is not None:
                 tokenizer_folder = checkpoint.resolve_folder(
-                    config.tokenizer, None, with_weights=False
+                    config.tokenizer, None, with_weights=False, option="tokenizer"
                 )
             self._tokenizer = checkpoint.load_tokenizer(tokenizer_folder)
         self._detokenizer = Detokenizer(self._tokenizer) if self._tokenizer else None
@@ -159,6 +159,7 @@ class LLM:
             raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
         if request_id in engine.unfinished:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        prompt = prompts.plain(prompt)
         if not (prompts.is_single(prompt) or prompt == []):
             raise TypeError(f"add_request takes one prompt, generate lists; got {prompt!r:.80}")
         if not isinstance(sampling_params, SamplingParams | None):

@@ -31,7 +31,7 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
         TypeError: a prompt has none of the accepted forms.
         ValueError: a text without a tokenizer, or one that is not valid Unicode.
     """
-    prompts = _plain(prompts)
+    prompts = plain(prompts)
     if is_single(prompts):
         prompts = [prompts]
     if not isinstance(prompts, Sequence):
@@ -47,14 +47,12 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
         )
     tokenized = iter(tokenizer(texts)["input_ids"] if texts else [])
     return [
-        TokenizedPrompt(list(next(tokenized)), content)
-        if isinstance(content, str)
-        else TokenizedPrompt(content)
+        TokenizedPrompt(list(next(tokenized)), content) if isinstance(content, str) else content
         for content in contents
     ]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Arrays and tensors as lists, whose integers are Python's. Bytes are refused, they are no
     list."""
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -62,26 +60,33 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _content(prompt: Any, name: str) -> str | list[int]:
+def _content(prompt: Any, name: str) -> str | TokenizedPrompt:
+    """A text that is still to be tokenized, or token ids."""
     if isinstance(prompt, Mapping):
-        has_ids = "prompt_token_ids" in prompt
-        content = _plain(prompt["prompt_token_ids"]) if has_ids else prompt.get("prompt")
-        if not set(prompt) <= {"prompt", "prompt_token_ids"} or isinstance(content, str) == has_ids:
+        text, token_ids = prompt.get("prompt"), plain(prompt.get("prompt_token_ids"))
+        good = isinstance(text, str | None) and not isinstance(token_ids, str)
+        if not set(prompt) <= {"prompt", "prompt_token_ids"} or not good or text is token_ids:
             raise TypeError(
                 f"{name}: a dict prompt is {{'prompt': text}} or {{'prompt_token_ids': list of "
                 f"token ids}}, got {prompt!r:.80}"
             )
-    else:
-        content = _plain(prompt)
-    if isinstance(content, str):
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} is not valid Unicode: {error}") from None
-        return content
-    if isinstance(content, Sequence) and all(type(token) is int for token in content):
-        return list(content)
-    raise TypeError(f"{name} must be a string or a list of token ids, got {content!r:.80}")
+        if token_ids is not None:
+            return TokenizedPrompt(_checked_ids(token_ids, name), text)
+        prompt = text
+    prompt = plain(prompt)
+    if not isinstance(prompt, str):
+        return TokenizedPrompt(_checked_ids(prompt, name))
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode: {error}") from None
+    return prompt
+
+
+def _checked_ids(value: Any, name: str) -> list[int]:
+    if isinstance(value, Sequence) and all(type(token) is int for token in value):
+        return list(value)
+    raise TypeError(f"{name} must be a string or a list of token ids, got {value!r:.80}")
 
 
 def check(prompt: TokenizedPrompt, name: str, vocab_size: int, max_model_len: int) -> None:

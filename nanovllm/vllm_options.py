@@ -44,7 +44,7 @@ _OFF_BY_NONE = """
     """
 _SPEED_SWITCHES = """
     aggregate_engine_logging cudagraph_metrics disable_chunked_mm_input disable_custom_all_reduce
-    disable_log_requests disable_log_stats enable_layerwise_nvtx_tracing
+    disable_log_requests enable_layerwise_nvtx_tracing
     enable_logging_iteration_details enable_mfu_metrics jit_monitor_verbose kv_cache_metrics
     numa_bind
     """
@@ -84,6 +84,8 @@ VLLM_DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(_OFF_BY_AUTO.split(), "auto"),
     **dict.fromkeys(_OFF_BY_EMPTY.split(), ""),
     "disable_cascade_attn": True,
+    "disable_log_stats": True,
+    "optimization_level": 2,
     "enable_chunked_prefill": True,
     "jit_monitor_mode": "warn",
     "kv_cache_metrics_sample": 0.01,

@@ -14,12 +14,19 @@ from xxhash import xxh3_64_intdigest
 from nanovllm.engine.sequence import Sequence
 
 
-class BlockKey(NamedTuple):
-    """What a full page contains. The hash chains over all pages before it; the other fields are
-    checked on a hit, so two contents whose hashes collide are never taken for each other."""
+class HashedBlock(NamedTuple):
+    """A full page's tokens, and a hash that chains over all pages before it."""
 
     hash: int
-    parent_hash: int
+    tokens: bytes
+
+
+class Content(NamedTuple):
+    """What a cached page holds. A hit must agree in all of it, so contents whose hashes collide are
+    never taken for each other."""
+
+    hash: int
+    parent: int  # the serial number of the page before it; 0: it is a first page
     tokens: bytes
 
 
@@ -38,8 +45,10 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.ref_counts = [0] * num_blocks
-        self.keys: list[BlockKey | None] = [None] * num_blocks
-        self.cached: dict[int, int] = {}  # hash -> the page that holds this content
+        self.contents: list[Content | None] = [None] * num_blocks
+        self.serials = [0] * num_blocks  # of each content, never used twice
+        self.num_contents = 0
+        self.cached: dict[int, int] = {}  # hash -> the page that holds such a content
         # Least recently used first; pages without content stand before those with.
         self.free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
@@ -67,6 +76,7 @@ class BlockManager:
             self.ref_counts[block] += 1
         seq.block_table = hits + [self._take() for _ in range(num_new)]
         seq.num_registered = len(hits)
+        seq.cached_parent = self.serials[hits[-1]] if hits else 0
         return len(hits) * self.block_size
 
     def append(self, seq: Sequence) -> int:
@@ -83,12 +93,18 @@ class BlockManager:
             return
         num_full = min(seq.num_computed, len(seq.token_ids)) // self.block_size
         while seq.num_registered < num_full:
-            block, key = seq.block_table[seq.num_registered], self._key(seq, seq.num_registered)
-            holder = self.cached.setdefault(key.hash, block)
-            if holder == block:
-                self.keys[block] = key
-            elif self.keys[holder] != key:
-                return  # a hash collision: nothing may chain to this page under that hash
+            block = seq.block_table[seq.num_registered]
+            key, tokens = self._hashed(seq, seq.num_registered)
+            content = Content(key, seq.cached_parent, tokens)
+            holder = self.cached.get(key)
+            if holder is None or self.contents[holder] != content:
+                if holder is not None:  # a collision, or its parent is gone: the newest stays
+                    self._forget(holder)
+                self.num_contents += 1
+                self.cached[key], self.contents[block] = block, content
+                self.serials[block] = self.num_contents
+                holder = block
+            seq.cached_parent = self.serials[holder]
             seq.num_registered += 1
 
     def free(self, seq: Sequence) -> None:
@@ -98,16 +114,21 @@ class BlockManager:
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
                 self.free_blocks[block] = None
-                if self.keys[block] is None:
+                if self.contents[block] is None:
                     self.free_blocks.move_to_end(block, last=False)
         seq.block_table = []
 
+    def _forget(self, block: int) -> None:
+        self.contents[block] = None
+        if block in self.free_blocks:
+            self.free_blocks.move_to_end(block, last=False)
+
     def _take(self) -> int:
         block, _ = self.free_blocks.popitem(last=False)
-        key = self.keys[block]
-        if key is not None:
-            del self.cached[key.hash]
-            self.keys[block] = None
+        content = self.contents[block]
+        if content is not None:
+            del self.cached[content.hash]
+            self.contents[block] = None
         self.ref_counts[block] = 1
         return block
 
@@ -115,19 +136,21 @@ class BlockManager:
         hits: list[int] = []
         if not self.enable_prefix_caching:
             return hits
+        parent = 0
         for i in range(len(seq.token_ids) // self.block_size):
-            key = self._key(seq, i)
-            block = self.cached.get(key.hash)
-            if block is None or self.keys[block] != key:
+            key, tokens = self._hashed(seq, i)
+            block = self.cached.get(key)
+            if block is None or self.contents[block] != (key, parent, tokens):
                 break
             hits.append(block)
+            parent = self.serials[block]
         return hits
 
-    def _key(self, seq: Sequence, index: int) -> BlockKey:
-        keys, size = seq.block_keys, self.block_size
-        while len(keys) <= index:
-            parent = keys[-1].hash if keys else 0
-            start = len(keys) * size
+    def _hashed(self, seq: Sequence, index: int) -> HashedBlock:
+        hashed, size = seq.hashed_blocks, self.block_size
+        while len(hashed) <= index:
+            start = len(hashed) * size
             tokens = array("i", seq.token_ids[start : start + size]).tobytes()
-            keys.append(BlockKey(xxh3_64_intdigest(tokens, seed=parent), parent, tokens))
-        return keys[index]
+            seed = hashed[-1].hash if hashed else 0
+            hashed.append(HashedBlock(xxh3_64_intdigest(tokens, seed=seed), tokens))
+        return hashed[index]

@@ -53,7 +53,8 @@ class Detokenizer:
             window = self._decode(seq.token_ids[state.prefix : state.read])
             longer = self._decode(seq.token_ids[state.prefix : end])
             if seq.finished or not longer.endswith(REPLACEMENT):
-                state.text += longer[len(window) :]
+                # A prompt may end inside a character, which the output then completes.
+                state.text += longer[len(window.rstrip(REPLACEMENT)) :]
                 state.prefix, state.read = state.read, end
         return state.text
 

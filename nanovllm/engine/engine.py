@@ -48,10 +48,11 @@ class Engine:
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self.unfinished: dict[str, Sequence] = {}
+        self.recovered: list[Sequence] = []  # ended in a step whose result was lost
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.unfinished or self.pending)
+        return bool(self.unfinished or self.pending or self.recovered)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Its request id must be new, and it must fit in the cache alone."""
@@ -76,6 +77,7 @@ class Engine:
         Raises what the executor raises. Unfinished requests then start over from their known tokens
         at the next call.
         """
+        recovered, self.recovered = self.recovered, []
         try:
             scheduled = self.scheduler.schedule(can_preempt=not self.pending)
             if scheduled:
@@ -83,13 +85,21 @@ class Engine:
             assert self.pending or not self.unfinished, "unfinished requests, and none can run"
             if self.pending and (not scheduled or len(self.pending) == self.depth):
                 step, handle = self.pending.popleft()
-                return self._process(step, handle.result())
-            return []
+                return recovered + self._process(step, handle.result())
+            return recovered
         except BaseException:  # Ctrl-C too: it may come at any line
-            self.pending.clear()
-            self.unfinished = {s.request_id: s for s in self.unfinished.values() if not s.finished}
-            self.scheduler.restart(list(self.unfinished.values()))
+            self._recover(recovered)
             raise
+
+    def _recover(self, recovered: list[Sequence]) -> None:
+        """After an exception: keep what the sequences know, and compute all of it again."""
+        self.pending.clear()
+        for seq in self.unfinished.values():
+            if seq.output_token_ids:
+                seq.check_stop()  # the exception may have come between a token and its check
+        self.recovered = recovered + [s for s in self.unfinished.values() if s.finished]
+        self.unfinished = {s.request_id: s for s in self.unfinished.values() if not s.finished}
+        self.scheduler.restart(list(self.unfinished.values()))
 
     def _process(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
         now = time.monotonic()
@@ -108,7 +118,8 @@ class Engine:
             if seq.finished:
                 seq.metrics.finished_time = now
                 finished.append(seq)
-                del self.unfinished[seq.request_id]
         if finished:
             self.scheduler.finish(finished)
+            for seq in finished:
+                del self.unfinished[seq.request_id]
         return advanced

@@ -6,6 +6,7 @@ block manager's business.
 """
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
@@ -89,7 +90,8 @@ class Scheduler:
             if seq.row >= 0:
                 self._release(seq)
             else:
-                self.waiting.remove(seq)
+                with suppress(ValueError):  # an interrupt came before it was queued
+                    self.waiting.remove(seq)
         self.running = [seq for seq in self.running if not seq.finished]
 
     def restart(self, unfinished: list[Sequence]) -> None:

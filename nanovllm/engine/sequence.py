@@ -18,16 +18,16 @@ class Sequence:
             it are known tokens.
         max_len: prompt and generated tokens at most.
         block_table: its pages, in order of position.
-        block_keys: the prefix-cache keys of its full pages, made when first needed
-            (block_manager.py).
+        hashed_blocks: tokens and hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
     """
 
     __slots__ = (
-        "block_keys",
         "block_table",
+        "cached_parent",
         "eos_token_ids",
         "finish_reason",
+        "hashed_blocks",
         "max_len",
         "metrics",
         "num_cached_tokens",
@@ -75,15 +75,15 @@ class Sequence:
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
         self.text: object = None  # the detokenizer's state
-        self.block_keys: list = []
+        self.hashed_blocks: list = []
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the tokens: what it held in the cache and on the worker is gone."""
         self.row = -1
         self.block_table: list[int] = []
-        self.num_computed = self.num_pending = self.num_registered = 0
-        self.prefill_end = 0
+        self.num_computed = self.num_pending = self.prefill_end = 0
+        self.num_registered = self.cached_parent = 0
 
     @property
     def num_tokens(self) -> int:

@@ -77,9 +77,11 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [folder / name for name in names]
+            if not files:
+                raise ValueError("it names no shards")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a valid index of shards: {error!r}") from None
-        files = [folder / name for name in names]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise ValueError(

@@ -1,0 +1,52 @@
+"""Fixtures that several folders of tests share: the model in the box, and altered copies of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The checkpoint in the box. Only to be read."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def llm():
+    """One engine in float32 for all tests that leave it as they found it."""
+    from nanovllm import LLM
+
+    with LLM(str(TINY), dtype="float32", kv_cache_memory_bytes=12 << 20) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For steps so small that threads waiting for each other would take most of the time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def copy_tiny(tmp_path):
+    """Makes a copy of the checkpoint in the box. Arguments name its JSON files and give what to
+    change in them; None takes a key out."""
+
+    def copy(**changes: dict) -> Path:
+        folder = tmp_path / "copy"
+        shutil.copytree(TINY, folder)
+        for stem, change in changes.items():
+            file = folder / f"{stem}.json"
+            content = json.loads(file.read_text()) | change
+            file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+        return folder
+
+    return copy

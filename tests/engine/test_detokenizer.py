@@ -1,0 +1,116 @@
+"""Text in increments: the same as decoding everything at once, and never half a character."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from fake_worker import make_sequence
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanovllm.engine.detokenizer import REPLACEMENT, Detokenizer
+
+TINY_QWEN3 = Path(__file__).parents[2] / "assets/tiny-qwen3"
+fuzz = settings(
+    max_examples=300,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+class ByteTokenizer:
+    """A token is a byte; from 256 on they are special."""
+
+    all_special_ids = (256, 257)
+
+    def encode(self, text, add_special_tokens):
+        return list(text.encode())
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        assert skip_special_tokens
+        return bytes(t for t in token_ids if t < 256).decode(errors="replace")
+
+
+@pytest.fixture(scope="module", params=["bytes", "tiny-qwen3"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return ByteTokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY_QWEN3)
+
+
+def increments(tokenizer, prompt, output, reads, finish_reason):
+    """The text after the output tokens at which `reads` says to ask for it, the last at the end."""
+    detokenizer, seq = Detokenizer(tokenizer), make_sequence(prompt)
+    texts = [detokenizer.text(seq)]
+    for i, token in enumerate(output):
+        seq.token_ids.append(token)
+        if i == len(output) - 1:
+            seq.finish_reason = finish_reason
+        if seq.finished or reads[i % len(reads)]:
+            texts.append(detokenizer.text(seq))
+    assert texts[0] == "" and detokenizer.text(seq) == texts[-1]
+    return texts
+
+
+READS = st.lists(st.booleans(), min_size=1, max_size=7)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT), min_size=1)
+
+
+@fuzz
+@given(prompt=TEXT, text=TEXT, reads=READS, special_at=st.lists(st.integers(0, 30), max_size=3))
+def test_increments_add_up_to_the_text(tokenizer, prompt, text, reads, special_at):
+    prompt = tokenizer.encode(prompt, add_special_tokens=False)
+    output = tokenizer.encode(text, add_special_tokens=False)
+    for index in special_at:
+        output.insert(index, tokenizer.all_special_ids[0])
+    texts = increments(tokenizer, prompt, output, reads, "length")
+    assert texts[-1] == tokenizer.decode(output, skip_special_tokens=True) == text
+    assert all(text.startswith(part) for part in texts)  # so no U+FFFD and no special token either
+
+
+@fuzz
+@given(prompt=TEXT, output=st.lists(st.integers(0, 255), min_size=1), reads=READS)
+def test_bytes_that_are_no_text_decode_as_they_do_at_once(prompt, output, reads):
+    tokenizer = ByteTokenizer()
+    prompt = tokenizer.encode(prompt, add_special_tokens=False)
+    texts = increments(tokenizer, prompt, output, reads, "length")
+    assert texts[-1] == tokenizer.decode(output, skip_special_tokens=True)
+    assert all(later.startswith(text) for text, later in pairwise(texts))
+
+
+def test_half_a_character_is_held_back_until_the_text_ends(tokenizer):
+    output = tokenizer.encode("a\N{PARTY POPPER}", add_special_tokens=False)
+    assert len(output) > 2
+    texts = increments(tokenizer, [65], output[:-1], [True], "length")
+    assert set(texts[1:-1]) == {"a"} and texts[-1] == "a" + REPLACEMENT
+
+
+@pytest.mark.parametrize("reads", [[True], [False]])
+@pytest.mark.parametrize("reason, text", [("stop", "ab"), ("length", "abc"), ("abort", "abc")])
+def test_only_the_token_that_stopped_stays_out(tokenizer, reads, reason, text):
+    output = [tokenizer.encode(c, add_special_tokens=False)[0] for c in "abc"]
+    assert increments(tokenizer, [65], output, reads, reason)[-1] == text
+
+
+def test_a_stop_inside_a_character_shows_what_was_held_back(tokenizer):
+    half = tokenizer.encode("\N{PARTY POPPER}", add_special_tokens=False)[:-1]
+    special = tokenizer.all_special_ids[0]
+    assert increments(tokenizer, [65], [*half, special], [True], "stop")[-1] == REPLACEMENT
+
+
+class WordTokenizer:
+    """A token is a word with a space before it, dropped at the start (as SentencePiece does)."""
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        return "".join(f" {chr(token)}" for token in token_ids).removeprefix(" ")
+
+
+def test_spaces_between_tokens_are_kept():
+    output = [ord(c) for c in "abcdefghijkl"]
+    assert increments(WordTokenizer(), [65], output, [True, False], "length")[-1] == (
+        " a b c d e f g h i j k l"
+    )

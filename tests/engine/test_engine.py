@@ -1,0 +1,375 @@
+"""The engine over a fake worker: the right tokens however they are scheduled, and who runs when."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_worker import (
+    EOS,
+    assert_right,
+    check_invariants,
+    expected_tokens,
+    make_engine,
+    make_sequence,
+    run,
+)
+
+import nanovllm.engine
+from nanovllm.sampling_params import SamplingParams
+
+both_depths = pytest.mark.parametrize("depth", [1, 2])
+
+
+def sequences(*prompts, **params):
+    return [make_sequence(prompt, str(i), **params) for i, prompt in enumerate(prompts)]
+
+
+def step_until(engine, condition):
+    while not condition():
+        engine.step()
+        check_invariants(engine)
+
+
+def test_the_engine_imports_no_torch():
+    code = "import sys, nanovllm.engine.engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# The same tokens however they are scheduled
+
+PROMPTS = {
+    "one": [[1, 2, 3, 4, 5]],
+    "one token": [[1], [2], [1]],
+    "distinct": [[i, *range(2 + 3 * i)] for i in range(1, 7)],
+    "identical, of whole pages": [[1, 2, 3, 4, 5, 6, 7, 8]] * 6,
+    "identical, with part of a page": [[1, 2, 3, 4, 5, 6]] * 6,
+    "prefixes of each other": [[1, 2, 3] * n for n in (1, 4, 8, 2, 8, 3)],
+    "longest": [[1] * 47, [1] * 46, [2] * 47],
+}
+OPTIONS = {
+    "roomy": {},
+    "small budget": dict(max_num_batched_tokens=4),
+    "one at a time": dict(max_num_seqs=1, max_num_batched_tokens=5),
+    "smallest cache": dict(num_blocks=12),
+    "pages of one token": dict(block_size=1, num_blocks=60),
+    "no prefix caching": dict(enable_prefix_caching=False, num_blocks=20),
+}
+
+
+@both_depths
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+def test_tokens_are_right(prompts, options, depth):
+    engine = make_engine(depth=depth, **options)
+    for _ in "cold", "warm":
+        seqs = sequences(*prompts, max_tokens=14)
+        run(engine, *seqs)
+        assert_right(*seqs)
+        if not engine.scheduler.block_manager.enable_prefix_caching:
+            assert engine.metrics.cached_tokens == 0
+
+
+# Prefix hits
+
+
+def test_cached_tokens_are_those_of_the_full_pages_before_the_last_token():
+    engine = make_engine(max_num_seqs=1)
+    seqs = sequences([1] * 10, [1] * 10, [1] * 7 + [2], [1] * 8, [1] * 9, max_tokens=1)
+    run(engine, *seqs)
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 8, 4, 7, 8]
+    assert engine.metrics.cached_tokens == 27
+    assert engine.metrics.prefill_tokens == 10 + 2 + 4 + 1 + 1
+
+
+def test_requests_of_one_step_share_what_it_computes():
+    engine = make_engine()
+    seqs = sequences([1] * 8, [1] * 8, [1] * 9, max_tokens=3)
+    run(engine, *seqs)
+    assert_right(*seqs)
+    assert engine.executor.steps[0].query_lens == [8, 1, 1]
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 7, 8]
+
+
+def test_a_fully_cached_prompt_stores_nothing():
+    engine = make_engine()
+    run(engine, make_sequence([1] * 8, max_tokens=1))
+    num_stored = engine.executor.num_stored
+    seq = make_sequence([1] * 8, max_tokens=1)
+    run(engine, seq)
+    assert_right(seq)
+    assert seq.num_cached_tokens == 7 and engine.executor.num_stored == num_stored
+
+
+@both_depths
+def test_generated_tokens_are_hit_by_the_next_turn(depth):
+    engine = make_engine(depth=depth)
+    first = make_sequence([1, 2, 3], max_tokens=10)
+    run(engine, first)
+    second = make_sequence([*first.token_ids, 5, 6], max_tokens=3)
+    run(engine, second)
+    assert_right(first, second)
+    assert second.num_cached_tokens == 12  # the last token was never computed
+
+
+def test_num_cached_tokens_is_that_of_the_first_admission():
+    engine = make_engine(num_blocks=12)
+    seqs = sequences([1] * 6, [2] * 6, max_tokens=30)
+    run(engine, *seqs)
+    assert engine.metrics.preemptions > 0 and engine.metrics.cached_tokens > 0
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 0]
+
+
+# Who runs when
+
+
+@both_depths
+def test_a_small_cache_preempts_the_youngest_and_everyone_ends_right(depth):
+    engine = make_engine(num_blocks=12, depth=depth)
+    seqs = sequences(*[[i] * 5 for i in range(1, 6)], max_tokens=30)
+    ended = run(engine, *seqs)  # its invariants include that nobody runs before an older one
+    assert_right(*seqs)
+    assert engine.metrics.preemptions > 0
+    assert ended == seqs
+
+
+@both_depths
+def test_a_long_prompt_is_not_overtaken(depth):
+    engine = make_engine(num_blocks=12, max_num_batched_tokens=8, depth=depth)
+    long, *short = sequences([1] * 40, *[[i] for i in range(2, 12)], max_tokens=8)
+    ended = run(engine, make_sequence([3] * 20, "first", max_tokens=20), long, *short)
+    assert_right(*ended)
+    times = [seq.metrics.first_token_time for seq in (long, *short)]
+    assert times == sorted(times)
+
+
+@both_depths
+def test_max_num_seqs_caps_the_residents(depth):
+    engine = make_engine(max_num_seqs=3, depth=depth)
+    seqs = sequences(*[[i] * 4 for i in range(8)], max_tokens=4)
+    run(engine, *seqs)
+    assert_right(*seqs)
+    assert max(len(step.rows) for step in engine.executor.steps) == 3
+
+
+@both_depths
+def test_a_long_prompt_does_not_stop_decodes(depth):
+    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=4, depth=depth)
+    decoding, long = sequences([1, 2], [3] * 40, max_tokens=40)
+    engine.add(decoding)
+    step_until(engine, lambda: decoding.num_computed > 2)
+    num_steps = len(engine.executor.steps)
+    engine.add(long)
+    step_until(engine, lambda: long.output_token_ids)
+    steps = engine.executor.steps[num_steps:]
+    assert len(steps) >= 40 // 3 and {step.query_lens[0] for step in steps} == {1}
+    assert all(step.num_decodes >= 1 for step in steps)
+    assert {sum(step.query_lens) for step in steps[:13]} == {4}  # the budget, used up
+    run(engine)
+    assert_right(decoding, long)
+
+
+# Where a request ends
+
+
+@both_depths
+@pytest.mark.parametrize(
+    "num_prompt, params", [(5, dict(max_tokens=9)), (40, dict(max_tokens=None))]
+)
+def test_an_end_by_length_computes_nothing_beyond_it(num_prompt, params, depth):
+    engine = make_engine(depth=depth)
+    seq = make_sequence([1] * num_prompt, **params)
+    run(engine, seq)
+    assert_right(seq)
+    assert seq.finish_reason == "length"
+    assert engine.metrics.decode_tokens == len(seq.output_token_ids) - 1
+    assert engine.metrics.prefill_tokens == num_prompt
+
+
+@both_depths
+def test_an_end_by_stop_is_overrun_by_depth_minus_one_steps(depth):
+    engine = make_engine(depth=depth)
+    stop = expected_tokens([1, 2, 3], SamplingParams(ignore_eos=True, max_tokens=6))[0][5]
+    seq = make_sequence([1, 2, 3], stop_token_ids=[stop], max_tokens=None)
+    run(engine, seq)
+    assert_right(seq)
+    assert seq.finish_reason == "stop"
+    overrun = engine.metrics.decode_tokens - (len(seq.output_token_ids) - 1)
+    assert overrun == depth - 1
+
+
+PROMPT = [1, 2, 3]
+# What the prompt continues with; EOS is among it.
+FREE = expected_tokens(PROMPT, SamplingParams(ignore_eos=True, max_tokens=None))[0]
+AT_EOS = FREE.index(EOS[0])
+OTHER = FREE[4]
+AT_OTHER = FREE.index(OTHER)
+
+
+@both_depths
+@pytest.mark.parametrize(
+    "params, num_tokens, reason, stop_reason",
+    [
+        (dict(ignore_eos=False, max_tokens=None), AT_EOS + 1, "stop", None),
+        (dict(max_tokens=None), 45, "length", None),  # max_model_len is 48
+        (dict(max_tokens=100), 45, "length", None),
+        (dict(max_tokens=3), 3, "length", None),
+        (dict(max_tokens=1), 1, "length", None),
+        (dict(stop_token_ids=[OTHER], max_tokens=None), AT_OTHER + 1, "stop", OTHER),
+        (dict(stop_token_ids=[OTHER], max_tokens=AT_OTHER + 1), AT_OTHER + 1, "stop", OTHER),
+        (dict(stop_token_ids=[*EOS], max_tokens=None), AT_EOS + 1, "stop", 0),
+        (dict(stop_token_ids=[*EOS], ignore_eos=False, max_tokens=None), AT_EOS + 1, "stop", None),
+    ],
+)
+def test_where_and_why_it_ends(params, num_tokens, reason, stop_reason, depth):
+    seq = make_sequence(PROMPT, **params)
+    run(make_engine(depth=depth), seq)
+    assert seq.output_token_ids == FREE[:num_tokens]
+    assert (seq.finish_reason, seq.stop_reason) == (reason, stop_reason)
+
+
+@both_depths
+@pytest.mark.parametrize("min_tokens", [AT_OTHER, AT_OTHER + 1, 20])
+def test_no_stop_token_is_drawn_before_min_tokens(min_tokens, depth):
+    seq = make_sequence(
+        PROMPT, min_tokens=min_tokens, stop_token_ids=[OTHER], ignore_eos=False, max_tokens=None
+    )
+    run(make_engine(depth=depth), seq)
+    assert_right(seq)
+    assert not {OTHER, *EOS} & set(seq.output_token_ids[:min_tokens])
+    # The first token that is free to stop it does, if it is one that the prompt continues with.
+    assert min_tokens != AT_OTHER or seq.output_token_ids == FREE[: AT_OTHER + 1]
+
+
+# Aborts
+
+STATES = {
+    "unscheduled": lambda engine, seq: True,
+    "waiting": lambda engine, seq: len(engine.scheduler.running) == 2 and seq.row < 0,
+    "prefilling": lambda engine, seq: seq.num_computed > 0 and seq.is_prefilling,
+    "in flight": lambda engine, seq: seq.num_pending and not seq.output_token_ids,
+    "decoding": lambda engine, seq: len(seq.output_token_ids) == 3,
+    "preempted": lambda engine, seq: seq.output_token_ids and seq.row < 0,
+}
+
+
+# Between the steps of an engine of depth 1 nothing is in flight.
+STATES_AT_DEPTHS = [
+    (state, depth) for state in STATES for depth in (1, 2) if (state, depth) != ("in flight", 1)
+]
+
+
+@pytest.mark.parametrize("state, depth", STATES_AT_DEPTHS)
+def test_abort(state, depth):
+    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=6, num_blocks=13, depth=depth)
+    others = sequences([1] * 10, [4] * 3, max_tokens=36)
+    seq = make_sequence([2] * 11, "again", max_tokens=34)
+    queue = [*others, seq] if state == "waiting" else [others[0], seq, others[1]]
+    for each in queue:
+        engine.add(each)
+    step_until(engine, lambda: STATES[state](engine, seq))
+    num_tokens = len(seq.token_ids)
+    engine.abort("again")
+    engine.abort("unknown")
+    check_invariants(engine)
+    again = make_sequence([3] * 11, "again", max_tokens=20)
+    run(engine, again)
+    assert_right(*others, again)
+    assert seq.finish_reason == "abort" and len(seq.token_ids) == num_tokens
+    engine.abort("again")
+    assert again.finish_reason == "length"
+
+
+def test_every_token_is_reported_once_but_the_aborted_never():
+    engine = make_engine(depth=2)
+    seqs = sequences([1], [2], [3], max_tokens=5)
+    for seq in seqs:
+        engine.add(seq)
+    engine.step()
+    engine.abort("1")
+    reported = []
+    while engine.has_unfinished:
+        reported += engine.step()
+    assert [reported.count(seq) for seq in seqs] == [5, 0, 5]
+    times = seqs[0].metrics
+    assert times.arrival_time < times.first_token_time < times.finished_time
+
+
+# Failures
+
+
+@both_depths
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("stage", ["submit", "stored", "result"])
+def test_a_failed_step_leaves_the_engine_usable(stage, error, depth):
+    for failing in range(10):
+        engine = make_engine(max_num_batched_tokens=8, num_blocks=12, depth=depth)
+        worker = engine.executor
+
+        def fail_on(at, number, worker=worker, failing=failing):
+            if (at, number) == (stage, failing):
+                worker.fail_on = lambda stage, number: None
+                raise error("out of luck")
+
+        worker.fail_on = fail_on
+        seqs = sequences([1] * 8, [2] * 20, [1] * 8, [3], max_tokens=12)
+        for seq in seqs:
+            engine.add(seq)
+        with pytest.raises(error, match="out of luck"):
+            while engine.has_unfinished:
+                engine.step()
+        check_invariants(engine)
+        assert not engine.pending
+        run(engine, make_sequence([1] * 9, "later"))
+        assert_right(*seqs)
+
+
+ENGINE_FILES = str(Path(nanovllm.engine.__file__).parent)
+
+
+def interrupt(engine, line):
+    """Step to the end, but with Ctrl-C at the n-th line that runs in nanovllm.engine. False if that
+    is past the end."""
+    left = line
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(ENGINE_FILES):
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    try:
+        while engine.has_unfinished:
+            sys.settrace(trace)
+            engine.step()
+            sys.settrace(before)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@both_depths
+def test_ctrl_c_at_any_line_of_a_step_leaves_the_engine_usable(depth):
+    interrupted, line, wrong = True, 0, []
+    while interrupted:
+        engine = make_engine(max_num_batched_tokens=8, num_blocks=13, depth=depth)
+        seqs = sequences([1] * 4, PROMPT, max_tokens=AT_OTHER + 2, stop_token_ids=[OTHER])
+        seqs += [make_sequence([1] * 4, "short", max_tokens=2)]
+        for seq in seqs:
+            engine.add(seq)
+        interrupted = interrupt(engine, line)
+        check_invariants(engine)
+        run(engine)
+        try:
+            assert_right(*seqs)
+        except AssertionError:
+            wrong.append(line)
+        line += 1
+    assert line > 500 and not wrong

@@ -1,0 +1,174 @@
+"""Random schedules: whatever arrives, is aborted or fails when, every request ends with its tokens.
+
+NANOVLLM_FUZZ=20000 runs that many schedules with fresh random seeds; without it the schedules are
+the same every time.
+"""
+
+import os
+from itertools import count
+
+import pytest
+from fake_worker import (
+    FakeWorker,
+    assert_idle,
+    assert_right,
+    check_invariants,
+    make_engine,
+    make_sequence,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanovllm.engine import block_manager
+
+FUZZ = int(os.environ.get("NANOVLLM_FUZZ", "0"))
+
+
+def fuzz(max_examples):
+    return settings(
+        max_examples=FUZZ or max_examples,
+        derandomize=not FUZZ,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+class FailNext:
+    """Fails once, at the armed stage of the next step that gets there."""
+
+    def __init__(self):
+        self.armed = None
+
+    def __call__(self, stage, number):
+        if self.armed and self.armed[0] == stage:
+            (_, error), self.armed = self.armed, None
+            raise error
+
+
+@st.composite
+def engines(draw):
+    """Engine options, and the longest sequence that they allow for."""
+    block_size = draw(st.integers(1, 8))
+    max_model_len = draw(st.integers(2, 40))
+    max_num_seqs = draw(st.integers(1, 6))
+    smallest = -(-max_model_len // block_size)
+    return max_model_len, dict(
+        block_size=block_size,
+        num_blocks=smallest + draw(st.sampled_from([0, 1, smallest // 2, smallest, 3 * smallest])),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 0, 1, 3, 10, 50])),
+        enable_prefix_caching=draw(st.integers(0, 4)) > 0,
+        depth=draw(st.integers(1, 2)),
+    )
+
+
+# A prompt is a cut of one of a few texts, and perhaps a tail of its own: hits abound.
+TEXTS = ([1, 2] * 20, [1] * 40, [1, 2] * 6 + [2] * 28)
+REQUESTS = st.tuples(
+    st.sampled_from(TEXTS),
+    st.sampled_from([1, 3, 4, 7, 8, 12, 16, 24, 39]),
+    st.lists(st.integers(1, 2), max_size=3),
+    st.sampled_from([1, 3, 8, 16, None]),  # max_tokens
+    st.sampled_from([0, 0, 0, 1, 4]),  # min_tokens
+    st.sampled_from([True, True, False]),  # ignore_eos
+    st.sampled_from([None, None, None, [3, 4, 5]]),  # stop_token_ids
+    st.integers(0, 1),  # seed
+)
+NO_EVENTS = [("step", 0)] * 24
+ABORTS = [("abort", back) for back in (1, 1, 2, 2, 3, 4, 6, 8)]
+FAILURES = [
+    ("fail", stage, error)
+    for stage in ("submit", "stored", "result")
+    for error in (RuntimeError, KeyboardInterrupt)
+]
+# A request arrives, something happens, some steps run; and so on.
+SCHEDULES = st.lists(
+    st.tuples(REQUESTS, st.sampled_from(NO_EVENTS + ABORTS + FAILURES), st.integers(0, 6)),
+    min_size=4,
+    max_size=24,
+)
+
+
+class Run:
+    """Carries a schedule out, and checks everything that holds between steps."""
+
+    def __init__(self, max_model_len, options):
+        self.max_model_len = max_model_len
+        self.caching = options["enable_prefix_caching"]
+        self.engine = make_engine(**options)
+        self.worker: FakeWorker = self.engine.executor
+        self.worker.fail_on = self.failure = FailNext()
+        self.seqs = []
+
+    def play(self, schedule):
+        for request, (event, *args), num_steps in schedule:
+            self.add(*request)
+            getattr(self, event)(*args)
+            self.step(num_steps)
+        while self.engine.has_unfinished:
+            assert len(self.worker.steps) < 5000, "some request never ends"
+            self.step()
+        assert_idle(self.engine)
+        assert_right(*self.seqs, max_model_len=self.max_model_len)
+        assert self.caching or not self.engine.metrics.cached_tokens
+
+    def add(self, text, length, tail, max_tokens, min_tokens, ignore_eos, stop_token_ids, seed):
+        seq = make_sequence(
+            (text[:length] + tail)[: self.max_model_len - 1],
+            # The ids of requests that ended come back.
+            request_id=next(i for i in map(str, count()) if i not in self.engine.unfinished),
+            max_model_len=self.max_model_len,
+            seed=seed,
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens or min_tokens),
+            ignore_eos=ignore_eos,
+            stop_token_ids=stop_token_ids,
+        )
+        self.engine.add(seq)
+        self.seqs.append(seq)
+
+    def step(self, times=1):
+        for _ in range(times):
+            decoding = [seq for seq in self.engine.scheduler.running if seq.wants_decode]
+            num_steps = len(self.worker.steps)
+            try:
+                self.engine.step()
+            except (RuntimeError, KeyboardInterrupt):
+                assert not self.failure.armed
+            else:
+                if len(self.worker.steps) > num_steps:
+                    self.check_all_decoded(decoding)
+            check_invariants(self.engine)
+
+    def check_all_decoded(self, decoding):
+        num_decodes = self.worker.steps[-1].num_decodes
+        preempted = sum(seq.row < 0 and not seq.finished for seq in decoding)
+        assert len(decoding) - preempted <= num_decodes <= len(decoding)
+
+    def abort(self, back):
+        self.engine.abort(self.seqs[-min(back, len(self.seqs))].request_id)
+        check_invariants(self.engine)
+
+    def fail(self, stage, error):
+        self.failure.armed = stage, error
+
+
+@fuzz(3000)
+@given(engines(), SCHEDULES)
+def test_every_schedule_gives_the_right_tokens(engine, schedule):
+    Run(*engine).play(schedule)
+
+
+@fuzz(1000)
+@given(engines(), SCHEDULES, st.integers(0, 2))
+def test_colliding_hashes_never_give_wrong_tokens(engine, schedule, bits):
+    real_hash = block_manager.xxh3_64_intdigest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            block_manager,
+            "xxh3_64_intdigest",
+            lambda data, seed: 1 + real_hash(data, seed) % 2**bits,
+        )
+        Run(*engine).play(schedule)

@@ -1,0 +1,334 @@
+"""A worker for engine tests: no model, but the state a real one keeps, and tokens that nobody gets
+right by accident.
+
+Its cache maps a slot to the token and position stored there. The next token is a hash of the whole
+context as read through the row's block table, so a page that is mixed up, shared wrongly or freed
+early is noticed at once or changes the tokens. `expected_tokens` says what they must be.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from nanovllm.engine.engine import Engine
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.step import RowStart, StepInput, StepOutput
+
+VOCAB = 16
+EOS = (0,)
+MAX_MODEL_LEN = 48
+
+
+def context_hashes(tokens: Iterable[int]) -> list[int]:
+    """A hash of each prefix; [0] is that of none. Python's hash of ints is the same everywhere."""
+    return list(accumulate(tokens, lambda digest, token: hash((digest, token)), initial=0))
+
+
+def draw(digest: int, seed: int, forbidden: Iterable[int], vocab: int) -> int:
+    """The token after a context."""
+    while (token := hash((digest, seed)) % vocab) in forbidden:
+        digest += 1
+    return token
+
+
+def expected_tokens(
+    prompt: list[int],
+    params: SamplingParams,
+    eos_ids: tuple[int, ...] = EOS,
+    max_model_len: int = MAX_MODEL_LEN,
+    vocab: int = VOCAB,
+    seed: int = 0,
+) -> tuple[list[int], str]:
+    """A request's tokens and finish reason, from its definition alone."""
+    stops = {*(() if params.ignore_eos else eos_ids), *(params.stop_token_ids or ())}
+    output: list[int] = []
+    while True:
+        digest = context_hashes(prompt + output)[-1]
+        output.append(draw(digest, seed, stops if len(output) < params.min_tokens else (), vocab))
+        if output[-1] in stops:
+            return output, "stop"
+        if len(output) == params.max_tokens or len(prompt) + len(output) == max_model_len:
+            return output, "length"
+
+
+@dataclass
+class Row:
+    start: RowStart
+    block_table: list[int] = field(default_factory=list)
+    last_token: int | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    row: Row
+    position: int
+    tokens: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Pending:
+    worker: "FakeWorker"
+    number: int
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        self.worker.fail_on("result", self.number)
+        return self.output
+
+
+class FakeWorker:
+    """An Executor. Steps run when submitted, in order, as on a device stream.
+
+    Args:
+        num_blocks, block_size, max_num_seqs, max_num_batched_tokens: the engine's.
+        fail_on: called with (stage, number of the step) and may raise. The stages are "submit"
+            (nothing has run), "stored" (the step stored its tokens but has not sampled), "result".
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        vocab: int = VOCAB,
+        fail_on: Callable[[str, int], None] = lambda stage, number: None,
+    ):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.vocab = vocab
+        self.fail_on = fail_on
+        self.steps: list[StepInput] = []
+        self.rows: dict[int, Row] = {}
+        self.cache: dict[int, tuple[int, int]] = {}  # slot -> token, position
+        # Keys and values depend on all tokens before theirs: slot -> hash of them.
+        self.contexts: dict[int, int] = {}
+        self.num_stored = 0
+
+    def submit(self, step: StepInput) -> Pending:
+        number = len(self.steps)
+        self.steps.append(step)
+        self.fail_on("submit", number)
+        self._check_shape(step)
+        self._start_rows(step)
+        queries = self._queries(step)
+        self._check_writers(step, queries)
+        self._store(queries)
+        self.fail_on("stored", number)
+        return Pending(self, number, StepOutput(self._sample(step, queries)))
+
+    def _check_shape(self, step: StepInput) -> None:
+        n = step.num_decodes
+        assert step.rows and sum(step.query_lens) <= self.max_num_batched_tokens
+        assert len(set(step.rows)) == len(step.rows) <= self.max_num_seqs
+        assert len(step.positions) == len(step.query_lens) == len(step.samples) == len(step.rows)
+        assert set(step.query_lens[:n]) <= {1} and all(step.samples[:n])
+        assert min(step.query_lens) > 0 and sum(step.query_lens[n:]) == len(step.token_ids)
+        assert {start.row for start in step.starts} <= set(step.rows)
+
+    def _start_rows(self, step: StepInput) -> None:
+        for start in step.starts:
+            assert 0 <= start.row < self.max_num_seqs
+            self.rows[start.row] = Row(start)
+        for row, first, pages in step.new_pages:
+            table = self.rows[row].block_table
+            assert first == len(table) and all(0 <= page < self.num_blocks for page in pages)
+            table += pages
+
+    def _queries(self, step: StepInput) -> list[Query]:
+        queries, read = [], 0
+        for i, row in enumerate(map(self.rows.__getitem__, step.rows)):
+            if i < step.num_decodes:
+                assert row.last_token is not None, "a decode in a row that has not sampled"
+                tokens = [row.last_token]
+            else:
+                tokens = step.token_ids[read : read + step.query_lens[i]]
+                read += len(tokens)
+            queries.append(Query(row, step.positions[i], tokens))
+        return queries
+
+    def _check_writers(self, step: StepInput, queries: list[Query]) -> None:
+        """Whoever stores into a page is the only one that ever does while others hold it. Those
+        that start with this step may share what it stores."""
+        started = {start.row for start in step.starts}
+        holders: dict[int, list[Row]] = {}
+        for query in queries:
+            row = query.row
+            num_shared = row.start.num_cached_tokens // self.block_size
+            for i, page in enumerate(row.block_table):
+                if i >= num_shared or row.start.row not in started:
+                    holders.setdefault(page, []).append(row)
+        for query in queries:
+            for position in range(query.position, query.end):
+                if position >= query.row.start.num_cached_tokens:
+                    page = self._slot(query.row, position) // self.block_size
+                    assert holders[page] == [query.row], f"page {page} has two writers"
+
+    def _store(self, queries: list[Query]) -> None:
+        stored: list[tuple[Query, int, int]] = []
+        for query in queries:
+            for position, token in enumerate(query.tokens, query.position):
+                if position >= query.row.start.num_cached_tokens:
+                    slot = self._slot(query.row, position)
+                    self.cache[slot] = token, position
+                    stored.append((query, position, slot))
+        hashes = {id(query): context_hashes(self._read(query)) for query in queries}
+        for query, position, slot in stored:
+            self.contexts[slot] = hashes[id(query)][position]
+        self.num_stored += len(stored)
+
+    def _sample(self, step: StepInput, queries: list[Query]) -> list[int]:
+        output = []
+        for query, samples in zip(queries, step.samples, strict=True):
+            row, context = query.row, self._read(query)
+            assert context[query.position :] == query.tokens, "a shared page holds other tokens"
+            hashes = context_hashes(context)
+            for position in range(query.end):
+                assert self.contexts[self._slot(row, position)] == hashes[position], (
+                    f"position {position} reads keys and values of another context"
+                )
+            if samples:
+                forbidden = row.start.stop_token_ids if query.end < row.start.min_len else ()
+                row.last_token = draw(hashes[-1], row.start.seed, forbidden, self.vocab)
+                output.append(row.last_token)
+        return output
+
+    def _read(self, query: Query) -> list[int]:
+        """The row's tokens up to the end of its query."""
+        tokens = []
+        for position in range(query.end):
+            slot = self._slot(query.row, position)
+            assert slot in self.cache, f"position {position} reads slot {slot}, never stored"
+            token, stored_position = self.cache[slot]
+            assert stored_position == position, (
+                f"position {position} reads slot {slot}, which holds position {stored_position}"
+            )
+            tokens.append(token)
+        return tokens
+
+    def _slot(self, row: Row, position: int) -> int:
+        index, offset = divmod(position, self.block_size)
+        assert index < len(row.block_table), f"position {position} is beyond the block table"
+        return row.block_table[index] * self.block_size + offset
+
+
+def make_engine(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 64,
+    enable_prefix_caching: bool = True,
+    depth: int = 1,
+) -> Engine:
+    """An engine over a FakeWorker, which is its `executor`."""
+    limits = (num_blocks, block_size, max_num_seqs, max_num_batched_tokens)
+    return Engine(
+        FakeWorker(*limits),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
+        depth=depth,
+    )
+
+
+def make_sequence(
+    prompt: list[int],
+    request_id: str = "a",
+    max_model_len: int = MAX_MODEL_LEN,
+    seed: int = 0,
+    **params,
+) -> Sequence:
+    params = {"ignore_eos": True, **params}
+    return Sequence(
+        request_id,
+        prompt,
+        SamplingParams(**params),
+        seed=seed,
+        max_model_len=max_model_len,
+        eos_token_ids=EOS,
+    )
+
+
+def run(engine: Engine, *seqs: Sequence) -> list[Sequence]:
+    """Add sequences and step until all is done. Returns the sequences in the order they ended."""
+    for seq in seqs:
+        engine.add(seq)
+    ended = []
+    for _ in range(10_000):
+        if not engine.has_unfinished:
+            assert_idle(engine)
+            return ended
+        ended += [seq for seq in engine.step() if seq.finished]
+        check_invariants(engine)
+    raise AssertionError("some request never ends")
+
+
+def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
+    for seq in seqs:
+        prompt = seq.token_ids[: seq.num_prompt_tokens]
+        tokens, reason = expected_tokens(
+            prompt, seq.params, max_model_len=max_model_len, seed=seq.seed
+        )
+        if seq.finish_reason == "abort":
+            assert seq.output_token_ids == tokens[: len(seq.output_token_ids)]
+        else:
+            assert (seq.output_token_ids, seq.finish_reason) == (tokens, reason)
+
+
+def check_invariants(engine: Engine) -> None:
+    """What holds between any two steps."""
+    scheduler, worker = engine.scheduler, engine.executor
+    manager, running = scheduler.block_manager, scheduler.running
+
+    # Every page is free, or owned by as many sequences as are counted.
+    tables = [seq.block_table for seq in running]
+    assert all(len(set(table)) == len(table) for table in tables)
+    counts = [0] * manager.num_blocks
+    for page in (page for table in tables for page in table):
+        counts[page] += 1
+    assert counts == manager.ref_counts
+    assert set(manager.free_blocks) == {page for page, count in enumerate(counts) if count == 0}
+    # The pages without content are reused first.
+    has_content = [manager.contents[page] is not None for page in manager.free_blocks]
+    assert has_content == sorted(has_content)
+    # The prefix cache finds exactly the pages that have content.
+    keyed = [(key.hash, page) for page, key in enumerate(manager.contents) if key]
+    assert sorted(keyed) == sorted(manager.cached.items())
+    assert manager.enable_prefix_caching or not keyed
+
+    # What a sequence stores itself is in nobody else's hands as something to store.
+    written = [
+        page
+        for seq in running
+        for page in seq.block_table[
+            worker.rows[seq.row].start.num_cached_tokens // manager.block_size :
+        ]
+    ]
+    assert len(set(written)) == len(written)
+
+    # Nobody holds more pages than its tokens need.
+    for seq in running:
+        num_tokens = max(seq.num_computed, seq.prefill_end)
+        assert len(seq.block_table) == -(-num_tokens // manager.block_size)
+
+    rows = [seq.row for seq in running]
+    assert sorted(rows + scheduler.free_rows) == list(range(scheduler.max_num_seqs))
+    assert len(engine.pending) <= engine.depth
+    # First come, first served: nobody runs before an older one, across preemptions and failures.
+    assert [*running, *scheduler.waiting] == list(engine.unfinished.values())
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is left behind."""
+    scheduler = engine.scheduler
+    assert not (engine.unfinished or engine.pending or scheduler.running or scheduler.waiting)
+    assert scheduler.block_manager.num_free == scheduler.block_manager.num_blocks
+    assert len(scheduler.free_rows) == scheduler.max_num_seqs

@@ -1,0 +1,139 @@
+"""prompts.py and SamplingParams: every accepted form of a prompt, and one checked copy of the
+parameters for each."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import SamplingParams
+from nanovllm.prompts import TokenizedPrompt, check, match_params, normalize
+
+
+def tokenizer(texts):
+    assert isinstance(texts, list)
+    return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+
+A = TokenizedPrompt([97], "a")
+IDS = TokenizedPrompt([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("a", [A]),
+        (["a"], [A]),
+        (("a", "a"), [A, A]),
+        ([1, 2], [IDS]),
+        ((1, 2), [IDS]),
+        ([[1, 2]], [IDS]),
+        ([(1, 2), "a"], [IDS, A]),
+        ({"prompt": "a"}, [A]),
+        ({"prompt_token_ids": [1, 2]}, [IDS]),
+        *[(make([1, 2]), [IDS]) for make in (np.array, torch.tensor)],
+        *[(make([[1, 2], [1, 2]]), [IDS, IDS]) for make in (np.array, torch.tensor)],
+        ([np.array([1, 2]), {"prompt_token_ids": torch.tensor([1, 2])}], [IDS, IDS]),
+        ([{"prompt": "a"}, {"prompt_token_ids": [1, 2]}, "a", [1, 2]], [A, IDS, A, IDS]),
+        ([], []),
+    ],
+)
+def test_every_form_becomes_one_list(prompts, expected):
+    found = normalize(prompts, tokenizer)
+    assert found == expected
+    assert all(type(token) is int for prompt in found for token in prompt.token_ids)
+
+
+def test_all_texts_are_tokenized_in_one_call():
+    calls = []
+    normalize(["a", [1], "b"], lambda texts: calls.append(texts) or tokenizer(texts))
+    assert calls == [["a", "b"]]
+
+
+def test_text_needs_a_tokenizer_and_token_ids_do_not():
+    assert normalize([1, 2], None) == [IDS]
+    with pytest.raises(ValueError, match=r"text prompt needs a tokenizer.*token ids"):
+        normalize([[1, 2], "a"], None)
+
+
+def test_a_prompt_may_fill_all_but_one_place():
+    check(TokenizedPrompt([0, 9, 0]), "prompt 7", vocab_size=10, max_model_len=4)
+    with pytest.raises(ValueError, match="prompt 7 has 3 tokens; max_model_len=3 allows 2"):
+        check(TokenizedPrompt([0, 9, 0]), "prompt 7", vocab_size=10, max_model_len=3)
+
+
+GREEDY, RANDOM = SamplingParams(temperature=0), SamplingParams(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (None, [RANDOM, RANDOM]),
+        (GREEDY, [GREEDY, GREEDY]),
+        ([GREEDY, RANDOM], [GREEDY, RANDOM]),
+        ((RANDOM, GREEDY), [RANDOM, GREEDY]),
+    ],
+)
+def test_each_prompt_gets_its_parameters(params, expected):
+    assert match_params(params, default=RANDOM, num_prompts=2) == expected
+
+
+@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: [p]])
+def test_parameters_are_copied_and_checked_again(wrap):
+    params = SamplingParams()
+    [mine] = match_params(wrap(params), GREEDY, 1)
+    params.temperature = -1.0
+    assert mine.temperature == 1.0
+    with pytest.raises(ValueError, match="temperature must be"):
+        match_params(wrap(params), GREEDY, 1)
+
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = [
+    ("temperature", [-0.1, 2.1, 10**400, NAN, INF, -INF], "be in [0, 2] (0 is greedy)"),
+    ("top_p", [0, -0.5, 1.1, NAN], "be in (0, 1] (1 keeps every token)"),
+    ("top_k", [-2], "be at least 1, or 0 or -1 to keep every token"),
+    ("min_p", [-0.1, 1.1, NAN], "be in [0, 1] (0 keeps every token)"),
+    ("max_tokens", [0, -1], "be at least 1, or None for no limit of its own"),
+    ("min_tokens", [-1], "be at least 0"),
+    ("min_tokens", [17], "be at most max_tokens=16"),
+    ("seed", [2**63, -(2**63) - 1], "fit in 64 bits"),
+]
+WRONG_TYPE = [
+    (["temperature", "top_p", "min_p"], [None, "1", True, [0]], "a number"),
+    (["top_k", "min_tokens"], [1.5, None, "1", True], "a whole number"),
+    (["max_tokens", "seed"], [1.0, "1", False], "a whole number"),
+    (["ignore_eos"], [1, None], "a bool"),
+    (["stop_token_ids"], [2, "2", {2: 2}, [2.0], [True], [[2]]], "a list of token ids"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [(n, v, m) for n, values, m in OUT_OF_RANGE for v in values]
+)
+def test_a_value_out_of_range_is_refused(name, value, message):
+    with pytest.raises(ValueError, match=f"^{name} must {re.escape(message)}, got {value}$"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"), [(n, v, k) for ns, vs, k in WRONG_TYPE for n in ns for v in vs]
+)
+def test_a_wrong_type_is_refused(name, value, kind):
+    with pytest.raises(TypeError, match=f"^{name} must be {kind}, got {re.escape(repr(value))}$"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0, "top_p": 1e-9, "top_k": -1, "min_p": 1, "seed": -(2**63)},
+        {"temperature": 2, "top_p": 1, "top_k": 0, "min_p": 0, "seed": 2**63 - 1},
+        {"max_tokens": None, "min_tokens": 99, "stop_token_ids": []},
+        {"max_tokens": 5, "min_tokens": 5, "stop_token_ids": (1, 2)},
+    ],
+)
+def test_the_ends_of_the_ranges_are_accepted(values):
+    params = SamplingParams(**values)
+    assert {name: getattr(params, name) for name in values} == values
