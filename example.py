@@ -36,16 +36,15 @@ def main() -> None:
 
     prompts = args.prompt or PROMPTS
     tokenizer = llm.get_tokenizer()
+    inputs = prompts
     if tokenizer.chat_template:
-        texts = [
+        inputs = [  # token ids: the template's text holds the special tokens already
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
             )
             for prompt in prompts
         ]
-    else:
-        texts = prompts
-    for prompt, output in zip(prompts, llm.generate(texts, params), strict=True):
+    for prompt, output in zip(prompts, llm.generate(inputs, params), strict=True):
         completion = output.outputs[0]
         print(
             f"\nPrompt: {prompt}\nAnswer: {completion.text.strip()}  [{completion.finish_reason}]"

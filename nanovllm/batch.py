@@ -18,7 +18,7 @@ class ForwardBatch:
         positions: [T] int64, each token's place in its sequence.
         slot_mapping: [T] int64, where its key and value go (page * block_size + offset); -1: they
             are there already.
-        block_tables: [S, pages] int32, rows padded with page 0.
+        block_tables: [S, pages] int32, rows padded with pages that exist.
         query_start: [S + 1] int32, where each sequence's query tokens begin.
         context_lens: [S] int32, tokens each sequence attends to at its last query token.
         max_query_len: the longest query.

@@ -5,12 +5,69 @@ llm.py calls it at construction; weights are models/weights.py's business.
 """
 
 import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from nanovllm.config import EngineConfig, ModelConfig, token_id_tuple
+from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All of a checkpoint but its weights. `tokenizer` is None after skip_tokenizer_init."""
+
+    model_config: ModelConfig
+    generation_config: dict[str, Any]
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+
+    @cached_property
+    def default_sampling_params(self) -> SamplingParams:
+        """What generation_config recommends. Raises ValueError for values out of range."""
+        names = {name: name for name in ("temperature", "top_p", "top_k", "min_p")}
+        names["max_new_tokens"] = "max_tokens"
+        found = {ours: self.generation_config.get(theirs) for theirs, ours in names.items()}
+        penalty = self.generation_config.get("repetition_penalty")
+        if penalty not in (None, 1):
+            logger.warning("generation_config.json's repetition_penalty %s is not applied", penalty)
+        try:
+            return SamplingParams(**{name: x for name, x in found.items() if x is not None})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"generation_config.json: {error}") from None
+
+
+def read_checkpoint(config: EngineConfig) -> Checkpoint:
+    """Read what the options name. Raises ValueError, as the functions below."""
+    folder = resolve_folder(config.model, config.revision, with_weights=False)
+    model_config = ModelConfig.from_hf(read_json(folder, "config.json", required=True))
+    generation_config = read_json(folder, "generation_config.json", required=False)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        if config.tokenizer is not None:
+            folder = resolve_folder(config.tokenizer, None, with_weights=False, option="tokenizer")
+        tokenizer = load_tokenizer(folder)
+    eos_token_ids = _eos_token_ids(model_config, generation_config, tokenizer)
+    return Checkpoint(model_config, generation_config, tokenizer, eos_token_ids)
+
+
+def _eos_token_ids(
+    model_config: ModelConfig, generation_config: dict[str, Any], tokenizer: Any
+) -> tuple[int, ...]:
+    """generation_config's (or, where it names none, config.json's) and the tokenizer's own."""
+    eos = token_id_tuple(generation_config.get("eos_token_id")) or model_config.eos_token_ids
+    own = getattr(tokenizer, "eos_token_id", None)
+    eos = eos if own is None else (*eos, own)
+    # One outside the vocabulary is never drawn.
+    return tuple(id for id in dict.fromkeys(eos) if 0 <= id < model_config.vocab_size)
 
 
 def resolve_folder(

@@ -89,6 +89,8 @@ class EngineConfig:
             _check_foreign_option(name, options.pop(name), known)
         if "dtype" in options:  # a torch.dtype prints as "torch.float32"
             options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+        if isinstance(options.get("tokenizer"), os.PathLike):
+            options["tokenizer"] = os.fspath(options["tokenizer"])
         if not isinstance(model, (str, os.PathLike)):
             raise TypeError(f"model must be a folder or a hub name, got {model!r}")
         return cls(model=os.fspath(model), **options)
@@ -268,16 +270,17 @@ class ModelConfig:
         )
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Elements of keys and values a token, over all layers; times the dtype's bytes."""
+    def kv_elements_per_token(self) -> int:
+        """Elements of keys and values a token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
 def token_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
     """config.json and generation_config.json write one token id or a list of them."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int for id in ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+    return tuple(ids)
 
 
 def _positive(hf: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -300,11 +303,30 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         raise ValueError("sliding-window attention is not supported yet (config.json asks for it)")
 
 
+LLAMA3_ROPE_KEYS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_ROPE_KEYS}
+
+
 def _rope_config(hf: dict[str, Any]) -> RopeConfig:
     """transformers 5 writes rope_parameters; before, rope_theta stood apart from rope_scaling."""
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(
+            f"RoPE type {rope_type!r} is not supported yet; supported: 'default', 'llama3'"
+        )
     theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    unknown = set(rope) - ROPE_KEYS
+    if unknown or hf.get("rope_interleaved"):
+        raise ValueError(
+            f"RoPE with {', '.join(sorted(map(str, unknown))) or 'rope_interleaved'} is not "
+            f"supported (config.json)"
+        )
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(
@@ -312,11 +334,7 @@ def _rope_config(hf: dict[str, Any]) -> RopeConfig:
         )
     if rope_type == "default":
         return RopeConfig(theta)
-    if rope_type != "llama3":
-        raise ValueError(
-            f"RoPE type {rope_type!r} is not supported yet; supported: 'default', 'llama3'"
-        )
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    names = LLAMA3_ROPE_KEYS
     missing = [name for name in names if name not in rope]
     if missing:
         raise ValueError(f"config.json: RoPE type 'llama3' needs {', '.join(missing)}")

@@ -4,19 +4,25 @@ worker.
 It tokenizes and checks requests; the engine decides what runs when; the worker computes.
 """
 
+import copy
 import logging
+import threading
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
+from xxhash import xxh3_64_intdigest
 
-from nanovllm import checkpoint, platform, prompts
-from nanovllm.config import EngineConfig, ModelConfig, token_id_tuple
+from nanovllm import platform, prompts
+from nanovllm.checkpoint import read_checkpoint
+from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
+from nanovllm.metrics import EngineMetrics
 from nanovllm.models import model_class
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -44,34 +50,22 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any):
-        self._engine: Engine | None = None  # close() finds it however far construction came
+        self._engine: Engine | None = None
+        self._lock = threading.RLock()
         self.config = config = EngineConfig.from_options(model, **options)
         platform.resolve_device(config.device)
-        folder = checkpoint.resolve_folder(config.model, config.revision, with_weights=False)
-        hf_config = checkpoint.read_json(folder, "config.json", required=True)
-        self.model_config = ModelConfig.from_hf(hf_config)
-        model_class(
-            self.model_config.architecture
-        )  # refuses an unknown one before anything is loaded
-        self._generation_config = checkpoint.read_json(
-            folder, "generation_config.json", required=False
-        )
-        self._tokenizer = None
-        if not config.skip_tokenizer_init:
-            tokenizer_folder = folder
-            if config.tokenizer is not None:
-                tokenizer_folder = checkpoint.resolve_folder(
-                    config.tokenizer, None, with_weights=False, option="tokenizer"
-                )
-            self._tokenizer = checkpoint.load_tokenizer(tokenizer_folder)
-        self._detokenizer = Detokenizer(self._tokenizer) if self._tokenizer else None
-        self._eos_token_ids = self._find_eos_token_ids()
+        self._checkpoint = read_checkpoint(config)
+        self.model_config = self._checkpoint.model_config
+        model_class(self.model_config.architecture)  # before weights are fetched or read
+        tokenizer = self._checkpoint.tokenizer
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
+        self._num_requests = 0
 
-        if config.load_format != "dummy":
-            folder = checkpoint.resolve_folder(config.model, config.revision, with_weights=True)
-        max_num_seqs, max_num_batched_tokens = _limits(config)
-        executor = InProcessExecutor(config, self.model_config, folder, max_num_seqs)
-        plan = executor.runner.plan
+        max_num_seqs, max_num_batched_tokens = platform.batch_limits(
+            config.max_num_seqs, config.max_num_batched_tokens
+        )
+        executor = InProcessExecutor(config, self.model_config, max_num_seqs)
+        plan = executor.plan
         self.max_model_len = plan.max_model_len
         self._engine = Engine(
             executor,
@@ -83,18 +77,13 @@ class LLM:
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if config.async_scheduling else 1,
         )
-        self._num_requests = 0
-        self._undelivered: list[Sequence] = []  # progress of others' requests during generate
         logger.info(
-            "%s on %s in %s, attention TORCH_SDPA; weights %.2f GiB; KV cache of %d tokens in "
-            "pages of %d, %.1f requests of %d tokens",
+            "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
             self.model_config.architecture,
-            executor.runner.device,
-            str(executor.runner.dtype).removeprefix("torch."),
-            executor.runner.weight_bytes / platform.GIB,
+            executor.description,
             plan.num_tokens,
             plan.block_size,
-            plan.num_tokens / plan.max_model_len,
+            plan.num_blocks / plan.max_blocks,
             plan.max_model_len,
         )
 
@@ -119,24 +108,28 @@ class LLM:
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
-        engine = self._open_engine()
-        seqs = self._make_sequences(prompts, sampling_params)
-        mine = {seq.request_id for seq in seqs}
-        try:
-            for seq in seqs:
-                engine.add(seq)
-            with _Progress(len(seqs), engine, disable=not use_tqdm) as progress:
-                while not all(seq.finished for seq in seqs):
-                    advanced = engine.step()
-                    self._undelivered += [s for s in advanced if s.request_id not in mine]
-                    progress.show(sum(s.finished and s.request_id in mine for s in advanced))
-        except (
-            BaseException
-        ):  # Ctrl-C too: what others added goes on later, nothing of this call stays
-            for seq in seqs:
-                engine.abort(seq.request_id)
-            raise
-        return [self._output(seq) for seq in seqs]
+        with self._use_engine() as engine:
+            seqs = self._make_sequences(prompts, sampling_params)
+            try:
+                for seq in seqs:
+                    engine.add(seq)
+                self._run(engine, seqs, use_tqdm)
+            except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
+                engine.abort([seq.request_id for seq in seqs])
+                raise
+            return [self._output(seq) for seq in seqs]
+
+    def _run(self, engine: Engine, seqs: list[Sequence], use_tqdm: bool) -> None:
+        """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
+        running = set(seqs)
+        with _Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
+            while running:
+                engine.step()
+                for seq in running & engine.advanced.keys():
+                    del engine.advanced[seq]
+                    if seq.finished:
+                        running.remove(seq)
+                progress.show(num_finished=len(seqs) - len(running))
 
     # One step at a time
 
@@ -154,60 +147,51 @@ class LLM:
 
         Returns: the request's id.
         """
-        engine = self._open_engine()
         if request_id is not None and not (isinstance(request_id, str) and request_id):
             raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
-        if request_id in engine.unfinished:
-            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         prompt = prompts.plain(prompt)
         if not (prompts.is_single(prompt) or prompt == []):
             raise TypeError(f"add_request takes one prompt, generate lists; got {prompt!r:.80}")
         if not isinstance(sampling_params, SamplingParams | None):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r:.80}")
-        [seq] = self._make_sequences([prompt], sampling_params, request_id)
-        engine.add(seq)
+        with self._use_engine() as engine:
+            if request_id in engine.unfinished:
+                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+            [seq] = self._make_sequences([prompt], sampling_params, request_id)
+            engine.add(seq)
         return seq.request_id
 
     def step(self) -> list[RequestOutput]:
         """Run one round of the engine. Returns the outputs, so far, of the requests that got a
         token; may be empty while there is more to do."""
-        advanced = self._undelivered + self._open_engine().step()
-        self._undelivered = []
-        return [self._output(seq) for seq in dict.fromkeys(advanced)]
+        with self._use_engine() as engine:
+            engine.step()
+            outputs = [self._output(seq) for seq in engine.advanced]
+            engine.advanced.clear()
+            return outputs
 
     def abort(self, request_id: str) -> None:
         """End a request without an output; one that has ended or is unknown is left alone."""
-        self._open_engine().abort(request_id)
-        self._undelivered = [s for s in self._undelivered if s.request_id != request_id]
+        with self._use_engine() as engine:
+            engine.abort([request_id])
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished and step() has nothing more to give."""
-        return not (self._open_engine().has_unfinished or self._undelivered)
+        with self._use_engine() as engine:
+            return not engine.has_unfinished
 
     # What the checkpoint brings
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer (transformers'). Raises ValueError after
         skip_tokenizer_init=True."""
-        if self._tokenizer is None:
+        if self._checkpoint.tokenizer is None:
             raise ValueError("there is no tokenizer: skip_tokenizer_init=True")
-        return self._tokenizer
+        return self._checkpoint.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config recommends."""
-        found = self._generation_config
-        names = {name: name for name in ("temperature", "top_p", "top_k", "min_p")}
-        names["max_new_tokens"] = "max_tokens"
-        penalty = found.get("repetition_penalty")
-        if penalty not in (None, 1, 1.0):
-            logger.warning("generation_config's repetition_penalty=%s is not applied", penalty)
-        return SamplingParams(
-            **{
-                ours: found[theirs]
-                for theirs, ours in names.items()
-                if found.get(theirs) is not None
-            }
-        )
+        return copy.copy(self._checkpoint.default_sampling_params)
 
     # The end
 
@@ -222,17 +206,13 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
-            raise RuntimeError("this LLM is closed")
-        return self._engine
-
-    def _find_eos_token_ids(self) -> tuple[int, ...]:
-        """generation_config's (or, without one, config.json's) and the tokenizer's own."""
-        eos = token_id_tuple(self._generation_config.get("eos_token_id"))
-        eos = eos or self.model_config.eos_token_ids
-        own = getattr(self._tokenizer, "eos_token_id", None)
-        return tuple(dict.fromkeys(eos if own is None else (*eos, own)))
+    @contextmanager
+    def _use_engine(self) -> Iterator[Engine]:
+        """The engine for one thread at a time; others wait."""
+        with self._lock:
+            if self._engine is None:
+                raise RuntimeError("this LLM is closed")
+            yield self._engine
 
     def _make_sequences(
         self,
@@ -241,7 +221,7 @@ class LLM:
         request_id: str | None = None,
     ) -> list[Sequence]:
         """Checked sequences for all prompts, or an error before any is made."""
-        tokenized = prompts.normalize(prompt_list, self._tokenizer)
+        tokenized = prompts.normalize(prompt_list, self._checkpoint.tokenizer)
         default = (
             self.get_default_sampling_params() if sampling_params is None else SamplingParams()
         )
@@ -251,6 +231,7 @@ class LLM:
             prompts.check(prompt, name, self.model_config.vocab_size, self.max_model_len)
             self._check_stop_token_ids(p)
         now = time.monotonic()
+        eos_token_ids = self._checkpoint.eos_token_ids
         seqs = []
         for prompt, p in zip(tokenized, params, strict=True):
             number = self._num_requests
@@ -262,7 +243,7 @@ class LLM:
                     p,
                     seed=_sequence_seed(p.seed, self.config.seed, number),
                     max_model_len=self.max_model_len,
-                    eos_token_ids=self._eos_token_ids,
+                    eos_token_ids=eos_token_ids,
                     prompt=prompt.text,
                     arrival_time=now,
                 )
@@ -279,7 +260,7 @@ class LLM:
 
     def _free_id(self, number: int) -> str:
         request_id = str(number)
-        while request_id in self._open_engine().unfinished:  # somebody chose a number of ours
+        while self._engine and request_id in self._engine.unfinished:  # somebody chose our number
             request_id += "'"
         return request_id
 
@@ -298,7 +279,7 @@ class LLM:
             prompt_logprobs=None,
             outputs=[completion],
             finished=seq.finished,
-            metrics=seq.metrics,
+            metrics=copy.copy(seq.metrics),
             num_cached_tokens=seq.num_cached_tokens or 0,
         )
 
@@ -306,23 +287,23 @@ class LLM:
 class _Progress:
     """A bar of requests done, with the tokens per second of prefill and decode."""
 
-    def __init__(self, num_requests: int, engine: Engine, disable: bool):
-        self.metrics = engine.metrics
-        self.start = time.monotonic()
-        self.prefill, self.decode = self.metrics.prefill_tokens, self.metrics.decode_tokens
+    def __init__(self, num_requests: int, metrics: EngineMetrics, disable: bool):
+        self.metrics = metrics
+        self.start = self.shown = time.monotonic()
+        self.prefill, self.decode = metrics.prefill_tokens, metrics.decode_tokens
         self.bar = tqdm(
             total=num_requests, desc="Processed prompts", disable=disable, dynamic_ncols=True
         )
 
     def show(self, num_finished: int) -> None:
-        if not self.bar.disable:
-            seconds = max(time.monotonic() - self.start, 1e-9)
-            prefill = (self.metrics.prefill_tokens - self.prefill) / seconds
-            decode = (self.metrics.decode_tokens - self.decode) / seconds
-            self.bar.set_postfix_str(
-                f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False
-            )
-            self.bar.update(num_finished)
+        now = time.monotonic()
+        if self.bar.disable or (now - self.shown < 0.1 and num_finished < self.bar.total):
+            return
+        self.shown = now
+        prefill = (self.metrics.prefill_tokens - self.prefill) / (now - self.start)
+        decode = (self.metrics.decode_tokens - self.decode) / (now - self.start)
+        self.bar.n = num_finished
+        self.bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s")
 
     def __enter__(self) -> "_Progress":
         return self
@@ -331,19 +312,8 @@ class _Progress:
         self.bar.close()
 
 
-def _limits(config: EngineConfig) -> tuple[int, int]:
-    """max_num_seqs and max_num_batched_tokens. Where only one is given, the other's default gives
-    way to it."""
-    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
-    if seqs is None:
-        seqs = min(platform.CPU_MAX_NUM_SEQS, tokens or platform.CPU_MAX_NUM_SEQS)
-    if tokens is None:
-        tokens = max(platform.CPU_MAX_NUM_BATCHED_TOKENS, seqs)
-    return seqs, tokens
-
-
 def _sequence_seed(seed: int | None, engine_seed: int, request_number: int) -> int:
-    """64 bits: the request's seed, or one drawn from the engine's for the request's number. The
-    second entry keeps the two kinds apart; the last is the index of the sample in its request."""
-    entropy = [engine_seed % 2**64, 1, request_number, 0] if seed is None else [seed % 2**64, 0, 0]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    """64 bits: from the request's seed and the index of the sample in it, or from the engine's seed
+    and the request's number."""
+    origin = f"engine {engine_seed} {request_number}" if seed is None else f"request {seed}"
+    return xxh3_64_intdigest(f"{origin} sample 0".encode())

@@ -76,18 +76,37 @@ def available_memory() -> int | None:
     except OSError:
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
             limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:  # a container's own limit (cgroup 2)
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        limits.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
+    limits.extend(_container_memory())
     return min(limits, default=None)
 
 
-def default_kv_cache_bytes() -> int:
-    """4 GiB, or half of the memory available if that is less."""
+def _container_memory() -> list[int]:
+    """What a container's limit (cgroup 2) leaves; page cache that it can drop counts as free."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [limit - used + int(stat.get("inactive_file", 0))]
+    except (OSError, ValueError):  # none, or no limit
+        return []
+
+
+def default_kv_cache_bytes(weight_bytes: int) -> int:
+    """4 GiB, or half of the memory that the weights leave if that is less."""
     available = available_memory()
-    return CPU_KV_CACHE_BYTES if available is None else min(CPU_KV_CACHE_BYTES, available // 2)
+    if available is None:
+        return CPU_KV_CACHE_BYTES
+    return min(CPU_KV_CACHE_BYTES, max(0, available - weight_bytes) // 2)
+
+
+def batch_limits(max_num_seqs: int | None, max_num_batched_tokens: int | None) -> tuple[int, int]:
+    """The two limits of a batch; where only one is given, the other's default gives way to it."""
+    if max_num_seqs is None:
+        max_num_seqs = min(CPU_MAX_NUM_SEQS, max_num_batched_tokens or CPU_MAX_NUM_SEQS)
+    if max_num_batched_tokens is None:
+        max_num_batched_tokens = max(CPU_MAX_NUM_BATCHED_TOKENS, max_num_seqs)
+    return max_num_seqs, max_num_batched_tokens
 
 
 def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ anything runs."""
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
@@ -21,7 +22,11 @@ def is_single(prompts: Any) -> bool:
     """Whether `prompts` is one prompt: a string, a dictionary, or a list of token ids."""
     if isinstance(prompts, (str, Mapping)):
         return True
-    return isinstance(prompts, Sequence) and len(prompts) > 0 and type(prompts[0]) is int
+    return (
+        isinstance(prompts, Sequence)
+        and len(prompts) > 0
+        and (isinstance(prompts[0], Integral) and not isinstance(prompts[0], bool))
+    )
 
 
 def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
@@ -45,7 +50,7 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
         raise ValueError(
             "a text prompt needs a tokenizer: skip_tokenizer_init=True takes token ids"
         )
-    tokenized = iter(tokenizer(texts)["input_ids"] if texts else [])
+    tokenized = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
     return [
         TokenizedPrompt(list(next(tokenized)), content) if isinstance(content, str) else content
         for content in contents
@@ -84,8 +89,11 @@ def _content(prompt: Any, name: str) -> str | TokenizedPrompt:
 
 
 def _checked_ids(value: Any, name: str) -> list[int]:
-    if isinstance(value, Sequence) and all(type(token) is int for token in value):
-        return list(value)
+    if isinstance(value, Sequence):
+        if all(type(token) is int for token in value):
+            return list(value)
+        if all(isinstance(token, Integral) and not isinstance(token, bool) for token in value):
+            return [int(token) for token in value]  # numpy's integers
     raise TypeError(f"{name} must be a string or a list of token ids, got {value!r:.80}")
 
 

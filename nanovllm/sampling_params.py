@@ -5,12 +5,13 @@ Users construct it; llm.py copies it on admission; the sampler and the stop chec
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SamplingParams:
     """Sampling parameters of a request.
 
@@ -25,7 +26,8 @@ class SamplingParams:
         ignore_eos: go on after an EOS token.
         stop_token_ids: tokens that end the request, besides EOS; the last one stays out of the
             text.
-        seed: the same seed draws the same tokens whatever else is in the batch.
+        seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
+            the engine's own.
 
     Raises:
         ValueError: a value is outside its range.
@@ -44,14 +46,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p"):
-            _check_type(name, getattr(self, name), (int, float))
+            setattr(self, name, _as_number(name, getattr(self, name), float))
         for name in ("top_k", "min_tokens"):
-            _check_type(name, getattr(self, name), int)
+            setattr(self, name, _as_number(name, getattr(self, name), int))
         for name in ("max_tokens", "seed"):
             if getattr(self, name) is not None:
-                _check_type(name, getattr(self, name), int)
+                setattr(self, name, _as_number(name, getattr(self, name), int))
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be a bool, got {self.ignore_eos!r}")
+        if self.seed == -1:  # as in vLLM
+            self.seed = None
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -89,7 +93,12 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
 
-def _check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = "a whole number" if kind is int else "a number"
-        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+def _as_number(name: str, value: Any, kind: type) -> int | float:
+    """Python's own number for any kind of it (numpy's, say)."""
+    wanted = Integral if kind is int else Real
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}")
+    try:
+        return kind(value)
+    except OverflowError:
+        raise ValueError(f"{name} is out of range: {value!r:.40}") from None

@@ -45,7 +45,8 @@ def expected_tokens(
     output: list[int] = []
     while True:
         digest = context_hashes(prompt + output)[-1]
-        output.append(draw(digest, seed, stops if len(output) < params.min_tokens else (), vocab))
+        banned = {*eos_ids, *stops} if len(output) < params.min_tokens else ()
+        output.append(draw(digest, seed, banned, vocab))
         if output[-1] in stops:
             return output, "stop"
         if len(output) == params.max_tokens or len(prompt) + len(output) == max_model_len:
@@ -257,6 +258,14 @@ def make_sequence(
     )
 
 
+def take_step(engine: Engine) -> list[Sequence]:
+    """Step, and take what came of it."""
+    engine.step()
+    advanced = list(engine.advanced)
+    engine.advanced.clear()
+    return advanced
+
+
 def run(engine: Engine, *seqs: Sequence) -> list[Sequence]:
     """Add sequences and step until all is done. Returns the sequences in the order they ended."""
     for seq in seqs:
@@ -266,7 +275,7 @@ def run(engine: Engine, *seqs: Sequence) -> list[Sequence]:
         if not engine.has_unfinished:
             assert_idle(engine)
             return ended
-        ended += [seq for seq in engine.step() if seq.finished]
+        ended += [seq for seq in take_step(engine) if seq.finished]
         check_invariants(engine)
     raise AssertionError("some request never ends")
 

@@ -138,7 +138,7 @@ def test_the_model_in_the_box_is_read(hf):
     config = ModelConfig.from_hf(hf)
     assert (config.architecture, config.dtype) == ("Qwen3ForCausalLM", "bfloat16")
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 64)
-    assert config.kv_bytes_per_token == 2 * config.num_layers * 2 * 64
+    assert config.kv_elements_per_token == 2 * config.num_layers * 2 * 64
     assert config.tie_word_embeddings and config.eos_token_ids == (2,)
     assert (config.rope.rope_type, config.rope.theta) == ("default", 10000.0)
 

@@ -1,32 +1,19 @@
 """Tokens to text, in increments that never split a character.
 
-llm.py calls it when a text is wanted; how often makes no difference to the result. It knows
+llm.py calls it when a text is wanted; how often makes no difference to the result,
+unless a tokenizer decodes bytes that are no UTF-8 differently with what follows them. It knows
 tokenizers only by `decode`.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from nanovllm.engine.sequence import Sequence
 
-NUM_CONTEXT_TOKENS = (
-    5  # prompt tokens decoded before the first output token, so that its leading space is kept
-)
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
 
 class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
-
-
-@dataclass(slots=True)
-class _TextState:
-    """Text of the tokens before `read`; those from `prefix` on are decoded again as the context of
-    the next ones."""
-
-    prefix: int
-    read: int
-    text: str = ""
 
 
 class Detokenizer:
@@ -45,17 +32,18 @@ class Detokenizer:
         """The text of the sequence's output so far, without special tokens and without the token
         that stopped it."""
         state = seq.text
-        if not isinstance(state, _TextState):
-            start = seq.num_prompt_tokens
-            state = seq.text = _TextState(max(0, start - NUM_CONTEXT_TOKENS), start)
         end = len(seq.token_ids) - (seq.finish_reason == "stop")
         if end > state.read:
             window = self._decode(seq.token_ids[state.prefix : state.read])
             longer = self._decode(seq.token_ids[state.prefix : end])
+            if not longer.startswith(window):  # the prompt ends inside a character
+                window = window.rstrip(REPLACEMENT)
             if seq.finished or not longer.endswith(REPLACEMENT):
-                # A prompt may end inside a character, which the output then completes.
-                state.text += longer[len(window.rstrip(REPLACEMENT)) :]
-                state.prefix, state.read = state.read, end
+                new = longer[len(window) :]
+                state.text += new
+                if new:  # a window of special tokens alone would be no context
+                    state.prefix = state.read
+                state.read = end
         return state.text
 
     def _decode(self, token_ids: list[int]) -> str:

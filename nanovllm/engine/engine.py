@@ -5,6 +5,7 @@ llm.py drives it; what runs in a step is the scheduler's choice, how it runs the
 
 import time
 from collections import deque
+from collections.abc import Collection
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
@@ -48,11 +49,12 @@ class Engine:
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self.unfinished: dict[str, Sequence] = {}
-        self.recovered: list[Sequence] = []  # ended in a step whose result was lost
+        # Sequences with new tokens; who hands them on takes them out. An interrupt loses none.
+        self.advanced: dict[Sequence, None] = {}
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.unfinished or self.pending or self.recovered)
+        return bool(self.unfinished or self.pending or self.advanced)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Its request id must be new, and it must fit in the cache alone."""
@@ -60,24 +62,26 @@ class Engine:
         self.unfinished[seq.request_id] = seq
         self.scheduler.add(seq)
 
-    def abort(self, request_id: str) -> None:
-        """End a request where it is; an unknown or ended one is left alone. Steps in flight may
-        still compute its tokens; they are thrown away."""
-        seq = self.unfinished.pop(request_id, None)
-        if seq is not None:
+    def abort(self, request_ids: Collection[str]) -> None:
+        """End requests where they are; unknown and ended ones are left alone. Steps in flight may
+        still compute their tokens; they are thrown away."""
+        seqs = [seq for id in request_ids if (seq := self.unfinished.get(id))]
+        for seq in seqs:
             seq.finish_reason = "abort"
-            self.scheduler.finish([seq])
+        self.scheduler.finish(seqs)
+        for seq in seqs:
+            del self.unfinished[seq.request_id]
+        gone = set(request_ids)
+        self.advanced = {seq: None for seq in self.advanced if seq.request_id not in gone}
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> None:
         """One round: submit a step if one can run, and read the oldest one when `depth` are in
-        flight or none could be submitted.
-
-        Returns the sequences that got a token; those that ended have a finish_reason. May be empty.
+        flight or none could be submitted. Sequences that got a token join `advanced`; those that
+        ended have a finish_reason.
 
         Raises what the executor raises. Unfinished requests then start over from their known tokens
         at the next call.
         """
-        recovered, self.recovered = self.recovered, []
         try:
             scheduled = self.scheduler.schedule(can_preempt=not self.pending)
             if scheduled:
@@ -85,34 +89,34 @@ class Engine:
             assert self.pending or not self.unfinished, "unfinished requests, and none can run"
             if self.pending and (not scheduled or len(self.pending) == self.depth):
                 step, handle = self.pending.popleft()
-                return recovered + self._process(step, handle.result())
-            return recovered
+                self._process(step, handle.result())
         except BaseException:  # Ctrl-C too: it may come at any line
-            self._recover(recovered)
+            self._recover()
             raise
 
-    def _recover(self, recovered: list[Sequence]) -> None:
+    def _recover(self) -> None:
         """After an exception: keep what the sequences know, and compute all of it again."""
         self.pending.clear()
         for seq in self.unfinished.values():
             if seq.output_token_ids:
                 seq.check_stop()  # the exception may have come between a token and its check
-        self.recovered = recovered + [s for s in self.unfinished.values() if s.finished]
+            if seq.finished:
+                seq.metrics.finished_time = time.monotonic()
+                self.advanced[seq] = None
         self.unfinished = {s.request_id: s for s in self.unfinished.values() if not s.finished}
         self.scheduler.restart(list(self.unfinished.values()))
 
-    def _process(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
+    def _process(self, step: ScheduledStep, output: StepOutput) -> None:
         now = time.monotonic()
-        advanced: list[Sequence] = []
         finished: list[Sequence] = []
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finished:
                 continue  # ended while this step was in flight: it ran past its end
+            self.advanced[seq] = None
             seq.num_pending -= 1
             seq.token_ids.append(token_id)
             seq.check_stop()
             self.scheduler.block_manager.register(seq)
-            advanced.append(seq)
             if seq.metrics.first_token_time is None:
                 seq.metrics.first_token_time = now
             if seq.finished:
@@ -122,4 +126,3 @@ class Engine:
             self.scheduler.finish(finished)
             for seq in finished:
                 del self.unfinished[seq.request_id]
-        return advanced

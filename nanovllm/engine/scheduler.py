@@ -6,7 +6,6 @@ block manager's business.
 """
 
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
@@ -86,12 +85,11 @@ class Scheduler:
 
     def finish(self, finished: list[Sequence]) -> None:
         """Take back what ended sequences hold, wherever they are."""
+        if any(seq.row < 0 for seq in finished):
+            self.waiting = deque(seq for seq in self.waiting if not seq.finished)
         for seq in finished:
             if seq.row >= 0:
                 self._release(seq)
-            else:
-                with suppress(ValueError):  # an interrupt came before it was queued
-                    self.waiting.remove(seq)
         self.running = [seq for seq in self.running if not seq.finished]
 
     def restart(self, unfinished: list[Sequence]) -> None:

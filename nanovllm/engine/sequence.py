@@ -1,8 +1,23 @@
 """One request's state in the engine. Scheduler and block manager move it; the engine appends its
 tokens."""
 
+from dataclasses import dataclass
+
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
+
+# So many prompt tokens are decoded before the first output token, so that its space is kept.
+NUM_CONTEXT_TOKENS = 5
+
+
+@dataclass(slots=True)
+class TextState:
+    """How far the detokenizer came: the text of the tokens before `read`. Those from `prefix` on
+    are decoded again as the context of the next ones."""
+
+    prefix: int
+    read: int
+    text: str = ""
 
 
 class Sequence:
@@ -65,7 +80,7 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
         self.seed = seed
-        self.eos_token_ids = () if params.ignore_eos else eos_token_ids
+        self.eos_token_ids = eos_token_ids
         self.stop_token_ids = tuple(params.stop_token_ids or ())
         self.max_len = max_model_len
         if params.max_tokens is not None:
@@ -74,7 +89,9 @@ class Sequence:
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
-        self.text: object = None  # the detokenizer's state
+        self.text = TextState(
+            max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
+        )
         self.hashed_blocks: list = []
         self.reset()
 
@@ -109,7 +126,7 @@ class Sequence:
     def check_stop(self) -> None:
         """Set finish_reason if the last token ends the sequence."""
         token = self.token_ids[-1]
-        if token in self.eos_token_ids:
+        if token in self.eos_token_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
         elif token in self.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token

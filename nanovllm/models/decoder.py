@@ -79,7 +79,8 @@ class CausalLM(nn.Module):
         layers = [self.make_layer(config, rope) for _ in range(config.num_layers)]
         self.model = Decoder(config, layers)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
+        self.is_tied = config.tie_word_embeddings
+        if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
             self.ignored = (*self.ignored, "lm_head.weight")
 

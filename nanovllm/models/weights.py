@@ -1,6 +1,6 @@
 """From a checkpoint folder to a model on its device: strict, packed, without a second copy.
 
-The worker calls load_model. Which tensors belong together is the model's own table (`packed`).
+The worker calls it. Which tensors belong together is the model's own table (`packed`).
 """
 
 import json
@@ -14,16 +14,18 @@ from nanovllm.config import ModelConfig
 from nanovllm.models import model_class
 from nanovllm.models.decoder import CausalLM
 
-DUMMY_WEIGHT_BOUND = (
-    0.035  # uniform in +-0.035 has the standard deviation 0.02 that models start from
-)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Uniform in +-0.035 has the standard deviation 0.02 that models start from.
+DUMMY_WEIGHT_BOUND = 0.035
 
 
 def build_model(config: ModelConfig, max_positions: int, dtype: torch.dtype) -> CausalLM:
     """The model with parameters that have shapes but no memory yet."""
     with torch.device("meta"):
         model = model_class(config.architecture)(config, max_positions)
-    return model.to(dtype).requires_grad_(False).eval()
+    for param in model.parameters():  # not the buffers: RoPE's table stays in float32
+        param.data = param.data.to(dtype)
+    return model.requires_grad_(False).eval()
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -31,25 +33,27 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def load_weights(
-    model: CausalLM, folder: Path, device: torch.device, load_format: str, seed: int
-) -> None:
-    """Give a built model memory on `device` and fill it.
-
-    Args:
-        folder: where the safetensors files are.
-        load_format: "dummy" draws random weights instead.
-        seed: of the dummy weights.
+def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
+    """Give a built model memory on `device` and fill it from the folder's safetensors files.
 
     Raises:
         ValueError: a file or tensor is missing, surplus, misshapen or broken; names it.
     """
-    files = [] if load_format == "dummy" else _checkpoint_files(folder)
+    files = _checkpoint_files(folder)
     _materialize(model, device)
-    if load_format == "dummy":
-        _fill_dummy(model, torch.Generator(device).manual_seed(seed))
-    else:
-        _fill(model, files)
+    _fill(model, files)
+    _check_tied_head(model, files)
+
+
+def fill_dummy_weights(model: CausalLM, device: torch.device, seed: int) -> None:
+    """Give a built model memory on `device` and random weights, for benchmarks."""
+    _materialize(model, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for param in model.parameters():
+        if param.dim() == 1:  # norms; biases as well, where any value will do
+            param.fill_(1.0)
+        else:
+            param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)
 
 
 def _materialize(model: nn.Module, device: torch.device) -> None:
@@ -61,15 +65,7 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
                 on_device[param] = nn.Parameter(data, requires_grad=False)
             setattr(module, name, on_device[param])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device, torch.float32))
-
-
-def _fill_dummy(model: nn.Module, generator: torch.Generator) -> None:
-    for param in model.parameters():
-        if param.dim() == 1:  # norms; biases as well, where any value will do
-            param.fill_(1.0)
-        else:
-            param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)
+            setattr(module, name, buffer.to(device))
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
@@ -123,6 +119,21 @@ def _fill(model: CausalLM, files: list[Path]) -> None:
         )
 
 
+def _check_tied_head(model: CausalLM, files: list[Path]) -> None:
+    """A tied head may be in the checkpoint too, as a copy of the embedding."""
+    if not model.is_tied:
+        return
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            if "lm_head.weight" in tensors.keys():  # noqa: SIM118
+                head = tensors.get_tensor("lm_head.weight").to(model.lm_head.weight)
+                if not torch.equal(head, model.lm_head.weight):
+                    raise ValueError(
+                        f"{file}: lm_head.weight differs from the embedding, but config.json says "
+                        f"tie_word_embeddings"
+                    )
+
+
 def _targets(model: CausalLM) -> dict[str, torch.Tensor]:
     """Where each tensor of the checkpoint goes: a parameter, or rows of a packed one."""
     targets = {}
@@ -143,4 +154,6 @@ def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
         )
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name} is in {tensor.dtype}: quantized weights are not supported yet")
     target.copy_(tensor)

@@ -142,6 +142,9 @@ def _attend_decodes(
     # The query heads that share a key head are that head's query rows.
     q_SKGD = q_SHD.view(num_seqs, k.shape[1], -1, head_dim)
     mask_SL = torch.arange(k.shape[2], device=q_SHD.device) < context_lens[:, None]
+    # What lies beyond a context belongs to others, and 0 times their NaN would be NaN.
+    for pages in (k, v):
+        pages.masked_fill_(~mask_SL[:, None, :, None], 0.0)
     out = F.scaled_dot_product_attention(q_SKGD, k, v, mask_SL[:, None, None], scale=scale)
     return out.reshape(num_seqs, num_heads, head_dim)
 
@@ -237,9 +240,13 @@ def gumbel_noise(keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     Returns: [S, vocab] float32.
     """
     first, second = keys[:, :1], keys[:, 1:]
-    bits = _mix32(_mix32(tokens * 0x9E3779B9 + first & _MASK32) ^ second)
+    return gumbel_of_bits(_mix32(_mix32(tokens * 0x9E3779B9 + first & _MASK32) ^ second))
+
+
+def gumbel_of_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of uniform 32-bit values in int64. Through log1p small E, which decide the draw,
+    keep all their bits; E = inf never wins."""
     uniform = (bits.float() + 0.5) * 2.0**-32
-    # Through log1p small E, which decide the draw, keep all their bits; E = inf never wins.
     return -torch.log(-torch.log1p(-uniform))
 
 

@@ -1,8 +1,6 @@
 """Runs steps for the engine behind step.py's protocol. For now there is one way: in this
 process."""
 
-from pathlib import Path
-
 import torch
 
 from nanovllm.config import EngineConfig, ModelConfig
@@ -13,10 +11,10 @@ from nanovllm.worker.model_runner import ModelRunner
 class InProcessExecutor:
     """One ModelRunner in the caller's process; arguments are the runner's."""
 
-    def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, folder: Path, max_num_seqs: int
-    ):
-        self.runner = ModelRunner(config, model_config, folder, max_num_seqs)
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_num_seqs: int):
+        self.runner = ModelRunner(config, model_config, max_num_seqs)
+        self.plan = self.runner.plan
+        self.description = self.runner.description
 
     def submit(self, step: StepInput) -> "SampledTokens":
         return SampledTokens(self.runner.run(step))

@@ -31,6 +31,7 @@ class InputBuilder:
     def build(self, step: StepInput) -> ForwardBatch:
         for start in step.starts:
             self.num_cached_tokens[start.row] = start.num_cached_tokens
+            self.block_tables[start.row] = 0
         for row, first, pages in step.new_pages:
             self.block_tables[row, first : first + len(pages)] = pages
         rows = np.array(step.rows)

@@ -5,15 +5,20 @@ executor.py makes one and hands it StepInputs; inputs.py and sampler.py hold the
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from nanovllm import platform
 from nanovllm.batch import KVCache
+from nanovllm.checkpoint import resolve_folder
 from nanovllm.config import EngineConfig, ModelConfig
-from nanovllm.models.weights import build_model, load_weights, weight_bytes
+from nanovllm.models.weights import (
+    build_model,
+    fill_dummy_weights,
+    load_weights,
+    weight_bytes,
+)
 from nanovllm.step import StepInput
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
@@ -42,6 +47,15 @@ class CachePlan:
         return -(-self.max_model_len // self.block_size)
 
 
+def check_model_len(max_model_len: int | None, max_position_embeddings: int) -> None:
+    """Raise ValueError for a max_model_len of the user's that the model cannot have."""
+    if max_model_len is not None and not 2 <= max_model_len <= max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} must be at least 2 (a prompt and a token) and at most "
+            f"{max_position_embeddings}, the checkpoint's max_position_embeddings"
+        )
+
+
 def plan_cache(
     cache_bytes: int,
     bytes_per_token: int,
@@ -57,14 +71,8 @@ def plan_cache(
         max_model_len: the user's; None takes the checkpoint's, lowered with a warning to what fits.
 
     Raises:
-        ValueError: the user's max_model_len is beyond the checkpoint's or does not fit; or nothing
-        fits.
+        ValueError: the user's max_model_len does not fit, or nothing fits.
     """
-    if max_model_len is not None and max_model_len > max_position_embeddings:
-        raise ValueError(
-            f"max_model_len={max_model_len} is beyond the checkpoint's max_position_embeddings; "
-            f"lower it to {max_position_embeddings} at most"
-        )
     fitting_blocks = cache_bytes // (bytes_per_token * block_size)
     largest = fitting_blocks * block_size
     if largest < 2:
@@ -98,7 +106,6 @@ class ModelRunner:
     Args:
         config: the user's options.
         model_config: the checkpoint's architecture.
-        folder: the checkpoint.
         max_num_seqs: rows.
 
     Raises:
@@ -106,38 +113,41 @@ class ModelRunner:
         it can be known.
     """
 
-    def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, folder: Path, max_num_seqs: int
-    ):
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_num_seqs: int):
         self.device = platform.resolve_device(config.device)
         self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype)
-        bytes_per_token = model_config.kv_bytes_per_token * self.dtype.itemsize
+        longest = model_config.max_position_embeddings
+        check_model_len(config.max_model_len, longest)
+        self.model = build_model(model_config, config.max_model_len or longest, self.dtype)
+        self.weight_bytes = weight_bytes(self.model)
+        self._check_memory(cache_bytes=0)
+        bytes_per_token = model_config.kv_elements_per_token * self.dtype.itemsize
         self.plan = plan_cache(
-            config.kv_cache_memory_bytes or platform.default_kv_cache_bytes(),
+            config.kv_cache_memory_bytes or platform.default_kv_cache_bytes(self.weight_bytes),
             bytes_per_token,
             config.block_size or DEFAULT_BLOCK_SIZE,
             max_num_seqs,
             config.max_model_len,
-            model_config.max_position_embeddings,
+            longest,
         )
-        self.model = build_model(model_config, self.plan.max_model_len, self.dtype)
-        self.weight_bytes = weight_bytes(self.model)
         self._check_memory(self.plan.num_tokens * bytes_per_token)
-        load_weights(self.model, folder, self.device, config.load_format, config.seed)
-        cache_shape = (
-            model_config.num_layers,
-            2,
-            self.plan.num_blocks,
-            self.plan.block_size,
-            model_config.num_kv_heads,
-            model_config.head_dim,
-        )
-        # Zeros, not arbitrary memory: padded reads of pages that nobody wrote must not meet NaN.
-        self.kv = KVCache(platform.allocate_zeros(cache_shape, self.dtype))
+        if config.load_format == "dummy":
+            fill_dummy_weights(self.model, self.device, config.seed)
+        else:
+            folder = resolve_folder(config.model, config.revision, with_weights=True)
+            load_weights(self.model, folder, self.device)
+        self.kv = self._allocate_cache(model_config)
         self.inputs = InputBuilder(
             max_num_seqs, self.plan.max_blocks, self.plan.block_size, self.device
         )
         self.sampler = Sampler(max_num_seqs, model_config.vocab_size, self.device)
+
+    @property
+    def description(self) -> str:
+        """Device, dtype, attention backend and weights, for the log."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        gib = self.weight_bytes / platform.GIB
+        return f"{self.device} in {dtype}, attention TORCH_SDPA, weights {gib:.2f} GiB"
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> torch.Tensor:
@@ -155,6 +165,11 @@ class ModelRunner:
         token_ids = self.sampler.sample(logits, rows, positions)
         self.inputs.keep_sampled(rows, token_ids)
         return token_ids
+
+    def _allocate_cache(self, config: ModelConfig) -> KVCache:
+        pages = (self.plan.num_blocks, self.plan.block_size, config.num_kv_heads, config.head_dim)
+        # Zeros, not arbitrary memory: padded reads of pages that nobody wrote must not meet NaN.
+        return KVCache(platform.allocate_zeros((config.num_layers, 2, *pages), self.dtype))
 
     def _check_memory(self, cache_bytes: int) -> None:
         available = platform.available_memory()

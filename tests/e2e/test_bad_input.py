@@ -421,8 +421,8 @@ def test_a_broken_index(sharded, text):
      for name in ("cuda", "cuda:1")]
     + [({"device": name}, f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
        for name in ("tpu", "", "gpu", "cpu:0")]
-    + [({"max_model_len": 2049}, "max_model_len=2049 is beyond the checkpoint's max_position_embe"),
-       ({"max_model_len": 2049}, "max_position_embeddings; lower it to 2048 at most")],
+    + [({"max_model_len": n}, f"max_model_len={n} must be at least 2 (a prompt and a token) and at")
+       for n in (1, 2049)],
 )  # fmt: skip
 def test_a_device_or_length_that_cannot_be_used(tiny, options, message):
     with says(ValueError, message):

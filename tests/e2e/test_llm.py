@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from random import Random
@@ -472,7 +473,7 @@ def test_dummy_weights_need_config_json_alone(tiny, tmp_path):
     for seed in (0, 0, 1):
         with load(tmp_path, load_format="dummy", seed=seed) as llm:
             runs += tokens(llm, [[5, 6, 7]], greedy(ignore_eos=True))
-            assert llm._eos_token_ids == (11,)
+            assert llm._checkpoint.eos_token_ids == (11,)
             default = llm.get_default_sampling_params()
     assert runs[0] == runs[1] != runs[2] and len(runs[0]) == 8
     assert default == SamplingParams()
@@ -559,3 +560,30 @@ def test_nano_vllms_bench(tiny):
     outputs = llm.generate(prompt_token_ids, sampling_params, use_tqdm=False)
     total = sum(sp.max_tokens for sp in sampling_params)
     assert sum(len(out["token_ids"]) for out in outputs) == total
+
+
+def test_threads_take_turns(llm):
+    prompts = [[5, 6, 7], [8, 9]]
+    expected = tokens(llm, prompts, greedy())
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(tokens, llm, prompts, greedy()) for _ in range(8)]
+        assert [call.result() for call in calls] == [expected] * 8
+    assert llm.is_finished()
+
+
+def test_eos_ids_outside_the_vocabulary_are_left_out(copy_tiny):
+    folder = copy_tiny(generation_config={"eos_token_id": [2, 99999, -1]})
+    with load(folder) as llm:
+        params = SamplingParams(temperature=0, max_tokens=4, min_tokens=2)
+        assert len(tokens(llm, [[5, 6, 7]], params)[0]) >= 2
+
+
+def test_eos_ids_that_are_no_ids_are_refused(copy_tiny):
+    with pytest.raises(ValueError, match="eos_token_id must be a token id or a list of them"):
+        load(copy_tiny(generation_config={"eos_token_id": ["2"]}))
+
+
+def test_min_tokens_holds_back_eos_even_where_it_would_be_ignored(llm):
+    params = SamplingParams(temperature=2, max_tokens=40, min_tokens=40, ignore_eos=True)
+    for ids in tokens(llm, [[5, 6, 7]] * 50, params):
+        assert not {0, 2} & set(ids)

@@ -13,6 +13,7 @@ from fake_worker import (
     make_engine,
     make_sequence,
     run,
+    take_step,
 )
 
 import nanovllm.engine
@@ -27,7 +28,7 @@ def sequences(*prompts, **params):
 
 def step_until(engine, condition):
     while not condition():
-        engine.step()
+        take_step(engine)
         check_invariants(engine)
 
 
@@ -269,14 +270,14 @@ def test_abort(state, depth):
         engine.add(each)
     step_until(engine, lambda: STATES[state](engine, seq))
     num_tokens = len(seq.token_ids)
-    engine.abort("again")
-    engine.abort("unknown")
+    engine.abort(["again"])
+    engine.abort(["unknown"])
     check_invariants(engine)
     again = make_sequence([3] * 11, "again", max_tokens=20)
     run(engine, again)
     assert_right(*others, again)
     assert seq.finish_reason == "abort" and len(seq.token_ids) == num_tokens
-    engine.abort("again")
+    engine.abort(["again"])
     assert again.finish_reason == "length"
 
 
@@ -286,10 +287,10 @@ def test_every_token_is_reported_once_but_the_aborted_never():
     for seq in seqs:
         engine.add(seq)
     engine.step()
-    engine.abort("1")
+    engine.abort(["1"])
     reported = []
     while engine.has_unfinished:
-        reported += engine.step()
+        reported += take_step(engine)
     assert [reported.count(seq) for seq in seqs] == [5, 0, 5]
     times = seqs[0].metrics
     assert times.arrival_time < times.first_token_time < times.finished_time
@@ -317,7 +318,7 @@ def test_a_failed_step_leaves_the_engine_usable(stage, error, depth):
             engine.add(seq)
         with pytest.raises(error, match="out of luck"):
             while engine.has_unfinished:
-                engine.step()
+                take_step(engine)
         check_invariants(engine)
         assert not engine.pending
         run(engine, make_sequence([1] * 9, "later"))
@@ -327,7 +328,7 @@ def test_a_failed_step_leaves_the_engine_usable(stage, error, depth):
 ENGINE_FILES = str(Path(nanovllm.engine.__file__).parent)
 
 
-def interrupt(engine, line):
+def interrupt(engine, line, delivered):
     """Step to the end, but with Ctrl-C at the n-th line that runs in nanovllm.engine. False if that
     is past the end."""
     left = line
@@ -348,6 +349,8 @@ def interrupt(engine, line):
             sys.settrace(trace)
             engine.step()
             sys.settrace(before)
+            delivered.extend(engine.advanced)
+            engine.advanced.clear()
     except KeyboardInterrupt:
         return True
     finally:
@@ -364,11 +367,13 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_engine_usable(depth):
         seqs += [make_sequence([1] * 4, "short", max_tokens=2)]
         for seq in seqs:
             engine.add(seq)
-        interrupted = interrupt(engine, line)
+        delivered = []
+        interrupted = interrupt(engine, line, delivered)
         check_invariants(engine)
-        run(engine)
+        delivered += run(engine)
         try:
             assert_right(*seqs)
+            assert set(delivered) == set(seqs)
         except AssertionError:
             wrong.append(line)
         line += 1

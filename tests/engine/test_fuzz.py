@@ -5,6 +5,7 @@ the same every time.
 """
 
 import os
+from collections import Counter
 from itertools import count
 
 import pytest
@@ -15,6 +16,7 @@ from fake_worker import (
     check_invariants,
     make_engine,
     make_sequence,
+    take_step,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -100,7 +102,7 @@ class Run:
         self.engine = make_engine(**options)
         self.worker: FakeWorker = self.engine.executor
         self.worker.fail_on = self.failure = FailNext()
-        self.seqs = []
+        self.seqs, self.delivered, self.dropped = [], [], []
 
     def play(self, schedule):
         for request, (event, *args), num_steps in schedule:
@@ -112,6 +114,9 @@ class Run:
             self.step()
         assert_idle(self.engine)
         assert_right(*self.seqs, max_model_len=self.max_model_len)
+        ended = [seq for seq in self.seqs if seq.finish_reason != "abort"]
+        expected = {seq: 1 for seq in ended if seq not in self.dropped}
+        assert Counter(self.delivered) == Counter(expected)
         assert self.caching or not self.engine.metrics.cached_tokens
 
     def add(self, text, length, tail, max_tokens, min_tokens, ignore_eos, stop_token_ids, seed):
@@ -134,7 +139,7 @@ class Run:
             decoding = [seq for seq in self.engine.scheduler.running if seq.wants_decode]
             num_steps = len(self.worker.steps)
             try:
-                self.engine.step()
+                self.delivered += [seq for seq in take_step(self.engine) if seq.finished]
             except (RuntimeError, KeyboardInterrupt):
                 assert not self.failure.armed
             else:
@@ -148,7 +153,10 @@ class Run:
         assert len(decoding) - preempted <= num_decodes <= len(decoding)
 
     def abort(self, back):
-        self.engine.abort(self.seqs[-min(back, len(self.seqs))].request_id)
+        seq = self.seqs[-min(back, len(self.seqs))]
+        if any(other.request_id == seq.request_id for other in self.engine.advanced):
+            self.dropped += [s for s in self.engine.advanced if s.request_id == seq.request_id]
+        self.engine.abort([seq.request_id])
         check_invariants(self.engine)
 
     def fail(self, stage, error):

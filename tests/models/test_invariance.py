@@ -49,7 +49,7 @@ def run(folder, prompts, num_rounds=1, **options):
 
 def page_bytes(folder, block_size):
     with LLM(str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=16) as llm:
-        return llm.model_config.kv_bytes_per_token * 4 * block_size
+        return llm.model_config.kv_elements_per_token * 4 * block_size
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     LLAMA3_ROPE,
     edit_config,
@@ -91,6 +92,37 @@ def test_sharded_checkpoint(tmp_path):
     folder = make_checkpoint(tmp_path, "qwen3", max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert_greedy_equal(small_llm(folder), load_oracle(folder), random_prompts(3, 128))
+
+
+def test_the_rope_table_is_exact_in_every_dtype(tmp_path):
+    folder = build(tmp_path, "llama-theta")
+    tables = [
+        small_llm(folder, dtype=dtype)._engine.executor.runner.model.model.layers[0].self_attn.rope
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert tables[1].table.dtype == torch.float32
+    assert torch.equal(tables[0].table, tables[1].table)
+
+
+def test_a_tied_head_in_the_checkpoint_must_equal_the_embedding(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors")
+    small_llm(folder)
+    head[3, 3] += 1
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding"):
+        small_llm(folder)
+
+
+def test_integer_weights_are_refused(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int8)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight is in torch.int8: quantized"):
+        small_llm(folder)
 
 
 def test_bfloat16_logits_are_near_transformers(tmp_path):

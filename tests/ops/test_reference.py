@@ -76,6 +76,19 @@ def test_paged_attention(
     assert (out - expected).norm() / expected.norm() < 1e-5
 
 
+def test_attention_is_untouched_by_what_others_left_in_a_page():
+    batch = make_batch([1, 1, 3], [3, 40, 9], block_size=16, num_blocks=20)
+    kv = KVLayer(*torch.full((2, 20, 16, 2, 16), torch.nan))
+    for i, context in enumerate([3, 40, 9]):
+        position = torch.arange(context)
+        pages = batch.block_tables[i, position // 16].long()
+        kv.k[pages, position % 16] = torch.randn(context, 2, 16)
+        kv.v[pages, position % 16] = torch.randn(context, 2, 16)
+    q = torch.randn(5, 4, 16)
+    expected = naive_attention(q, kv, batch, 0.25)
+    torch.testing.assert_close(ops.paged_attention(q, kv, batch, 0.25), expected.float())
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_qk_norm_rope_store(norm):
     heads, kv_heads, head_dim, block_size = 6, 2, 20, 4

@@ -6,7 +6,7 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import ops
-from nanovllm.ops.reference import gumbel_noise, keep_likely
+from nanovllm.ops.reference import gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.step import RowStart
 from nanovllm.worker.sampler import Sampler, noise_keys
@@ -58,6 +58,14 @@ def test_noise_is_gumbel_distributed_over_token_ids():
     quantile = (torch.arange(200_000).double() + 0.5) / 200_000
     distance = (torch.exp(-torch.exp(-noise)) - quantile).abs().max()
     assert distance < 1.95 / 200_000**0.5  # Kolmogorov-Smirnov at 0.1%
+
+
+def test_the_noises_upper_tail_keeps_all_bits():
+    bits = torch.tensor([0, 1, 2, 1000, 2**31])
+    exact = -torch.log(-torch.log1p(-(bits.double() + 0.5) / 2**32))
+    torch.testing.assert_close(gumbel_of_bits(bits), exact.float())
+    assert exact[0] > 22
+    assert gumbel_of_bits(torch.tensor([2**32 - 1])) < -2.5
 
 
 def test_noise_of_different_keys_is_uncorrelated():
