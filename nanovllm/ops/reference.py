@@ -135,16 +135,20 @@ def _attend_decodes(
     scale: float,
 ) -> torch.Tensor:
     num_seqs, num_heads, head_dim = q_SHD.shape
-    k, v = (  # [S, K, L, D]
-        pages[block_tables].view(num_seqs, -1, *pages.shape[2:]).transpose(1, 2)
-        for pages in (kv.k, kv.v)
-    )
+    num_kv_heads, num_keys = kv.k.shape[2], block_tables.shape[1] * kv.k.shape[1]
+    mask_SL = torch.arange(num_keys, device=q_SHD.device) < context_lens[:, None]
+    padding = (~mask_SL).flatten().nonzero().squeeze(1)
+
+    def gather(pages: torch.Tensor) -> torch.Tensor:  # [S, K, L, D]
+        keys = pages.flatten(1).index_select(0, block_tables.flatten())
+        keys = keys.view(num_seqs * num_keys, -1)
+        # What lies beyond a context belongs to others, and 0 times their NaN would be NaN.
+        keys.index_fill_(0, padding, 0.0)
+        return keys.view(num_seqs, num_keys, num_kv_heads, head_dim).transpose(1, 2)
+
+    k, v = gather(kv.k), gather(kv.v)
     # The query heads that share a key head are that head's query rows.
-    q_SKGD = q_SHD.view(num_seqs, k.shape[1], -1, head_dim)
-    mask_SL = torch.arange(k.shape[2], device=q_SHD.device) < context_lens[:, None]
-    # What lies beyond a context belongs to others, and 0 times their NaN would be NaN.
-    for pages in (k, v):
-        pages.masked_fill_(~mask_SL[:, None, :, None], 0.0)
+    q_SKGD = q_SHD.view(num_seqs, num_kv_heads, -1, head_dim)
     out = F.scaled_dot_product_attention(q_SKGD, k, v, mask_SL[:, None, None], scale=scale)
     return out.reshape(num_seqs, num_heads, head_dim)
 
