@@ -222,10 +222,9 @@ class LLM:
     ) -> list[Sequence]:
         """Checked sequences for all prompts, or an error before any is made."""
         tokenized = prompts.normalize(prompt_list, self._checkpoint.tokenizer)
-        default = (
-            self.get_default_sampling_params() if sampling_params is None else SamplingParams()
-        )
-        params = prompts.match_params(sampling_params, default, len(tokenized))
+        if sampling_params is None:
+            sampling_params = self._checkpoint.default_sampling_params
+        params = prompts.match_params(sampling_params, len(tokenized))
         for i, (prompt, p) in enumerate(zip(tokenized, params, strict=True)):
             name = f"prompt {i}" if request_id is None else f"request {request_id!r}"
             prompts.check(prompt, name, self.model_config.vocab_size, self.max_model_len)
@@ -300,8 +299,9 @@ class _Progress:
         if self.bar.disable or (now - self.shown < 0.1 and num_finished < self.bar.total):
             return
         self.shown = now
-        prefill = (self.metrics.prefill_tokens - self.prefill) / (now - self.start)
-        decode = (self.metrics.decode_tokens - self.decode) / (now - self.start)
+        seconds = max(now - self.start, 1e-9)  # a coarse clock may stand still
+        prefill = (self.metrics.prefill_tokens - self.prefill) / seconds
+        decode = (self.metrics.decode_tokens - self.decode) / seconds
         self.bar.n = num_finished
         self.bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s")
 

@@ -114,18 +114,16 @@ def check(prompt: TokenizedPrompt, name: str, vocab_size: int, max_model_len: in
 
 
 def match_params(
-    params: SamplingParams | Sequence[SamplingParams] | None,
-    default: SamplingParams,
-    num_prompts: int,
+    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
 ) -> list[SamplingParams]:
-    """A checked copy of each prompt's parameters; None takes `default`, a single one serves all.
+    """A checked copy of each prompt's parameters; a single one serves all.
 
     Raises:
         TypeError: not SamplingParams.
         ValueError: as many parameters as prompts are needed.
     """
-    if params is None or isinstance(params, SamplingParams):
-        return [_copy(default if params is None else params)] * num_prompts
+    if isinstance(params, SamplingParams):
+        return [_copy(params)] * num_prompts
     if not isinstance(params, Sequence):
         raise TypeError(
             f"sampling_params must be SamplingParams or a list of them, got {params!r:.80}"

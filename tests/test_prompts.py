@@ -69,24 +69,23 @@ GREEDY, RANDOM = SamplingParams(temperature=0), SamplingParams(seed=3)
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
-        (None, [RANDOM, RANDOM]),
         (GREEDY, [GREEDY, GREEDY]),
         ([GREEDY, RANDOM], [GREEDY, RANDOM]),
         ((RANDOM, GREEDY), [RANDOM, GREEDY]),
     ],
 )
 def test_each_prompt_gets_its_parameters(params, expected):
-    assert match_params(params, default=RANDOM, num_prompts=2) == expected
+    assert match_params(params, num_prompts=2) == expected
 
 
 @pytest.mark.parametrize("wrap", [lambda p: p, lambda p: [p]])
 def test_parameters_are_copied_and_checked_again(wrap):
     params = SamplingParams()
-    [mine] = match_params(wrap(params), GREEDY, 1)
+    [mine] = match_params(wrap(params), 1)
     params.temperature = -1.0
     assert mine.temperature == 1.0
     with pytest.raises(ValueError, match="temperature must be"):
-        match_params(wrap(params), GREEDY, 1)
+        match_params(wrap(params), 1)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -2,6 +2,7 @@
 same greedy tokens."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny_models import (
 from nanovllm import LLM, SamplingParams
 
 THETA_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+TINY = Path(__file__).parents[2] / "assets" / "tiny-qwen3"
 # family, query heads, key/value heads, head_dim, what else config.json says
 CASES = {
     "qwen3": ("qwen3", 4, 2, 16, dict(tie_word_embeddings=True)),
@@ -76,6 +78,18 @@ def test_family_equals_transformers(tmp_path, case):
             atol=1e-4,
         )
     assert_greedy_equal(llm, oracle, prompts)
+
+
+def test_the_model_in_the_box_equals_transformers():
+    token_ids = random_prompts(1, 2560, 150, 150)[0]
+    with small_llm(TINY) as llm:
+        for chunk in (150, 64):
+            torch.testing.assert_close(
+                engine_logits(llm, token_ids, chunk),
+                oracle_logits(load_oracle(TINY), token_ids),
+                rtol=0,
+                atol=1e-4,
+            )
 
 
 def test_rope_in_the_form_of_older_configs(tmp_path):
