@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*.json", "*.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     # Without any of these transformers makes up an empty tokenizer from config.json.
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ValueError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); give tokenizer=FOLDER, or "
             f"skip_tokenizer_init=True for prompts of token ids"

@@ -315,6 +315,7 @@ ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3
 def _rope_config(hf: dict[str, Any]) -> RopeConfig:
     """transformers 5 writes rope_parameters; before, rope_theta stood apart from rope_scaling."""
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = {key: value for key, value in rope.items() if value is not None}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(

@@ -115,7 +115,7 @@ class LLM:
                     engine.add(seq)
                 self._run(engine, seqs, use_tqdm)
             except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
-                engine.abort([seq.request_id for seq in seqs])
+                engine.abort(seqs)
                 raise
             return [self._output(seq) for seq in seqs]
 
@@ -150,12 +150,12 @@ class LLM:
         if request_id is not None and not (isinstance(request_id, str) and request_id):
             raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
         prompt = prompts.plain(prompt)
-        if not (prompts.is_single(prompt) or prompt == []):
+        if not (prompts.is_single(prompt) or prompt in ([], ())):
             raise TypeError(f"add_request takes one prompt, generate lists; got {prompt!r:.80}")
         if not isinstance(sampling_params, SamplingParams | None):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r:.80}")
         with self._use_engine() as engine:
-            if request_id in engine.unfinished:
+            if request_id is not None and engine.has_request(request_id):
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
             [seq] = self._make_sequences([prompt], sampling_params, request_id)
             engine.add(seq)
@@ -173,7 +173,8 @@ class LLM:
     def abort(self, request_id: str) -> None:
         """End a request without an output; one that has ended or is unknown is left alone."""
         with self._use_engine() as engine:
-            engine.abort([request_id])
+            if request_id in engine.unfinished:
+                engine.abort([engine.unfinished[request_id]])
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished and step() has nothing more to give."""
@@ -259,7 +260,7 @@ class LLM:
 
     def _free_id(self, number: int) -> str:
         request_id = str(number)
-        while self._engine and request_id in self._engine.unfinished:  # somebody chose our number
+        while self._engine and self._engine.has_request(request_id):  # somebody chose our number
             request_id += "'"
         return request_id
 

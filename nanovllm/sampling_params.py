@@ -83,10 +83,12 @@ class SamplingParams:
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
         ids = self.stop_token_ids
-        if ids is not None and (
-            not isinstance(ids, (list, tuple, set)) or not all(type(i) is int for i in ids)
-        ):
-            raise TypeError(f"stop_token_ids must be a list of token ids, got {ids!r}")
+        if ids is not None:
+            if not isinstance(ids, (list, tuple, set)) or any(
+                not isinstance(i, Integral) or isinstance(i, bool) for i in ids
+            ):
+                raise TypeError(f"stop_token_ids must be a list of token ids, got {ids!r}")
+            self.stop_token_ids = [int(i) for i in ids]
 
     @property
     def is_greedy(self) -> bool:

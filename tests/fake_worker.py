@@ -293,7 +293,9 @@ def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
 
 
 def check_invariants(engine: Engine) -> None:
-    """What holds between any two steps."""
+    """What holds between any two steps; a failed one is mended when the next begins."""
+    if engine.dirty:
+        return
     scheduler, worker = engine.scheduler, engine.executor
     manager, running = scheduler.block_manager, scheduler.running
 

@@ -130,7 +130,7 @@ def test_a_wrong_type_is_refused(name, value, kind):
         {"temperature": 0, "top_p": 1e-9, "top_k": -1, "min_p": 1, "seed": -(2**63)},
         {"temperature": 2, "top_p": 1, "top_k": 0, "min_p": 0, "seed": 2**63 - 1},
         {"max_tokens": None, "min_tokens": 99, "stop_token_ids": []},
-        {"max_tokens": 5, "min_tokens": 5, "stop_token_ids": (1, 2)},
+        {"max_tokens": 5, "min_tokens": 5, "stop_token_ids": [1, 2]},
     ],
 )
 def test_the_ends_of_the_ranges_are_accepted(values):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from nanovllm.engine.sequence import Sequence
 
+MAX_CONTEXT_TOKENS = 32  # of the prompt, where fewer would begin inside a character
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
 
@@ -35,6 +36,12 @@ class Detokenizer:
         end = len(seq.token_ids) - (seq.finish_reason == "stop")
         if end > state.read:
             window = self._decode(seq.token_ids[state.prefix : state.read])
+            if state.read == seq.num_prompt_tokens:
+                # The prompt's context may begin inside a character; a little earlier it does not.
+                first = max(0, state.read - MAX_CONTEXT_TOKENS)
+                while window.startswith(REPLACEMENT) and state.prefix > first:
+                    state.prefix -= 1
+                    window = self._decode(seq.token_ids[state.prefix : state.read])
             longer = self._decode(seq.token_ids[state.prefix : end])
             if not longer.startswith(window):  # the prompt ends inside a character
                 window = window.rstrip(REPLACEMENT)

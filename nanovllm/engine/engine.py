@@ -51,6 +51,8 @@ class Engine:
         self.unfinished: dict[str, Sequence] = {}
         # Sequences with new tokens; who hands them on takes them out. An interrupt loses none.
         self.advanced: dict[Sequence, None] = {}
+        # Set while scheduler and pages change; found set later, an exception came in between.
+        self.dirty = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -62,17 +64,27 @@ class Engine:
         self.unfinished[seq.request_id] = seq
         self.scheduler.add(seq)
 
-    def abort(self, request_ids: Collection[str]) -> None:
-        """End requests where they are; unknown and ended ones are left alone. Steps in flight may
-        still compute their tokens; they are thrown away."""
-        seqs = [seq for id in request_ids if (seq := self.unfinished.get(id))]
-        for seq in seqs:
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request of that id is unfinished, or has news that nobody took yet."""
+        return request_id in self.unfinished or any(
+            seq.request_id == request_id for seq in self.advanced
+        )
+
+    def abort(self, seqs: Collection[Sequence]) -> None:
+        """End sequences where they are, and forget their news. Steps in flight may still compute
+        their tokens; they are thrown away."""
+        if self.dirty:
+            self._recover()
+        self.dirty = True
+        live = [seq for seq in seqs if self.unfinished.get(seq.request_id) is seq]
+        for seq in live:
             seq.finish_reason = "abort"
-        self.scheduler.finish(seqs)
-        for seq in seqs:
+        self.scheduler.finish(live)
+        for seq in live:
             del self.unfinished[seq.request_id]
-        gone = set(request_ids)
-        self.advanced = {seq: None for seq in self.advanced if seq.request_id not in gone}
+        for seq in seqs:
+            self.advanced.pop(seq, None)
+        self.dirty = False
 
     def step(self) -> None:
         """One round: submit a step if one can run, and read the oldest one when `depth` are in
@@ -82,29 +94,31 @@ class Engine:
         Raises what the executor raises. Unfinished requests then start over from their known tokens
         at the next call.
         """
-        try:
-            scheduled = self.scheduler.schedule(can_preempt=not self.pending)
-            if scheduled:
-                self.pending.append((scheduled, self.executor.submit(scheduled.input)))
-            assert self.pending or not self.unfinished, "unfinished requests, and none can run"
-            if self.pending and (not scheduled or len(self.pending) == self.depth):
-                step, handle = self.pending.popleft()
-                self._process(step, handle.result())
-        except BaseException:  # Ctrl-C too: it may come at any line
+        if self.dirty:
             self._recover()
-            raise
+        self.dirty = True
+        scheduled = self.scheduler.schedule(can_preempt=not self.pending)
+        if scheduled:
+            self.pending.append((scheduled, self.executor.submit(scheduled.input)))
+        assert self.pending or not self.unfinished, "unfinished requests, and none can run"
+        if self.pending and (not scheduled or len(self.pending) == self.depth):
+            step, handle = self.pending.popleft()
+            self._process(step, handle.result())
+        self.dirty = False
 
     def _recover(self) -> None:
-        """After an exception: keep what the sequences know, and compute all of it again."""
+        """After an exception, Ctrl-C too, which may come at any line, of this method as well: keep
+        what the sequences know, and compute all of it again."""
         self.pending.clear()
         for seq in self.unfinished.values():
-            if seq.output_token_ids:
+            if seq.output_token_ids and not seq.finished:
                 seq.check_stop()  # the exception may have come between a token and its check
-            if seq.finished:
+            if seq.finished and seq.finish_reason != "abort":
                 seq.metrics.finished_time = time.monotonic()
                 self.advanced[seq] = None
         self.unfinished = {s.request_id: s for s in self.unfinished.values() if not s.finished}
         self.scheduler.restart(list(self.unfinished.values()))
+        self.dirty = False
 
     def _process(self, step: ScheduledStep, output: StepOutput) -> None:
         now = time.monotonic()

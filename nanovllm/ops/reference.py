@@ -103,10 +103,10 @@ def paged_attention(
     block_size = kv.k.shape[1]
     first = 0
     while first < num_decodes:
-        # As many sequences as fit in the bound, at the length of the longest of them.
+        # As many sequences as fit in the bound, at the whole pages of the longest of them.
         last, longest = first, 0
         while last < num_decodes:
-            longest = max(longest, context_lens[last])
+            longest = max(longest, -(-context_lens[last] // block_size) * block_size)
             if last > first and (last + 1 - first) * longest > MAX_GATHERED_TOKENS:
                 break
             last += 1

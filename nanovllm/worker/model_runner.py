@@ -118,8 +118,8 @@ class ModelRunner:
         self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype)
         longest = model_config.max_position_embeddings
         check_model_len(config.max_model_len, longest)
-        self.model = build_model(model_config, config.max_model_len or longest, self.dtype)
-        self.weight_bytes = weight_bytes(self.model)
+        # A model without memory is cheap; this one is only asked how large its weights are.
+        self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype))
         self._check_memory(cache_bytes=0)
         bytes_per_token = model_config.kv_elements_per_token * self.dtype.itemsize
         self.plan = plan_cache(
@@ -131,6 +131,7 @@ class ModelRunner:
             longest,
         )
         self._check_memory(self.plan.num_tokens * bytes_per_token)
+        self.model = build_model(model_config, self.plan.max_model_len, self.dtype)
         if config.load_format == "dummy":
             fill_dummy_weights(self.model, self.device, config.seed)
         else:

@@ -114,3 +114,22 @@ def test_spaces_between_tokens_are_kept():
     assert increments(WordTokenizer(), [65], output, [True, False], "length")[-1] == (
         " a b c d e f g h i j k l"
     )
+
+
+class ByteFallbackTokenizer(ByteTokenizer):
+    """Like Llama 2's: a run of bytes that is not valid UTF-8 is replaced byte by byte."""
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        data = bytes(token_ids)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(data)
+
+
+def test_a_context_that_begins_inside_a_character_is_widened():
+    tokenizer = ByteFallbackTokenizer()
+    seq = make_sequence(list("a😀😀".encode()))
+    seq.token_ids += list("😀😀b".encode())
+    seq.finish_reason = "length"
+    assert Detokenizer(tokenizer).text(seq) == "😀😀b"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -270,14 +271,14 @@ def test_abort(state, depth):
         engine.add(each)
     step_until(engine, lambda: STATES[state](engine, seq))
     num_tokens = len(seq.token_ids)
-    engine.abort(["again"])
-    engine.abort(["unknown"])
+    engine.abort([seq])
+    engine.abort(sequences([1]))  # never added
     check_invariants(engine)
     again = make_sequence([3] * 11, "again", max_tokens=20)
     run(engine, again)
     assert_right(*others, again)
     assert seq.finish_reason == "abort" and len(seq.token_ids) == num_tokens
-    engine.abort(["again"])
+    engine.abort([seq, again])
     assert again.finish_reason == "length"
 
 
@@ -287,7 +288,7 @@ def test_every_token_is_reported_once_but_the_aborted_never():
     for seq in seqs:
         engine.add(seq)
     engine.step()
-    engine.abort(["1"])
+    engine.abort([seqs[1]])
     reported = []
     while engine.has_unfinished:
         reported += take_step(engine)
@@ -320,7 +321,6 @@ def test_a_failed_step_leaves_the_engine_usable(stage, error, depth):
             while engine.has_unfinished:
                 take_step(engine)
         check_invariants(engine)
-        assert not engine.pending
         run(engine, make_sequence([1] * 9, "later"))
         assert_right(*seqs)
 
@@ -328,34 +328,40 @@ def test_a_failed_step_leaves_the_engine_usable(stage, error, depth):
 ENGINE_FILES = str(Path(nanovllm.engine.__file__).parent)
 
 
-def interrupt(engine, line, delivered):
-    """Step to the end, but with Ctrl-C at the n-th line that runs in nanovllm.engine. False if that
-    is past the end."""
-    left = line
+class CtrlC:
+    """Raises KeyboardInterrupt at the n-th line that runs in nanovllm.engine inside its blocks."""
 
-    def trace(frame, event, arg):
-        nonlocal left
+    def __init__(self, line):
+        self.left = line
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def trace(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(ENGINE_FILES):
             return None
         if event == "line":
-            left -= 1
-            if left < 0:
+            self.left -= 1
+            if self.left < 0:
                 raise KeyboardInterrupt
-        return trace
+        return self.trace
 
-    before = sys.gettrace()
-    try:
+
+def interrupt(engine, line, delivered):
+    """Step to the end, but with Ctrl-C at the n-th line. False if that is past the end."""
+    ctrl_c = CtrlC(line)
+    with suppress(KeyboardInterrupt):
         while engine.has_unfinished:
-            sys.settrace(trace)
-            engine.step()
-            sys.settrace(before)
+            with ctrl_c:
+                engine.step()
             delivered.extend(engine.advanced)
             engine.advanced.clear()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+        return False
+    return True
 
 
 @both_depths
@@ -378,3 +384,31 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_engine_usable(depth):
             wrong.append(line)
         line += 1
     assert line > 500 and not wrong
+
+
+@both_depths
+@pytest.mark.parametrize("method", ["_recover", "abort"])
+def test_a_second_ctrl_c_while_cleaning_up_loses_nothing_either(depth, method):
+    line, interrupted = 0, True
+    while interrupted:
+        engine = make_engine(max_num_batched_tokens=8, num_blocks=13, depth=depth)
+        kept = sequences([1] * 4, [2] * 9, max_tokens=12)
+        gone = make_sequence([3] * 7, "gone", max_tokens=12)
+        for seq in (*kept, gone):
+            engine.add(seq)
+        delivered = []
+        assert interrupt(engine, 150, delivered)  # in the middle of a step
+        interrupted = True
+        with suppress(KeyboardInterrupt), CtrlC(line):
+            if method == "abort":
+                engine.abort([gone])
+            else:
+                engine.step()
+            interrupted = False
+        engine.abort([gone])
+        check_invariants(engine)
+        delivered += run(engine)
+        assert_right(*kept, gone)
+        assert set(delivered) - {gone} == set(kept)
+        line += 1
+    assert line > 5

@@ -136,7 +136,8 @@ class Run:
 
     def step(self, times=1):
         for _ in range(times):
-            decoding = [seq for seq in self.engine.scheduler.running if seq.wants_decode]
+            running = [] if self.engine.dirty else self.engine.scheduler.running
+            decoding = [seq for seq in running if seq.wants_decode]
             num_steps = len(self.worker.steps)
             try:
                 self.delivered += [seq for seq in take_step(self.engine) if seq.finished]
@@ -154,9 +155,9 @@ class Run:
 
     def abort(self, back):
         seq = self.seqs[-min(back, len(self.seqs))]
-        if any(other.request_id == seq.request_id for other in self.engine.advanced):
-            self.dropped += [s for s in self.engine.advanced if s.request_id == seq.request_id]
-        self.engine.abort([seq.request_id])
+        if seq in self.engine.advanced:
+            self.dropped.append(seq)
+        self.engine.abort([seq])
         check_invariants(self.engine)
 
     def fail(self, stage, error):

@@ -76,6 +76,22 @@ def test_paged_attention(
     assert (out - expected).norm() / expected.norm() < 1e-5
 
 
+def test_decodes_gather_a_bounded_number_of_keys(monkeypatch):
+    monkeypatch.setattr(reference, "MAX_GATHERED_TOKENS", 64)
+    gathered = []
+    attend = reference._attend_decodes
+
+    def spy(q, kv, block_tables, *args):
+        gathered.append(block_tables.numel() * kv.k.shape[1])
+        return attend(q, kv, block_tables, *args)
+
+    monkeypatch.setattr(reference, "_attend_decodes", spy)
+    batch = make_batch([1] * 8, [3, 1, 20, 2, 2, 40, 1, 1], block_size=16, num_blocks=20)
+    kv = KVLayer(*torch.randn(2, 20, 16, 2, 16))
+    ops.paged_attention(torch.randn(8, 4, 16), kv, batch, 0.25)
+    assert len(gathered) > 2 and max(gathered) <= 64
+
+
 def test_attention_is_untouched_by_what_others_left_in_a_page():
     batch = make_batch([1, 1, 3], [3, 40, 9], block_size=16, num_blocks=20)
     kv = KVLayer(*torch.full((2, 20, 16, 2, 16), torch.nan))
