@@ -335,9 +335,8 @@ def _rope_config(hf: dict[str, Any]) -> RopeConfig:
         )
     if rope_type == "default":
         return RopeConfig(theta)
-    names = LLAMA3_ROPE_KEYS
-    missing = [name for name in names if name not in rope]
+    missing = [name for name in LLAMA3_ROPE_KEYS if name not in rope]
     if missing:
         raise ValueError(f"config.json: RoPE type 'llama3' needs {', '.join(missing)}")
-    factor, low, high, original = (rope[name] for name in names)
+    factor, low, high, original = (rope[name] for name in LLAMA3_ROPE_KEYS)
     return RopeConfig(theta, rope_type, float(factor), float(low), float(high), int(original))

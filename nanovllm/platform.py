@@ -4,11 +4,9 @@ llm.py and the worker ask; kernels are chosen in ops/, not here.
 """
 
 import logging
-import math
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
@@ -107,10 +105,3 @@ def batch_limits(max_num_seqs: int | None, max_num_batched_tokens: int | None) -
     if max_num_batched_tokens is None:
         max_num_batched_tokens = max(CPU_MAX_NUM_BATCHED_TOKENS, max_num_seqs)
     return max_num_seqs, max_num_batched_tokens
-
-
-def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose memory the system provides page by page as it is first touched, so a large cache
-    costs nothing until it is used (torch.zeros writes them all)."""
-    data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(data).view(dtype).view(shape)

@@ -130,7 +130,6 @@ class Engine:
             seq.num_pending -= 1
             seq.token_ids.append(token_id)
             seq.check_stop()
-            self.scheduler.block_manager.register(seq)
             if seq.metrics.first_token_time is None:
                 seq.metrics.first_token_time = now
             if seq.finished:

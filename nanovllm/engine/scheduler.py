@@ -116,6 +116,7 @@ class Scheduler:
         return victim
 
     def _release(self, seq: Sequence) -> None:
+        self.block_manager.register(seq)  # pages whose last token was read since it was scheduled
         self.block_manager.free(seq)
         self.free_rows.append(seq.row)
         seq.row = -1

@@ -71,7 +71,7 @@ class CausalLM(nn.Module):
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
     # Endings of tensors that some checkpoints hold and no model needs.
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
 
     def __init__(self, config: ModelConfig, max_positions: int):
         super().__init__()
@@ -82,7 +82,6 @@ class CausalLM(nn.Module):
         self.is_tied = config.tie_word_embeddings
         if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
-            self.ignored = (*self.ignored, "lm_head.weight")
 
     def make_layer(self, config: ModelConfig, rope: Rope) -> DecoderLayer:
         """A layer of this family."""

