@@ -330,6 +330,14 @@ def check_invariants(engine: Engine) -> None:
         num_tokens = max(seq.num_computed, seq.prefill_end)
         assert len(seq.block_table) == -(-num_tokens // manager.block_size)
 
+    # A page is as full as its fullest holder's; what is left is counted as empty.
+    size, filled = manager.block_size, {}
+    for seq in running:
+        for i, page in enumerate(seq.block_table):
+            tokens = min(max(seq.num_computed - i * size, 0), size)
+            filled[page] = max(filled.get(page, 0), tokens)
+    assert scheduler.empty_slots == len(filled) * size - sum(filled.values())
+
     rows = [seq.row for seq in running]
     assert sorted(rows + scheduler.free_rows) == list(range(scheduler.max_num_seqs))
     assert len(engine.pending) <= engine.depth
@@ -343,3 +351,4 @@ def assert_idle(engine: Engine) -> None:
     assert not (engine.unfinished or engine.pending or scheduler.running or scheduler.waiting)
     assert scheduler.block_manager.num_free == scheduler.block_manager.num_blocks
     assert len(scheduler.free_rows) == scheduler.max_num_seqs
+    assert scheduler.empty_slots == 0

@@ -45,7 +45,6 @@ class Engine:
             BlockManager(num_blocks, block_size, enable_prefix_caching),
             max_num_seqs,
             max_num_batched_tokens,
-            self.metrics,
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self.unfinished: dict[str, Sequence] = {}
@@ -100,6 +99,7 @@ class Engine:
         scheduled = self.scheduler.schedule(can_preempt=not self.pending)
         if scheduled:
             self.pending.append((scheduled, self.executor.submit(scheduled.input)))
+            self.metrics.add(scheduled.metrics)
         assert self.pending or not self.unfinished, "unfinished requests, and none can run"
         if self.pending and (not scheduled or len(self.pending) == self.depth):
             step, handle = self.pending.popleft()

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import EngineMetrics
+from nanovllm.metrics import StepMetrics
 from nanovllm.step import RowStart, StepInput
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """A step for the worker, and the sequences that its sampled tokens belong to."""
+    """A step for the worker, the sequences that its sampled tokens belong to, and what it was."""
 
     input: StepInput
     sampled: list[Sequence]
+    metrics: StepMetrics
 
 
 class Scheduler:
@@ -31,7 +32,6 @@ class Scheduler:
         max_num_seqs: residents at most, that is sequences that hold pages and a row of the worker's
             state.
         max_num_batched_tokens: query tokens a step at most; at least max_num_seqs.
-        metrics: counters to add to.
     """
 
     def __init__(
@@ -39,16 +39,15 @@ class Scheduler:
         block_manager: BlockManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        metrics: EngineMetrics,
     ):
         assert max_num_batched_tokens >= max_num_seqs
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.metrics = metrics
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival, so the youngest is last
         self.free_rows = list(reversed(range(max_num_seqs)))
+        self.empty_slots = 0  # in the pages of running sequences
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -61,27 +60,22 @@ class Scheduler:
                 put back.
         """
         decodes = [seq for seq in self.running if seq.wants_decode]
-        preempted = False
+        metrics = StepMetrics()
         while self._num_pages_needed(decodes) > self.block_manager.num_free:
             if not can_preempt:
                 return None
             victim = self._preempt_youngest()
-            preempted = True
+            metrics.preemptions += 1
             if victim in decodes:
                 decodes.remove(victim)
 
-        step = ScheduledStep(StepInput(), [])
+        step = ScheduledStep(StepInput(), [], metrics)
         for seq in decodes:
             self._add_decode(step, seq)
         step.input.num_decodes = len(decodes)
-        budget = self.max_num_batched_tokens - len(decodes)
-        for seq in self.running:
-            if seq.is_prefilling and budget > 0:
-                budget -= self._add_chunk(step, seq, budget)
-        # Pages that were just taken from somebody are for the older sequences that needed them.
-        while budget > 0 and not preempted and self._admit(step):
-            budget -= self._add_chunk(step, self.running[-1], budget)
-        return self._counted(step) if step.input.rows else None
+        metrics.stopped_by = self._prefill(step, self.max_num_batched_tokens - len(decodes))
+        self._measure(step)
+        return step if step.input.rows else None
 
     def finish(self, finished: list[Sequence]) -> None:
         """Take back what ended sequences hold, wherever they are."""
@@ -101,6 +95,25 @@ class Scheduler:
             seq.reset()
         self.waiting, self.running = deque(unfinished), []
         self.free_rows = list(reversed(range(self.max_num_seqs)))
+        self.empty_slots = 0
+
+    def _prefill(self, step: ScheduledStep, budget: int) -> str:
+        """Chunks of running sequences, then admissions, until something stops it; returns what."""
+        for seq in self.running:
+            if seq.is_prefilling and budget > 0:
+                budget -= self._add_chunk(step, seq, budget)
+        while self.waiting:
+            if step.metrics.preemptions:
+                return "preemption"  # the pages are for the older sequences that needed them
+            if budget == 0:
+                return "max_num_batched_tokens"
+            if len(self.running) == self.max_num_seqs:
+                return "max_num_seqs"
+            if not self._admit(step):
+                return "pages"
+            budget -= self._add_chunk(step, self.running[-1], budget)
+        cut_short = budget == 0 and self.running[-1].is_prefilling
+        return "max_num_batched_tokens" if cut_short else ""
 
     def _num_pages_needed(self, decodes: list[Sequence]) -> int:
         return sum(map(self.block_manager.needs_page, decodes))
@@ -112,20 +125,18 @@ class Scheduler:
         self._release(victim)
         victim.reset()
         self.waiting.appendleft(victim)
-        self.metrics.preemptions += 1
         return victim
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.register(seq)  # pages whose last token was read since it was scheduled
+        self.empty_slots -= self._num_empty(seq)
         self.block_manager.free(seq)
         self.free_rows.append(seq.row)
         seq.row = -1
 
     def _admit(self, step: ScheduledStep) -> bool:
-        """Move the oldest waiting sequence to the running ones, if there are a row and pages for
-        all its known tokens."""
-        if not self.waiting or len(self.running) == self.max_num_seqs:
-            return False
+        """Move the oldest waiting sequence to the running ones, if there are pages for all its
+        known tokens."""
         seq = self.waiting[0]
         num_shared = self.block_manager.allocate(seq)
         if num_shared is None:
@@ -139,7 +150,8 @@ class Scheduler:
         seq.num_computed = min(num_shared, seq.prefill_end - 1)
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_computed
-        self.metrics.cached_tokens += seq.num_computed
+        self.empty_slots += self._num_empty(seq)
+        step.metrics.cached_tokens += seq.num_computed
         step.input.starts.append(
             RowStart(
                 row=seq.row,
@@ -157,6 +169,7 @@ class Scheduler:
         if self.block_manager.needs_page(seq):
             index = len(seq.block_table)
             step.input.new_pages.append((seq.row, index, [self.block_manager.append(seq)]))
+            self.empty_slots += self.block_manager.block_size
         step.input.add(seq.row, seq.num_computed, query_len=1, samples=True)
         self._advance(step, seq, 1)
 
@@ -170,13 +183,19 @@ class Scheduler:
 
     def _advance(self, step: ScheduledStep, seq: Sequence, num_tokens: int) -> None:
         seq.num_computed += num_tokens
+        self.empty_slots -= num_tokens
         if not seq.is_prefilling:
             seq.num_pending += 1
             step.sampled.append(seq)
         self.block_manager.register(seq)
 
-    def _counted(self, step: ScheduledStep) -> ScheduledStep:
-        self.metrics.steps += 1
-        self.metrics.decode_tokens += step.input.num_decodes
-        self.metrics.prefill_tokens += len(step.input.token_ids)
-        return step
+    def _num_empty(self, seq: Sequence) -> int:
+        return len(seq.block_table) * self.block_manager.block_size - seq.num_computed
+
+    def _measure(self, step: ScheduledStep) -> None:
+        metrics, pages = step.metrics, self.block_manager
+        metrics.decode_tokens = step.input.num_decodes
+        metrics.prefill_tokens = len(step.input.token_ids)
+        metrics.running, metrics.waiting = len(self.running), len(self.waiting)
+        metrics.page_slots = (pages.num_blocks - pages.num_free) * pages.block_size
+        metrics.empty_slots = self.empty_slots

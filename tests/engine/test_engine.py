@@ -122,6 +122,75 @@ def test_num_cached_tokens_is_that_of_the_first_admission():
     assert [seq.num_cached_tokens for seq in seqs] == [0, 0]
 
 
+# What is counted
+
+
+def metrics_of_steps(engine, *seqs):
+    """Run, and collect what last_step says after each step."""
+    for seq in seqs:
+        engine.add(seq)
+    steps = []
+    while engine.unfinished:
+        take_step(engine)
+        steps.append(engine.metrics.last_step)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("options", "stopped_by"),
+    [
+        (dict(max_num_seqs=2, max_num_batched_tokens=4), "max_num_batched_tokens"),
+        (dict(max_num_seqs=2), "max_num_seqs"),
+        (dict(num_blocks=5), "pages"),
+        (dict(), ""),
+    ],
+)
+def test_a_step_says_what_kept_others_out(options, stopped_by):
+    engine = make_engine(**options)
+    steps = metrics_of_steps(engine, *sequences([1] * 7, [2] * 7, [3] * 7, max_tokens=2))
+    assert steps[0].stopped_by == stopped_by
+    assert steps[-1].stopped_by == ""
+    assert (steps[0].running, steps[0].waiting) == (
+        {"max_num_batched_tokens": 1, "max_num_seqs": 2, "pages": 2, "": 3}[stopped_by],
+        {"max_num_batched_tokens": 2, "max_num_seqs": 1, "pages": 1, "": 0}[stopped_by],
+    )
+
+
+def test_a_prompt_cut_by_the_budget_is_stopped_by_it_though_nobody_waits():
+    engine = make_engine(max_num_seqs=1, max_num_batched_tokens=4)
+    steps = metrics_of_steps(engine, make_sequence([1] * 6, max_tokens=2))
+    assert [step.stopped_by for step in steps] == ["max_num_batched_tokens", "", ""]
+    assert [(step.prefill_tokens, step.decode_tokens) for step in steps] == [(4, 0), (2, 0), (0, 1)]
+
+
+def test_a_step_that_preempts_says_so():
+    engine = make_engine(num_blocks=5)
+    steps = metrics_of_steps(engine, *sequences([1] * 7, [2] * 7, max_tokens=6))
+    [preempting] = [step for step in steps if step.preemptions]
+    assert preempting.stopped_by == "preemption"
+    assert (preempting.running, preempting.waiting, preempting.preemptions) == (1, 1, 1)
+    assert engine.metrics.preemptions == 1
+
+
+def test_kv_cache_waste_is_the_share_of_empty_slots_over_all_steps():
+    engine = make_engine()  # pages of 4 tokens
+    steps = metrics_of_steps(engine, make_sequence([1] * 6, max_tokens=4))
+    # 6, 7, 8 and 9 tokens lie in 2, 2, 2 and 3 pages.
+    assert [(step.empty_slots, step.page_slots) for step in steps] == [
+        (2, 8),
+        (1, 8),
+        (0, 8),
+        (3, 12),
+    ]
+    assert engine.metrics.kv_cache_waste == 6 / 36
+
+
+def test_a_shared_page_is_counted_once():
+    engine = make_engine()
+    [step] = metrics_of_steps(engine, *sequences([1] * 8, [1] * 8, max_tokens=1))
+    assert (step.empty_slots, step.page_slots, step.cached_tokens) == (0, 8, 7)
+
+
 # Who runs when
 
 
