@@ -181,6 +181,12 @@ class LLM:
         with self._use_engine() as engine:
             return not engine.has_unfinished
 
+    @property
+    def llm_engine(self) -> Engine:
+        """The engine inside, for those who watch it: its scheduler, its pages, its metrics."""
+        with self._use_engine() as engine:
+            return engine
+
     # What the checkpoint brings
 
     def get_tokenizer(self) -> Any:

@@ -9,11 +9,18 @@ from nanovllm.worker.model_runner import ModelRunner
 
 
 class InProcessExecutor:
-    """One ModelRunner in the caller's process; arguments are the runner's."""
+    """One ModelRunner in the caller's process; arguments are the runner's.
+
+    Attributes:
+        plan: how large the cache is.
+        device, dtype: where and in what the model computes.
+        description: of all that was chosen, for the log.
+    """
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, max_num_seqs: int):
         self.runner = ModelRunner(config, model_config, max_num_seqs)
         self.plan = self.runner.plan
+        self.device, self.dtype = self.runner.device, self.runner.dtype
         self.description = self.runner.description
 
     def submit(self, step: StepInput) -> "SampledTokens":

@@ -1,0 +1,570 @@
+"""Throughput of nanovllm and its peers, beside what the machine could reach.
+
+python bench.py --workload readme --shape qwen3-0.6b
+python bench.py --workload cpu --engine nanovllm transformers vllm=ITS_VENV/bin/python
+python bench.py --model FOLDER --input-len 512 --output-len 128 --num-prompts 64
+
+Each engine runs in a process of its own and with its defaults: import and construct it, generate a
+few tokens, then the workload twice; the better run counts. Weights are random unless --model names
+some; every request generates as many tokens as it must (ignore_eos). Nothing is installed here: an
+engine is one that the interpreter has, or the one given after "=".
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm.config import ModelConfig
+
+TEMPERATURE = 0.6
+MAX_MODEL_LEN = 4096
+ENGINES = ("nanovllm", "vllm", "transformers")
+STATIC_BATCH = 64  # prompts that transformers generates for at a time
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": dict(
+        model_type="qwen3",
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=40960,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3",
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+        max_position_embeddings=40960,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+    ),
+    "llama-3.2-1b": dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+        rms_norm_eps=1e-5,
+    ),
+}
+
+
+# What is run
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts as token ids, and how many tokens each must generate. `shared_len` tokens at their
+    start are the same in all prompts."""
+
+    prompts: list[list[int]]
+    output_lens: list[int]
+    shared_len: int = 0
+
+    @property
+    def input_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(self.output_lens)
+
+    @property
+    def max_len(self) -> int:
+        return max(len(p) + n for p, n in zip(self.prompts, self.output_lens, strict=True))
+
+    def prompts_of_run(self, run: int, vocab_size: int) -> list[list[int]]:
+        """The second run has other tokens, so that the prefix cache knows none of them; unless the
+        prefix cache is what is measured, then it is warm."""
+        shift = 0 if self.shared_len else run
+        return [[(token + shift) % vocab_size for token in prompt] for prompt in self.prompts]
+
+
+def make_workload(name: str) -> Workload:
+    """The five workloads; always the same tokens.
+
+    readme is nano-vllm's benchmark, long prompts and long answers; short has many small requests,
+    where overhead shows; prefix asks 512 questions after one system prompt; bs1 is the latency of
+    one request; cpu is for two CPU cores.
+    """
+    rng = random.Random(0)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [rng.randint(0, 10000) for _ in range(rng.randint(least, most))]
+
+    if name == "prefix":
+        system = [rng.randint(0, 10000) for _ in range(2048)]
+        return Workload([system + tokens(32, 96) for _ in range(512)], [128] * 512, shared_len=2048)
+    if name == "bs1":
+        return Workload([[rng.randint(0, 10000) for _ in range(128)]], [512])
+    number, input_range, output_range = {
+        "readme": (256, (100, 1024), (100, 1024)),
+        "short": (1024, (16, 128), (16, 128)),
+        "cpu": (32, (32, 128), (16, 64)),
+    }[name]
+    prompts = [tokens(*input_range) for _ in range(number)]
+    return Workload(prompts, [rng.randint(*output_range) for _ in range(number)])
+
+
+def uniform_workload(input_len: int, output_len: int, num_prompts: int) -> Workload:
+    rng = random.Random(0)
+    prompts = [[rng.randint(0, 10000) for _ in range(input_len)] for _ in range(num_prompts)]
+    return Workload(prompts, [output_len] * num_prompts)
+
+
+# What could be reached
+
+
+def ideal_seconds(
+    workload: Workload,
+    model: ModelConfig,
+    itemsize: int,
+    bandwidth: float,
+    flops: float,
+    warm: bool = False,
+) -> float:
+    """The time of a perfect engine: all prompts in one step, then all requests decode together; a
+    step takes as long as its bytes or its operations, whichever is longer.
+
+    A step reads the weights once, each request's keys and values once, and a shared prefix once.
+
+    Args:
+        itemsize: bytes a weight, key or value.
+        bandwidth: bytes a second.
+        flops: operations a second.
+        warm: the prefix cache holds all prompts that share a prefix.
+    """
+    q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    attention = model.hidden_size * (2 * q_size + 2 * kv_size)
+    layers = model.num_layers * (attention + 3 * model.hidden_size * model.intermediate_size)
+    head = model.vocab_size * model.hidden_size
+    pair_ops = 4 * model.num_layers * q_size  # of a query token and a key
+
+    def step(new_tokens: int, pairs: float, keys_read: int, sampled: int) -> float:
+        moved = itemsize * (layers + head + model.kv_elements_per_token * keys_read)
+        ops = 2 * layers * new_tokens + pair_ops * pairs + 2 * head * sampled
+        return max(moved / bandwidth, ops / flops)
+
+    lens = [len(prompt) for prompt in workload.prompts]
+    shared = workload.shared_len
+    cached = [n - 1 if warm and shared else shared for n in lens]
+    if not warm:
+        cached[0] = 0  # somebody computes the shared prefix
+    seconds = step(
+        new_tokens=sum(lens) - sum(cached),
+        pairs=sum((n * n - c * c) / 2 for n, c in zip(lens, cached, strict=True)),
+        keys_read=0,
+        sampled=len(lens),
+    )
+    for produced in range(1, max(workload.output_lens)):
+        contexts = [
+            n + produced
+            for n, wanted in zip(lens, workload.output_lens, strict=True)
+            if wanted > produced
+        ]
+        seconds += step(
+            new_tokens=len(contexts),
+            pairs=sum(contexts),
+            keys_read=sum(contexts) - shared * (len(contexts) - 1),
+            sampled=len(contexts),
+        )
+    return seconds
+
+
+def measure_machine(job: dict[str, Any]) -> dict[str, float]:
+    """Bytes a second that a sum over a large tensor reads, and operations a second of a large
+    matrix product, the best of several."""
+    import torch
+
+    device, dtype = job["device"], getattr(torch, job["dtype"])
+    on_gpu = device != "cpu"
+
+    def fastest(function: Callable[[], Any], at_least: float = 1.0) -> float:
+        times: list[float] = []
+        while len(times) < 4 or sum(times) < at_least:
+            start = time.perf_counter()
+            function()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    size = 8192 if on_gpu else 2048
+    data = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.float32, device=device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return {
+        "bandwidth": data.numel() * data.itemsize / fastest(data.sum),
+        "flops": 2 * size**3 / fastest(lambda: a @ b),
+    }
+
+
+# Engines. A loader imports and constructs one, and returns what generates and what to report.
+
+Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
+
+
+def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Callable[[], dict[str, Any]]]:
+    """nanovllm and vLLM: the same calls."""
+    engine = importlib.import_module(job["engine"])
+    options = {"load_format": "dummy"} if job["dummy_weights"] else {}
+    llm = engine.LLM(
+        job["model"],
+        dtype=job["dtype"],
+        max_model_len=job["max_model_len"],
+        skip_tokenizer_init=True,
+        **options,
+    )
+
+    def generate(prompts: list[list[int]], output_lens: list[int]) -> list[list[int]]:
+        params = [
+            engine.SamplingParams(temperature=TEMPERATURE, ignore_eos=True, max_tokens=n)
+            for n in output_lens
+        ]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    def report() -> dict[str, Any]:
+        if job["engine"] == "vllm":
+            config = llm.llm_engine.vllm_config
+            return {"device": config.device_config.device_type, "dtype": config.model_config.dtype}
+        executor, metrics = llm.llm_engine.executor, llm.llm_engine.metrics
+        return {
+            "device": executor.device.type,
+            "dtype": executor.dtype,
+            "kv_cache_waste": metrics.kv_cache_waste,
+        }
+
+    return generate, report
+
+
+def load_transformers(job: dict[str, Any]) -> tuple[Generate, Callable[[], dict[str, Any]]]:
+    """transformers' generate on static batches, prompts padded on the left; a batch runs until its
+    longest answer ends."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(job["model"])
+    dtype = config.dtype if job["dtype"] == "auto" else getattr(torch, job["dtype"])
+    if job["dummy_weights"]:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def generate_batch(prompts: list[list[int]], output_lens: list[int]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(p)) + p for p in prompts]
+        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=0,
+            max_new_tokens=max(output_lens),
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        tokens = model.generate(
+            torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+        )[:, longest:].tolist()
+        return [row[:n] for row, n in zip(tokens, output_lens, strict=True)]
+
+    def generate(prompts: list[list[int]], output_lens: list[int]) -> list[list[int]]:
+        outputs = []
+        for i in range(0, len(prompts), STATIC_BATCH):
+            batch = slice(i, i + STATIC_BATCH)
+            outputs += generate_batch(prompts[batch], output_lens[batch])
+        return outputs
+
+    return generate, lambda: {"device": model.device.type, "dtype": model.dtype}
+
+
+def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
+    """Start time, the times of both runs, and what the engine reports of itself."""
+    workload = Workload(**job["workload"])
+    start = time.perf_counter()
+    load = load_transformers if job["engine"] == "transformers" else load_vllm_like
+    generate, report = load(job)
+    start_seconds = time.perf_counter() - start
+    generate([[1, 2, 3, 4]], [4])
+    run_seconds = []
+    for run in range(2):
+        prompts = workload.prompts_of_run(run, job["vocab_size"])
+        start = time.perf_counter()
+        outputs = generate(prompts, workload.output_lens)
+        run_seconds.append(time.perf_counter() - start)
+        assert [len(tokens) for tokens in outputs] == workload.output_lens
+    result = report()
+    return {
+        **result,
+        "dtype": str(result["dtype"]).removeprefix("torch."),
+        "version": importlib.import_module(job["engine"]).__version__,
+        "start_seconds": start_seconds,
+        "run_seconds": run_seconds,
+    }
+
+
+# Processes. This file is started again for each job, perhaps by another interpreter.
+
+
+def child_main() -> None:
+    job = json.load(sys.stdin)
+    measure = measure_machine if job["engine"] == "machine" else measure_engine
+    Path(job["result"]).write_text(json.dumps(measure(job)))
+
+
+def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
+    """Run a job in a new process with empty kernel caches. Returns its result with the peak memory
+    of the largest process in it.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log")
+        caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT")
+        env = os.environ | {name: f"{folder}/{name}" for name in caches}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [python, __file__, "--child"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+            )
+            try:
+                assert process.stdin
+                process.stdin.write(json.dumps(job | {"result": str(result)}).encode())
+                process.stdin.close()
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode or not result.exists():
+            last = log.read_text(errors="replace").splitlines()[-20:]
+            raise RuntimeError("\n".join([f"{python} ended with {process.returncode}:", *last]))
+        kib = 1 if sys.platform == "darwin" else 1024
+        return json.loads(result.read_text()) | {"peak_bytes": usage.ru_maxrss * kib}
+
+
+# The report
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    workload, config = args.workload, args.config
+    job = {
+        "workload": asdict(workload),
+        "model": args.model,
+        "dummy_weights": args.dummy_weights,
+        "dtype": args.dtype,
+        "vocab_size": config.vocab_size,
+        "max_model_len": args.max_model_len,
+    }
+    machines: dict[str, dict[str, float]] = {}
+    engines: dict[str, dict[str, Any]] = {}
+    for name, python in args.engine:
+        print(f"{name} runs ...", file=sys.stderr)
+        try:
+            result = run_job(job | {"engine": name}, python)
+        except RuntimeError as error:
+            print(f"{name} failed. {error}", file=sys.stderr)
+            engines[name] = {"failed": True}
+            continue
+        kind = f"{result['device']} {result['dtype']}"
+        if kind not in machines:
+            device, dtype = kind.split()
+            machine_job = {"engine": "machine", "device": device, "dtype": dtype}
+            machines[kind] = run_job(machine_job, sys.executable)
+        rates = machines[kind]
+        seconds = min(result["run_seconds"])
+        ideal = ideal_seconds(
+            workload,
+            config,
+            ITEMSIZE[result["dtype"]],
+            rates["bandwidth"],
+            rates["flops"],
+            warm=seconds == result["run_seconds"][1],
+        )
+        engines[name] = result | {
+            "seconds": seconds,
+            "tokens_per_second": workload.output_tokens / seconds,
+            "ideal_seconds": ideal,
+            "share_of_ideal": ideal / seconds,
+        }
+    return {
+        "workload": args.workload_name,
+        "requests": len(workload.prompts),
+        "input_tokens": workload.input_tokens,
+        "output_tokens": workload.output_tokens,
+        "model": args.model_name,
+        "machines": machines,
+        "engines": engines,
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(
+        f"\n{report['workload']}: {report['requests']} requests, {report['input_tokens']:,} tokens "
+        f"in, {report['output_tokens']:,} out; {report['model']}"
+    )
+    for kind, rates in report["machines"].items():
+        print(
+            f"this machine, {kind}: reads {rates['bandwidth'] / 1e9:,.1f} GB/s, multiplies "
+            f"{rates['flops'] / 1e9:,.0f} GFLOP/s"
+        )
+    header = ("engine", "dtype", "tok/s", "run s", "ideal s", "of ideal", "start s", "peak GiB")
+    print(("{:<24}" + "{:>10}" * 8).format(*header, "KV waste"))
+    for name, result in report["engines"].items():
+        if "failed" in result:
+            print(f"{name:<24}    failed")
+            continue
+        waste = result.get("kv_cache_waste")
+        print(
+            f"{name + ' ' + result['version'][:10]:<24}{result['dtype']:>10}"
+            f"{result['tokens_per_second']:>10,.1f}{result['seconds']:>10.2f}"
+            f"{result['ideal_seconds']:>10.2f}{result['share_of_ideal']:>10.0%}"
+            f"{result['start_seconds']:>10.1f}{result['peak_bytes'] / 2**30:>10.2f}"
+            + ("" if waste is None else f"{waste:>10.1%}")
+        )
+    speeds = {
+        name: result["tokens_per_second"]
+        for name, result in report["engines"].items()
+        if "failed" not in result
+    }
+    first = next(iter(speeds), None)
+    for name in list(speeds)[1:]:
+        print(f"{first} / {name}: {speeds[first] / speeds[name]:.2f}")
+
+
+# The command line
+
+
+def engine_spec(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if name not in ENGINES:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(ENGINES)}")
+    if python and not os.access(python, os.X_OK):
+        raise argparse.ArgumentTypeError(f"{python!r} is no Python interpreter")
+    return name, python or sys.executable
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parse_args(folder: Path) -> argparse.Namespace:
+    """Arguments, with the workload made and the model found; a shape's config.json is put in
+    `folder`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    workloads = ("readme", "short", "prefix", "bs1", "cpu")
+    parser.add_argument("--workload", choices=workloads, help="default: cpu")
+    own = parser.add_argument_group("a workload of your own", "all prompts and answers alike")
+    own.add_argument("--input-len", type=positive, help="tokens a prompt (default 128)")
+    own.add_argument("--output-len", type=positive, help="tokens an answer (default 128)")
+    own.add_argument("--num-prompts", type=positive, help="requests (default 32)")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--shape", choices=SHAPES, help="random weights (default qwen3-0.6b)")
+    model.add_argument("--model", help="a checkpoint folder")
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        type=engine_spec,
+        default=[engine_spec("nanovllm")],
+        metavar="NAME[=PYTHON]",
+        help=f"{', '.join(ENGINES)}; the first is compared with each of the others",
+    )
+    parser.add_argument("--dtype", choices=("auto", *ITEMSIZE), default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    if len(dict(args.engine)) < len(args.engine):
+        parser.error("--engine names one twice")
+
+    own_lens = (args.input_len, args.output_len, args.num_prompts)
+    if any(own_lens) and args.workload:
+        parser.error("--workload excludes --input-len, --output-len and --num-prompts")
+    args.workload_name = "own" if any(own_lens) else args.workload or "cpu"
+    if any(own_lens):
+        defaults = (128, 128, 32)
+        args.workload = uniform_workload(*(n or d for n, d in zip(own_lens, defaults, strict=True)))
+    else:
+        args.workload = make_workload(args.workload_name)
+
+    args.dummy_weights = args.model is None
+    args.model_name = args.model or f"{args.shape or 'qwen3-0.6b'} with random weights"
+    if args.dummy_weights:
+        shape = SHAPES[args.shape or "qwen3-0.6b"] | {"dtype": "bfloat16", "hidden_act": "silu"}
+        folder.joinpath("config.json").write_text(json.dumps(shape))
+        args.model = str(folder)
+    try:
+        hf_config = json.loads(Path(args.model, "config.json").read_text())
+        args.config = ModelConfig.from_hf(hf_config)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model {args.model}: {error}")
+    longest, limit = args.workload.max_len, args.config.max_position_embeddings
+    if longest > limit:
+        parser.error(f"a request of {longest} tokens is too long: the model takes {limit}")
+    args.max_model_len = min(max(MAX_MODEL_LEN, longest), limit)
+    return args
+
+
+def main() -> int:
+    if sys.argv[1:] == ["--child"]:
+        child_main()
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        args = parse_args(Path(folder))
+        report = measure_all(args)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_table(report)
+    return int(any("failed" in result for result in report["engines"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
