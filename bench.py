@@ -29,7 +29,7 @@ from nanovllm.config import ModelConfig
 TEMPERATURE = 0.6
 MAX_MODEL_LEN = 4096
 ENGINES = ("nanovllm", "vllm", "transformers")
-STATIC_BATCH = 64  # prompts that transformers generates for at a time
+STATIC_BATCH = 32  # prompts that transformers generates for at a time
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -245,7 +245,7 @@ Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Callable[[], dict[str, Any]]]:
     """nanovllm and vLLM: the same calls."""
     engine = importlib.import_module(job["engine"])
-    options = {"load_format": "dummy"} if job["dummy_weights"] else {}
+    options = job["options"] | ({"load_format": "dummy"} if job["dummy_weights"] else {})
     llm = engine.LLM(
         job["model"],
         dtype=job["dtype"],
@@ -382,8 +382,9 @@ def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
                 process.kill()
                 raise
         if process.returncode or not result.exists():
-            last = log.read_text(errors="replace").splitlines()[-20:]
-            raise RuntimeError("\n".join([f"{python} ended with {process.returncode}:", *last]))
+            lines = log.read_text(errors="replace").splitlines()
+            causes = [line for line in lines if "Error: " in line][:5] or lines[-10:]
+            raise RuntimeError("\n".join([f"{python} ended with {process.returncode}:", *causes]))
         kib = 1 if sys.platform == "darwin" else 1024
         return json.loads(result.read_text()) | {"peak_bytes": usage.ru_maxrss * kib}
 
@@ -398,6 +399,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "dummy_weights": args.dummy_weights,
         "dtype": args.dtype,
+        "options": dict(args.option),
         "vocab_size": config.vocab_size,
         "max_model_len": args.max_model_len,
     }
@@ -438,6 +440,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         "input_tokens": workload.input_tokens,
         "output_tokens": workload.output_tokens,
         "model": args.model_name,
+        "options": dict(args.option),
         "machines": machines,
         "engines": engines,
     }
@@ -447,6 +450,7 @@ def print_table(report: dict[str, Any]) -> None:
     print(
         f"\n{report['workload']}: {report['requests']} requests, {report['input_tokens']:,} tokens "
         f"in, {report['output_tokens']:,} out; {report['model']}"
+        + "".join(f", {name}={value}" for name, value in report["options"].items())
     )
     for kind, rates in report["machines"].items():
         print(
@@ -489,6 +493,16 @@ def engine_spec(text: str) -> tuple[str, str]:
     return name, python or sys.executable
 
 
+def engine_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -517,6 +531,14 @@ def parse_args(folder: Path) -> argparse.Namespace:
         default=[engine_spec("nanovllm")],
         metavar="NAME[=PYTHON]",
         help=f"{', '.join(ENGINES)}; the first is compared with each of the others",
+    )
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        type=engine_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="more options for LLM of nanovllm and vLLM (values as in JSON); without, defaults count",
     )
     parser.add_argument("--dtype", choices=("auto", *ITEMSIZE), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

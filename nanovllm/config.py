@@ -44,6 +44,8 @@ class EngineConfig:
         gpu_memory_utilization: share of the GPU's memory to use; no effect on a CPU.
         kv_cache_memory_bytes: size of the KV cache in bytes; None: see
             platform.default_kv_cache_bytes.
+        num_gpu_blocks_override: size of the KV cache in pages, wherever it lies; goes before
+            kv_cache_memory_bytes.
         enforce_eager: no CUDA graphs; no effect on a CPU.
         enable_prefix_caching: share the pages of equal prefixes.
         async_scheduling: schedule a step while one runs; None: where it helps.
@@ -66,6 +68,7 @@ class EngineConfig:
     block_size: int | None = None
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
     enforce_eager: bool = False
     enable_prefix_caching: bool | None = None
     async_scheduling: bool | None = None
@@ -108,6 +111,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "block_size",
             "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
             "tensor_parallel_size",
         ):
             value = getattr(self, name)

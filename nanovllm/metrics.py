@@ -1,5 +1,5 @@
-"""What the engine counts as it goes. The scheduler adds; progress bars, benchmarks, the step watcher
-and tests read."""
+"""What the engine counts as it goes. The scheduler adds; progress bars, benchmarks, watchers and
+tests read."""
 
 from dataclasses import dataclass, field, fields
 

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import torch
 
+# Weights and the KV cache in pages of 2 MiB where Linux has them: fewer page faults, longer
+# prefetches. torch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
 CPU_MAX_NUM_SEQS = 256
-CPU_MAX_NUM_BATCHED_TOKENS = 4096
+CPU_MAX_NUM_BATCHED_TOKENS = 1024  # more gain nothing, and outgrow the CPU's caches
 CPU_KV_CACHE_BYTES = 4 * GIB
 
 

@@ -35,7 +35,7 @@ _OFF_BY_NONE = """
     limit_mm_per_prompt logits_processors lora_target_modules mamba_block_size mamba_config
     max_cpu_loras max_num_scheduled_tokens media_io_kwargs mm_encoder_attn_backend
     mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path
-    mm_processor_kwargs model_class_overrides model_loader_extra_config num_gpu_blocks_override
+    mm_processor_kwargs model_class_overrides model_loader_extra_config
     offload_params otlp_traces_endpoint override_attention_dtype override_generation_config
     pooler_config prefix_match_unit profiler_config quantization quantization_config
     reasoning_config reasoning_parser_plugin scheduler_cls served_model_name spec_method spec_model

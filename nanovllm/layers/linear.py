@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm import ops
+
 
 class Linear(nn.Module):
     """x @ weight.T + bias. Several projections of the same input may be packed in one weight, row
@@ -22,7 +24,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(sizes))) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

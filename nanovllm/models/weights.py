@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from nanovllm import ops
 from nanovllm.config import ModelConfig
+from nanovllm.layers.linear import Linear
 from nanovllm.models import model_class
 from nanovllm.models.decoder import CausalLM
 
@@ -28,9 +30,21 @@ def build_model(config: ModelConfig, max_positions: int, dtype: torch.dtype) -> 
     return model.requires_grad_(False).eval()
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters, a tied one counted once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def weight_bytes(model: CausalLM, device: torch.device) -> int:
+    """Bytes of the parameters on the device, a tied one counted once, unless the head is packed."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    head = model.lm_head.weight
+    if model.is_tied and ops.packs_weights(device, head.dtype):
+        size += head.numel() * head.element_size()
+    return size
+
+
+def pack_weights(model: CausalLM) -> None:
+    """Put the weights of matrix products in the order that their device reads fastest."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            packed = ops.pack_weight(module.weight)
+            module.weight = nn.Parameter(packed, requires_grad=False)
 
 
 def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:

@@ -1,6 +1,7 @@
-"""The operations between the matrix products, by device. Layers call these names; each has its
-textbook in reference.py."""
+"""The operations between the matrix products, by device. Layers call these names; and those
+products; each has its textbook in reference.py or torch."""
 
+from nanovllm.ops.cpu import linear, pack_weight, packs_weights
 from nanovllm.ops.reference import (
     add_rms_norm,
     paged_attention,
@@ -12,6 +13,9 @@ from nanovllm.ops.reference import (
 
 __all__ = [
     "add_rms_norm",
+    "linear",
+    "pack_weight",
+    "packs_weights",
     "paged_attention",
     "qk_norm_rope_store",
     "rms_norm",

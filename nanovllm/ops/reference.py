@@ -4,16 +4,17 @@ Shape suffixes: T tokens, S sequences, H query heads, K key/value heads, G query
 head, D head_dim, L keys.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from nanovllm.batch import ForwardBatch, KVLayer
 
-# Decodes are padded to a common length; a group of them gathers at most so many keys at a time.
-MAX_GATHERED_TOKENS = 65536
-NOISE_CHUNK = (
-    2**17
-)  # noise is made for so many logits at a time, so that it stays in the CPU's cache
+# Decodes attend in groups, padded to a common length. A group gathers at most so many keys at a
+# time, so that they are still in the CPU's cache when they are used.
+MAX_GATHERED_TOKENS = 1024
+SAMPLED_LOGITS = 2**19  # rows are sampled so many logits at a time, for the same reason
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -99,32 +100,33 @@ def paged_attention(
     """
     out = torch.empty_like(q)
     context_lens = batch.context_lens.tolist()
-    num_decodes = batch.num_decodes
-    block_size = kv.k.shape[1]
-    first = 0
-    while first < num_decodes:
-        # As many sequences as fit in the bound, at the whole pages of the longest of them.
-        last, longest = first, 0
-        while last < num_decodes:
-            longest = max(longest, -(-context_lens[last] // block_size) * block_size)
-            if last > first and (last + 1 - first) * longest > MAX_GATHERED_TOKENS:
-                break
-            last += 1
-        num_blocks = -(-max(context_lens[first:last]) // block_size)
-        out[first:last] = _attend_decodes(
-            q[first:last],
-            kv,
-            batch.block_tables[first:last, :num_blocks],
-            batch.context_lens[first:last],
-            scale,
+    num_decodes, block_size = batch.num_decodes, kv.k.shape[1]
+    for group in _decode_groups(context_lens[:num_decodes], block_size):
+        num_blocks = -(-context_lens[group[-1]] // block_size)
+        seqs = torch.tensor(group, device=q.device)
+        out[seqs] = _attend_decodes(
+            q[seqs], kv, batch.block_tables[seqs, :num_blocks], batch.context_lens[seqs], scale
         )
-        first = last
     query_start = batch.query_start.tolist()
     for i in range(num_decodes, len(context_lens)):
         start, end = query_start[i : i + 2]
         table = batch.block_tables[i, : -(-context_lens[i] // block_size)]
         out[start:end] = _attend_chunk(q[start:end], kv, table, context_lens[i], scale)
     return out
+
+
+def _decode_groups(context_lens: list[int], block_size: int) -> Iterator[list[int]]:
+    """Sequences of like length, shortest first, as many as fit in the bound at the whole pages of
+    the longest of them."""
+    group: list[int] = []
+    for seq in sorted(range(len(context_lens)), key=context_lens.__getitem__):
+        padded_len = -(-context_lens[seq] // block_size) * block_size
+        if group and (len(group) + 1) * padded_len > MAX_GATHERED_TOKENS:
+            yield group
+            group = []
+        group.append(seq)
+    if group:
+        yield group
 
 
 def _attend_decodes(
@@ -197,13 +199,17 @@ def sample(
 
     Returns: [S] int64.
     """
-    logits = logits.float() / temperature[:, None]
-    if top_k is not None or top_p is not None or min_p is not None:
-        logits = keep_likely(logits, top_k, top_p, min_p)
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     tokens = torch.arange(logits.shape[1], device=logits.device)
-    num_rows = max(1, NOISE_CHUNK // logits.shape[1])
-    chunks = zip(logits.split(num_rows), noise_keys.split(num_rows), strict=True)
-    return torch.cat([(rows + gumbel_noise(keys, tokens)).argmax(-1) for rows, keys in chunks])
+    num_rows = max(1, SAMPLED_LOGITS // logits.shape[1])
+    for first in range(0, len(logits), num_rows):
+        rows = slice(first, first + num_rows)
+        scaled = logits[rows].float() / temperature[rows, None]
+        if top_k is not None or top_p is not None or min_p is not None:
+            limits = (None if limit is None else limit[rows] for limit in (top_k, top_p, min_p))
+            scaled = keep_likely(scaled, *limits)
+        token_ids[rows] = scaled.add_(gumbel_noise(noise_keys[rows], tokens)).argmax(-1)
+    return token_ids
 
 
 def keep_likely(
@@ -243,22 +249,25 @@ def gumbel_noise(keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
     Returns: [S, vocab] float32.
     """
-    first, second = keys[:, :1], keys[:, 1:]
-    return gumbel_of_bits(_mix32(_mix32(tokens * 0x9E3779B9 + first & _MASK32) ^ second))
+    first, second = _int32(keys[:, :1]), _int32(keys[:, 1:])
+    bits = _mix32(_int32(tokens * 0x9E3779B9) + first)
+    return gumbel_of_bits(_mix32(bits.bitwise_xor_(second)).long().bitwise_and_(0xFFFFFFFF))
 
 
 def gumbel_of_bits(bits: torch.Tensor) -> torch.Tensor:
     """Gumbel noise of uniform 32-bit values in int64. Through log1p small E, which decide the draw,
     keep all their bits; E = inf never wins."""
-    uniform = (bits.float() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform))
+    minus_uniform = bits.float().add_(0.5).mul_(-(2.0**-32))
+    return minus_uniform.log1p_().neg_().log_().neg_()
 
 
-_MASK32 = 0xFFFFFFFF
+def _int32(x: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits of int64 values; int32 arithmetic wraps as unsigned arithmetic does."""
+    return x.to(torch.int32)
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """murmur3's 32-bit finalizer (Appleby 2011) on int64 tensors that hold 32-bit values."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK32
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK32
-    return x ^ (x >> 16)
+    """murmur3's 32-bit finalizer (Appleby 2011), in place. The masks make >> shift in zeros."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x85EBCA6B - 2**32)
+    x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(0xC2B2AE35 - 2**32)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))

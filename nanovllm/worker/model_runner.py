@@ -17,6 +17,7 @@ from nanovllm.models.weights import (
     build_model,
     fill_dummy_weights,
     load_weights,
+    pack_weights,
     weight_bytes,
 )
 from nanovllm.step import StepInput
@@ -85,7 +86,8 @@ def plan_cache(
     if wanted > largest and max_model_len is not None:
         raise ValueError(
             f"max_model_len={max_model_len} does not fit in the KV cache of {cache_bytes} bytes; "
-            f"the largest that fits is {largest}: lower it or raise kv_cache_memory_bytes"
+            f"the largest that fits is {largest}: lower it or raise kv_cache_memory_bytes (or "
+            f"num_gpu_blocks_override)"
         )
     if wanted > largest:
         logger.warning(
@@ -119,13 +121,16 @@ class ModelRunner:
         longest = model_config.max_position_embeddings
         check_model_len(config.max_model_len, longest)
         # A model without memory is cheap; this one is only asked how large its weights are.
-        self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype))
+        self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype), self.device)
         self._check_memory(cache_bytes=0)
         bytes_per_token = model_config.kv_elements_per_token * self.dtype.itemsize
+        block_size = config.block_size or DEFAULT_BLOCK_SIZE
         self.plan = plan_cache(
-            config.kv_cache_memory_bytes or platform.default_kv_cache_bytes(self.weight_bytes),
+            (config.num_gpu_blocks_override or 0) * block_size * bytes_per_token
+            or config.kv_cache_memory_bytes
+            or platform.default_kv_cache_bytes(self.weight_bytes),
             bytes_per_token,
-            config.block_size or DEFAULT_BLOCK_SIZE,
+            block_size,
             max_num_seqs,
             config.max_model_len,
             longest,
@@ -137,6 +142,7 @@ class ModelRunner:
         else:
             folder = resolve_folder(config.model, config.revision, with_weights=True)
             load_weights(self.model, folder, self.device)
+        pack_weights(self.model)
         self.kv = self._allocate_cache(model_config)
         self.inputs = InputBuilder(
             max_num_seqs, self.plan.max_blocks, self.plan.block_size, self.device

@@ -60,11 +60,10 @@ class Sampler:
         random = np.flatnonzero(~self.greedy[rows])
         if len(random) == 0:
             return logits.argmax(-1)
-        drawn = self._draw(logits[random], rows[random], positions[random])
         if len(random) == len(rows):
-            return drawn
+            return self._draw(logits, rows, positions)
         token_ids = logits.argmax(-1)
-        token_ids[random] = drawn
+        token_ids[random] = self._draw(logits[random], rows[random], positions[random])
         return token_ids
 
     def _draw(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
