@@ -347,10 +347,10 @@ def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
 # Processes. This file is started again for each job, perhaps by another interpreter.
 
 
-def child_main() -> None:
-    job = json.load(sys.stdin)
+def child_main(folder: Path) -> None:
+    job = json.loads(folder.joinpath("job.json").read_text())
     measure = measure_machine if job["engine"] == "machine" else measure_engine
-    Path(job["result"]).write_text(json.dumps(measure(job)))
+    folder.joinpath("result.json").write_text(json.dumps(measure(job)))
 
 
 def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
@@ -360,22 +360,16 @@ def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        result, log = Path(folder, "result.json"), Path(folder, "log")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.joinpath("job.json").write_text(json.dumps(job))
+        result, log = folder / "result.json", folder / "log"
         caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT")
-        env = os.environ | {name: f"{folder}/{name}" for name in caches}
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [python, __file__, "--child"],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=env,
-            )
+        env = os.environ | {cache: str(folder / cache) for cache in caches}
+        command = [python, __file__, "--child", name]
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
             try:
-                assert process.stdin
-                process.stdin.write(json.dumps(job | {"result": str(result)}).encode())
-                process.stdin.close()
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
             except BaseException:
@@ -409,15 +403,15 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name} runs ...", file=sys.stderr)
         try:
             result = run_job(job | {"engine": name}, python)
+            kind = f"{result['device']} {result['dtype']}"
+            if kind not in machines:
+                device, dtype = kind.split()
+                machine_job = {"engine": "machine", "device": device, "dtype": dtype}
+                machines[kind] = run_job(machine_job, sys.executable)
         except RuntimeError as error:
             print(f"{name} failed. {error}", file=sys.stderr)
             engines[name] = {"failed": True}
             continue
-        kind = f"{result['device']} {result['dtype']}"
-        if kind not in machines:
-            device, dtype = kind.split()
-            machine_job = {"engine": "machine", "device": device, "dtype": dtype}
-            machines[kind] = run_job(machine_job, sys.executable)
         rates = machines[kind]
         seconds = min(result["run_seconds"])
         ideal = ideal_seconds(
@@ -538,7 +532,7 @@ def parse_args(folder: Path) -> argparse.Namespace:
         type=engine_option,
         default=[],
         metavar="NAME=VALUE",
-        help="more options for LLM of nanovllm and vLLM (values as in JSON); without, defaults count",
+        help="options for LLM of nanovllm and vLLM, values as in JSON; by default their defaults",
     )
     parser.add_argument("--dtype", choices=("auto", *ITEMSIZE), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -575,8 +569,8 @@ def parse_args(folder: Path) -> argparse.Namespace:
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--child"]:
-        child_main()
+    if sys.argv[1:2] == ["--child"]:
+        child_main(Path(sys.argv[2]))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         args = parse_args(Path(folder))

@@ -7,6 +7,7 @@ python example.py --watch                      # see each step, and who holds th
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def main() -> None:
             for prompt in prompts
         ]
     if args.watch:
-        outputs = watch(llm, inputs, params, color=sys.stdout.isatty())
+        color = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
+        outputs = watch(llm, inputs, params, color)
     else:
         outputs = llm.generate(inputs, params)
     for prompt, output in zip(prompts, outputs, strict=True):

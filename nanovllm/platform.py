@@ -34,8 +34,7 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str, checkpoint_dtype: str | None) -> torch.dtype:
     """The dtype to compute in. "auto" is the checkpoint's, but half precision only as bfloat16 and
-    only where the CPU
-    multiplies it in hardware: elsewhere float32 is several times faster."""
+    only where the CPU multiplies it in hardware: elsewhere float32 is several times faster."""
     if name != "auto":
         return getattr(torch, name)
     if checkpoint_dtype not in ("bfloat16", "float16"):

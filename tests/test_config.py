@@ -64,6 +64,7 @@ REFUSED = [
     ("max_num_batched_tokens", [1.5], COUNT),
     ("block_size", [0], COUNT),
     ("kv_cache_memory_bytes", [0, 1e9], COUNT),
+    ("num_gpu_blocks_override", [0, 1.5], COUNT),
     ("tensor_parallel_size", [0], COUNT),
     ("tensor_parallel_size", [2], "tensor_parallel_size=2 is not supported yet; use 1"),
     ("gpu_memory_utilization", [0, 1.1, math.nan, "x", None], "{name} must be a number in (0, 1]"),

@@ -16,8 +16,8 @@ from nanovllm.sampling_params import SamplingParams
 MAP_WIDTH = 64
 COLOURS = (117, 156, 222, 218, 183, 159, 229, 210, 152, 193, 216, 147)  # of 256, all light
 LEGEND = """\
-One cell a page of the KV cache: a letter, the request that holds it; a digit, so many requests share
-it ("+": ten or more); "-", free, but its content can still be hit; ".", free and empty.
+A cell is a page of the KV cache after the step. A letter: the request that holds it; a digit: so
+many requests share it ("+": ten or more); "-": free, but its content can be hit; ".": free, empty.
 """
 HEADER = "step  running waiting  prefill decode  prefix hits  preempted  no more joined because of"
 

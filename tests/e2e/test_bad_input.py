@@ -450,6 +450,16 @@ def test_a_cache_without_room_for_a_page(tiny):
         assert llm.max_model_len == 16
 
 
+def test_the_cache_may_be_given_in_pages(tiny):
+    options = dict(num_gpu_blocks_override=6, block_size=8, kv_cache_memory_bytes=1 << 20)
+    with pytest.raises(ValueError, match=r"largest that fits is 48: .*num_gpu_blocks_override"):
+        load(tiny, **options, max_model_len=49)
+    with load(tiny, **options, max_model_len=48) as llm:
+        assert llm.llm_engine.scheduler.block_manager.num_blocks == 6
+    with pytest.raises(ValueError, match="memory is too small"):
+        load(tiny, num_gpu_blocks_override=10**9, max_num_seqs=10**8, max_model_len=None)
+
+
 def test_the_error_names_the_largest_max_model_len_that_fits_and_it_does(tiny):
     with pytest.raises(ValueError, match=r"max_model_len=200 does not fit.*raise kv_cache") as e:
         load(tiny, kv_cache_memory_bytes=100 * TOKEN_BYTES, max_model_len=200)

@@ -76,6 +76,18 @@ def test_paged_attention(
     assert (out - expected).norm() / expected.norm() < 1e-5
 
 
+def test_decode_groups_hold_every_sequence_once_with_little_padding():
+    context_lens = [5, 300, 17, 1, 1000, 16, 2000, 290, 33]
+    groups = list(reference._decode_groups(context_lens, block_size=16))
+    assert sorted(seq for group in groups for seq in group) == list(range(9))
+    for group in groups:
+        lens = [context_lens[seq] for seq in group]
+        assert lens == sorted(lens)
+        padded = -(-lens[-1] // 16) * 16 * len(lens)
+        assert len(group) == 1 or padded <= reference.MAX_GATHERED_TOKENS
+    assert list(reference._decode_groups([], block_size=16)) == []
+
+
 def test_decodes_gather_a_bounded_number_of_keys(monkeypatch):
     monkeypatch.setattr(reference, "MAX_GATHERED_TOKENS", 64)
     gathered = []
