@@ -7,7 +7,8 @@ python bench.py --model FOLDER --input-len 512 --output-len 128 --num-prompts 64
 Each engine runs in a process of its own and with its defaults: import and construct it, generate a
 few tokens, then the workload twice; the better run counts. Weights are random unless --model names
 some; every request generates as many tokens as it must (ignore_eos). Nothing is installed here: an
-engine is one that the interpreter has, or the one given after "=".
+engine is one that the interpreter has, or the one given after "=" (for nanovllm, that interpreter's
+torch: the code is the one beside this file).
 """
 
 import argparse
@@ -15,6 +16,8 @@ import importlib
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -192,7 +195,7 @@ def ideal_seconds(
     seconds = step(
         new_tokens=sum(lens) - sum(cached),
         pairs=sum((n * n - c * c) / 2 for n, c in zip(lens, cached, strict=True)),
-        keys_read=0,
+        keys_read=sum(cached) - shared * max(0, sum(c > 0 for c in cached) - 1),
         sampled=len(lens),
     )
     for produced in range(1, max(workload.output_lens)):
@@ -368,17 +371,21 @@ def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
         env = os.environ | {cache: str(folder / cache) for cache in caches}
         command = [python, __file__, "--child", name]
         with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
             try:
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
-            except BaseException:
-                process.kill()
+            except BaseException:  # end it with all processes that it started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
                 raise
         if process.returncode or not result.exists():
             lines = log.read_text(errors="replace").splitlines()
-            causes = [line for line in lines if "Error: " in line][:5] or lines[-10:]
-            raise RuntimeError("\n".join([f"{python} ended with {process.returncode}:", *causes]))
+            causes = [line for line in lines[:-5] if "Error: " in line][:5]
+            ending = f"{python} ended with {process.returncode}:"
+            raise RuntimeError("\n".join([ending, *causes, *lines[-5:]]))
         kib = 1 if sys.platform == "darwin" else 1024
         return json.loads(result.read_text()) | {"peak_bytes": usage.ru_maxrss * kib}
 
@@ -402,17 +409,12 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     for name, python in args.engine:
         print(f"{name} runs ...", file=sys.stderr)
         try:
-            result = run_job(job | {"engine": name}, python)
-            kind = f"{result['device']} {result['dtype']}"
-            if kind not in machines:
-                device, dtype = kind.split()
-                machine_job = {"engine": "machine", "device": device, "dtype": dtype}
-                machines[kind] = run_job(machine_job, sys.executable)
+            engines[name] = result = run_job(job | {"engine": name}, python)
+            rates = machine_rates(machines, result["device"], result["dtype"], python)
         except RuntimeError as error:
             print(f"{name} failed. {error}", file=sys.stderr)
             engines[name] = {"failed": True}
             continue
-        rates = machines[kind]
         seconds = min(result["run_seconds"])
         ideal = ideal_seconds(
             workload,
@@ -422,7 +424,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
             rates["flops"],
             warm=seconds == result["run_seconds"][1],
         )
-        engines[name] = result | {
+        result |= {
             "seconds": seconds,
             "tokens_per_second": workload.output_tokens / seconds,
             "ideal_seconds": ideal,
@@ -440,6 +442,20 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def machine_rates(
+    machines: dict[str, dict[str, float]], device: str, dtype: str, python: str
+) -> dict[str, float]:
+    """Measure what was not measured yet; all dtypes of a device share one bandwidth."""
+    kind = f"{device} {dtype}"
+    if kind not in machines:
+        rates = run_job({"engine": "machine", "device": device, "dtype": dtype}, python)
+        for other, known in machines.items():
+            if other.startswith(device):
+                rates["bandwidth"] = known["bandwidth"]
+        machines[kind] = {name: rates[name] for name in ("bandwidth", "flops")}
+    return machines[kind]
+
+
 def print_table(report: dict[str, Any]) -> None:
     print(
         f"\n{report['workload']}: {report['requests']} requests, {report['input_tokens']:,} tokens "
@@ -451,8 +467,8 @@ def print_table(report: dict[str, Any]) -> None:
             f"this machine, {kind}: reads {rates['bandwidth'] / 1e9:,.1f} GB/s, multiplies "
             f"{rates['flops'] / 1e9:,.0f} GFLOP/s"
         )
-    header = ("engine", "dtype", "tok/s", "run s", "ideal s", "of ideal", "start s", "peak GiB")
-    print(("{:<24}" + "{:>10}" * 8).format(*header, "KV waste"))
+    header = ("dtype", "tok/s", "run 1 s", "run 2 s", "ideal s", "of ideal", "start s", "peak GiB")
+    print(("{:<24}" + "{:>10}" * 9).format("engine", *header, "KV waste"))
     for name, result in report["engines"].items():
         if "failed" in result:
             print(f"{name:<24}    failed")
@@ -460,7 +476,8 @@ def print_table(report: dict[str, Any]) -> None:
         waste = result.get("kv_cache_waste")
         print(
             f"{name + ' ' + result['version'][:10]:<24}{result['dtype']:>10}"
-            f"{result['tokens_per_second']:>10,.1f}{result['seconds']:>10.2f}"
+            f"{result['tokens_per_second']:>10,.1f}"
+            f"{result['run_seconds'][0]:>10.2f}{result['run_seconds'][1]:>10.2f}"
             f"{result['ideal_seconds']:>10.2f}{result['share_of_ideal']:>10.0%}"
             f"{result['start_seconds']:>10.1f}{result['peak_bytes'] / 2**30:>10.2f}"
             + ("" if waste is None else f"{waste:>10.1%}")
@@ -482,9 +499,10 @@ def engine_spec(text: str) -> tuple[str, str]:
     name, _, python = text.partition("=")
     if name not in ENGINES:
         raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(ENGINES)}")
-    if python and not os.access(python, os.X_OK):
-        raise argparse.ArgumentTypeError(f"{python!r} is no Python interpreter")
-    return name, python or sys.executable
+    found = shutil.which(python or sys.executable)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{python!r} is no program that can be run")
+    return name, found
 
 
 def engine_option(text: str) -> tuple[str, Any]:
@@ -521,14 +539,15 @@ def parse_args(folder: Path) -> argparse.Namespace:
     parser.add_argument(
         "--engine",
         nargs="+",
+        action="extend",
         type=engine_spec,
-        default=[engine_spec("nanovllm")],
         metavar="NAME[=PYTHON]",
         help=f"{', '.join(ENGINES)}; the first is compared with each of the others",
     )
     parser.add_argument(
         "--option",
         nargs="+",
+        action="extend",
         type=engine_option,
         default=[],
         metavar="NAME=VALUE",
@@ -537,8 +556,10 @@ def parse_args(folder: Path) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", *ITEMSIZE), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
-    if len(dict(args.engine)) < len(args.engine):
-        parser.error("--engine names one twice")
+    args.engine = args.engine or [engine_spec("nanovllm")]
+    for flag, pairs in ("--engine", args.engine), ("--option", args.option):
+        if len(dict(pairs)) < len(pairs):
+            parser.error(f"{flag} names one twice")
 
     own_lens = (args.input_len, args.output_len, args.num_prompts)
     if any(own_lens) and args.workload:
@@ -572,6 +593,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         child_main(Path(sys.argv[2]))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder:
         args = parse_args(Path(folder))
         report = measure_all(args)

@@ -44,7 +44,9 @@ def main() -> None:
         params.temperature = args.temperature
     elif params == SamplingParams():
         params.temperature = 0.0  # the checkpoint recommends nothing
-    params.max_tokens = args.max_tokens or (32 if args.watch else 128)
+    params.max_tokens = 32 if args.watch else 128
+    if args.max_tokens is not None:
+        params.max_tokens = args.max_tokens
 
     prompts = args.prompt or (WATCHED_PROMPTS if args.watch else PROMPTS)
     tokenizer = llm.get_tokenizer()

@@ -44,8 +44,8 @@ class EngineConfig:
         gpu_memory_utilization: share of the GPU's memory to use; no effect on a CPU.
         kv_cache_memory_bytes: size of the KV cache in bytes; None: see
             platform.default_kv_cache_bytes.
-        num_gpu_blocks_override: size of the KV cache in pages, wherever it lies; goes before
-            kv_cache_memory_bytes.
+        num_gpu_blocks_override: size of the KV cache in pages, wherever it lies, instead of
+            kv_cache_memory_bytes. Either way it is no more than max_num_seqs requests can use.
         enforce_eager: no CUDA graphs; no effect on a CPU.
         enable_prefix_caching: share the pages of equal prefixes.
         async_scheduling: schedule a step while one runs; None: where it helps.

@@ -1,5 +1,5 @@
-"""What the engine counts as it goes. The scheduler adds; progress bars, benchmarks, watchers and
-tests read."""
+"""What the engine counts as it goes. The scheduler measures each step, the engine adds them up;
+progress bars, benchmarks, watchers and tests read."""
 
 from dataclasses import dataclass, field, fields
 

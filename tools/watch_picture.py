@@ -35,6 +35,8 @@ def draw(line: str, y: int) -> list[str]:
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     target, wanted = Path(sys.argv[1]), set(sys.argv[2:])
     lines, keep = [], False
     for line in sys.stdin.read().splitlines():

@@ -25,9 +25,28 @@ HEADER = "step  running waiting  prefill decode  prefix hits  preempted  no more
 def watch(
     llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, color: bool
 ) -> list[RequestOutput]:
-    """What llm.generate does for these prompts, printing each step; `color` the map."""
+    """Generate for these prompts, and print each step.
+
+    Args:
+        llm: one that has nothing else to do.
+        prompts, params: as for llm.generate.
+        color: whether the map has colours.
+    """
+    if not llm.is_finished():
+        raise ValueError("the LLM to watch has other requests; let them end, or abort them")
+    request_ids: list[str] = []
+    try:
+        for prompt in prompts:
+            request_ids.append(llm.add_request(prompt, params))
+        return _run(llm, request_ids, color)
+    except BaseException:
+        for request_id in request_ids:
+            llm.abort(request_id)
+        raise
+
+
+def _run(llm: LLM, request_ids: list[str], color: bool) -> list[RequestOutput]:
     engine = llm.llm_engine
-    request_ids = [llm.add_request(prompt, params) for prompt in prompts]
     names = {id: ascii_uppercase[i % 26] for i, id in enumerate(request_ids)}
     outputs: dict[str, RequestOutput] = {}
     print(LEGEND)

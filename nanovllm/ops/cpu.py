@@ -14,7 +14,7 @@ def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights have an order of their own on this device."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if "AVX" not in torch.backends.cpu.get_cpu_capability():
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False  # nobody has measured it there
     return {
         torch.float32: True,

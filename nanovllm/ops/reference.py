@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from nanovllm.batch import ForwardBatch, KVLayer
 
-# Decodes attend in groups, padded to a common length. A group gathers at most so many keys at a
-# time, so that they are still in the CPU's cache when they are used.
+# Decodes attend in groups, padded to a common length. A group of several gathers at most so many
+# keys, so that they are still in the CPU's cache when they are used.
 MAX_GATHERED_TOKENS = 1024
 SAMPLED_LOGITS = 2**19  # rows are sampled so many logits at a time, for the same reason
 

@@ -78,9 +78,10 @@ def plan_cache(
     largest = fitting_blocks * block_size
     if largest < 2:
         raise ValueError(
-            f"the KV cache of {cache_bytes} bytes does not hold one page of {block_size} tokens "
-            f"({bytes_per_token * block_size} bytes); raise kv_cache_memory_bytes or lower "
-            f"block_size"
+            f"the KV cache of {cache_bytes} bytes does not hold "
+            f"{'one page' if block_size > 1 else 'two pages'} of {block_size} tokens "
+            f"({bytes_per_token * block_size} bytes); raise kv_cache_memory_bytes (or "
+            f"num_gpu_blocks_override) or lower block_size"
         )
     wanted = max_model_len or max_position_embeddings
     if wanted > largest and max_model_len is not None:
@@ -92,7 +93,7 @@ def plan_cache(
     if wanted > largest:
         logger.warning(
             "max_model_len is lowered from the checkpoint's %d to %d, what the KV cache of %d "
-            "bytes holds; kv_cache_memory_bytes changes its size",
+            "bytes holds; kv_cache_memory_bytes or num_gpu_blocks_override changes its size",
             wanted,
             largest,
             cache_bytes,
@@ -186,6 +187,6 @@ class ModelRunner:
             raise ValueError(
                 f"memory is too small: {self.weight_bytes / platform.GIB:.2f} GiB of weights and "
                 f"{cache_bytes / platform.GIB:.2f} GiB of KV cache, but only "
-                f"{available / platform.GIB:.2f} GiB is available; lower kv_cache_memory_bytes or "
-                f"max_model_len, or use a smaller dtype or model"
+                f"{available / platform.GIB:.2f} GiB is available; lower kv_cache_memory_bytes (or "
+                f"num_gpu_blocks_override) or max_model_len, or use a smaller dtype or model"
             )

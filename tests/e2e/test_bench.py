@@ -114,7 +114,7 @@ def test_the_table_shows_what_was_asked(tiny):
     assert run.returncode == 0, run.stderr
     assert "own: 32 requests, 288 tokens in, 64 out" in run.stdout
     [row] = [line for line in run.stdout.splitlines() if line.startswith("nanovllm 0.")]
-    assert len(row.split()) == 10
+    assert len(row.split()) == 11
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,9 @@ def test_the_table_shows_what_was_asked(tiny):
         (["--workload", "cpu", "--input-len", "3"], "--workload excludes --input-len"),
         (["--input-len", "0"], "'0' is not a whole number of at least 1"),
         (["--engine", "vlm"], "'vlm' is not one of nanovllm, vllm, transformers"),
-        (["--engine", "vllm=/nowhere"], "'/nowhere' is no Python interpreter"),
+        (["--engine", "vllm=/nowhere"], "'/nowhere' is no program that can be run"),
         (["--engine", "vllm", "vllm"], "--engine names one twice"),
+        (["--option", "a=1", "--option", "a=2"], "--option names one twice"),
         (["--option", "block_size"], "'block_size' is not NAME=VALUE"),
         (["--model", "/nowhere"], "--model /nowhere"),
         (["--model", "a", "--shape", "qwen3-8b"], "not allowed with argument"),

@@ -47,6 +47,20 @@ def test_watching_changes_no_token(watched, small_llm):
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in again]
 
 
+def test_a_bad_prompt_leaves_no_request_behind(small_llm):
+    with pytest.raises(ValueError, match="tokens"):
+        watch(small_llm, ["a", "b " * 400], PARAMS, color=False)
+    assert small_llm.is_finished()
+
+
+def test_only_an_idle_llm_is_watched(small_llm):
+    other = small_llm.add_request("a", PARAMS)
+    with pytest.raises(ValueError, match="has other requests"):
+        watch(small_llm, ["b"], PARAMS, color=False)
+    assert not small_llm.is_finished()
+    small_llm.abort(other)
+
+
 def test_the_lines_add_up(watched):
     outputs, steps = watched
     assert [numbers[0] for numbers, _, _ in steps] == list(range(1, len(steps) + 1))
