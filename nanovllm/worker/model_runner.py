@@ -93,7 +93,7 @@ def plan_cache(
     if wanted > largest:
         logger.warning(
             "max_model_len is lowered from the checkpoint's %d to %d, what the KV cache of %d "
-            "bytes holds; kv_cache_memory_bytes or num_gpu_blocks_override changes its size",
+            "bytes holds; kv_cache_memory_bytes changes its size (or num_gpu_blocks_override)",
             wanted,
             largest,
             cache_bytes,
