@@ -318,6 +318,7 @@ def test_what_breaks_into_generate_ends_its_requests_only(llm, monkeypatch, erro
 INTERRUPTED = """
 import os, signal, sys, threading, time, torch
 from nanovllm import LLM, SamplingParams
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 torch.set_num_threads(1)
 llm = LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=12 << 20)
 greedy = SamplingParams(temperature=0, max_tokens=20)
