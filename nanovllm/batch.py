@@ -3,8 +3,10 @@
 The worker makes them; models pass them down; only attention looks inside.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
 
 
@@ -18,23 +20,29 @@ class ForwardBatch:
         positions: [T] int64, each token's place in its sequence.
         slot_mapping: [T] int64, where its key and value go (page * block_size + offset); -1: they
             are there already.
-        block_tables: [S, pages] int32, rows padded with pages that exist.
+        block_tables: [rows, pages] int32, of all rows; padded with pages that exist.
+        rows: [S] int64, each sequence's row of block_tables.
         query_start: [S + 1] int32, where each sequence's query tokens begin.
         context_lens: [S] int32, tokens each sequence attends to at its last query token.
         max_query_len: the longest query.
         num_decodes: the first so many sequences have one query token each.
-        logits_indices: [sampled sequences] int64, the tokens whose logits are wanted.
+        logits_indices: [sampled sequences] int64, the tokens whose logits are wanted; None: all.
+        attention: the backend that reads the cache.
+        attention_arrays: what it prepared for this step.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
+    rows: torch.Tensor
     query_start: torch.Tensor
     context_lens: torch.Tensor
     max_query_len: int
     num_decodes: int
-    logits_indices: torch.Tensor
+    logits_indices: torch.Tensor | None
+    attention: "Attention"
+    attention_arrays: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +61,52 @@ class KVCache:
 
     def layer(self, index: int) -> KVLayer:
         return KVLayer(self.data[index, 0], self.data[index, 1])
+
+
+class Attention(Protocol):
+    """An attention backend.
+
+    Attributes:
+        name: vLLM's.
+    """
+
+    name: str
+
+    def host_arrays(
+        self,
+        block_tables: np.ndarray,
+        rows: np.ndarray,
+        query_start: np.ndarray,
+        query_lens: np.ndarray,
+        context_lens: np.ndarray,
+        graph_size: int | None,
+    ) -> dict[str, np.ndarray]:
+        """What the backend wants on the device for a step; it finds it in attention_arrays.
+
+        Args:
+            block_tables: [rows, pages] of all rows.
+            rows, query_lens, context_lens: [S] of the step's sequences.
+            query_start: [S + 1].
+            graph_size: None, or the number of decodes that the step's CUDA graph was captured for:
+                then shapes depend on it alone.
+        """
+        ...
+
+    def attend(
+        self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
+    ) -> torch.Tensor:
+        """Causal attention of each query token over its sequence's pages; the last query token
+        sees context_lens keys.
+
+        Args:
+            q: [T, H, D].
+
+        Returns: [T, H, D].
+        """
+        ...
+
+
+def count_decodes(query_lens: np.ndarray) -> int:
+    """The sequences before the first whose query is longer than one token, [S]."""
+    longer = query_lens > 1
+    return int(longer.argmax()) if longer.any() else len(query_lens)

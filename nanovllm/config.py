@@ -23,6 +23,8 @@ DTYPES = {
     "float16": "float16",
     "half": "float16",
 }
+# On a CPU; on a GPU by our kernels; on a GPU by the flash-attn package.
+ATTENTION_BACKENDS = ("TORCH_SDPA", "TRITON_ATTN", "FLASH_ATTN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +37,22 @@ class EngineConfig:
         revision: branch, tag or commit on the hub.
         dtype: "auto" (the checkpoint's; on a CPU what it computes fast), "float32", "bfloat16" or
             "float16".
-        device: "auto" or "cpu".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         max_model_len: prompt and generated tokens of a request at most; None: the checkpoint's
             limit.
         max_num_seqs: requests that run at a time.
         max_num_batched_tokens: tokens computed a step.
         block_size: tokens a page of the KV cache.
-        gpu_memory_utilization: share of the GPU's memory to use; no effect on a CPU.
-        kv_cache_memory_bytes: size of the KV cache in bytes; None: see
-            platform.default_kv_cache_bytes.
+        gpu_memory_utilization: share of the GPU's memory that the engine may hold, weights and all;
+            no effect on a CPU.
+        kv_cache_memory_bytes: size of the KV cache in bytes; None: what gpu_memory_utilization
+            leaves, on a CPU platform.default_kv_cache_bytes.
         num_gpu_blocks_override: size of the KV cache in pages, wherever it lies, instead of
             kv_cache_memory_bytes. Either way it is no more than max_num_seqs requests can use.
         enforce_eager: no CUDA graphs; no effect on a CPU.
         enable_prefix_caching: share the pages of equal prefixes.
         async_scheduling: schedule a step while one runs; None: where it helps.
-        attention_backend: "auto" or "TORCH_SDPA".
+        attention_backend: "auto", on a GPU "TRITON_ATTN" or "FLASH_ATTN", on a CPU "TORCH_SDPA".
         load_format: "auto" (safetensors) or "dummy" (random weights from config.json alone).
         seed: where the seeds of requests that have none come from.
         tensor_parallel_size: 1.
@@ -143,10 +146,10 @@ class EngineConfig:
                 f"load_format must be 'auto' (safetensors files) or 'dummy' (random weights), "
                 f"got {self.load_format!r}"
             )
-        if self.attention_backend not in (None, "auto", "TORCH_SDPA"):
+        if self.attention_backend not in (None, "auto", *ATTENTION_BACKENDS):
             raise ValueError(
-                f"attention_backend {self.attention_backend!r} is not available; on a CPU there is "
-                f"'TORCH_SDPA' (or 'auto')"
+                f"attention_backend must be one of 'auto', "
+                f"{', '.join(map(repr, ATTENTION_BACKENDS))}; got {self.attention_backend!r}"
             )
         if self.tensor_parallel_size != 1:
             raise ValueError(

@@ -53,7 +53,7 @@ class LLM:
         self._engine: Engine | None = None
         self._lock = threading.RLock()
         self.config = config = EngineConfig.from_options(model, **options)
-        platform.resolve_device(config.device)
+        device = platform.resolve_device(config.device)
         self._checkpoint = read_checkpoint(config)
         self.model_config = self._checkpoint.model_config
         model_class(self.model_config.architecture)  # before weights are fetched or read
@@ -62,11 +62,16 @@ class LLM:
         self._num_requests = 0
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
-            config.max_num_seqs, config.max_num_batched_tokens
+            config.max_num_seqs, config.max_num_batched_tokens, device
         )
-        executor = InProcessExecutor(config, self.model_config, max_num_seqs)
+        executor = InProcessExecutor(
+            config, self.model_config, device, max_num_seqs, max_num_batched_tokens
+        )
         plan = executor.plan
         self.max_model_len = plan.max_model_len
+        overlaps = config.async_scheduling
+        if overlaps is None:
+            overlaps = device.type == "cuda"
         self._engine = Engine(
             executor,
             num_blocks=plan.num_blocks,
@@ -75,7 +80,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching is not False,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
-            depth=2 if config.async_scheduling else 1,
+            depth=2 if overlaps else 1,
         )
         logger.info(
             "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
@@ -205,7 +210,11 @@ class LLM:
     def close(self) -> None:
         """Free the model's and the cache's memory; unfinished requests are gone. Later calls raise
         RuntimeError."""
-        self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            executor = engine.executor
+            del engine
+            executor.close()
 
     def __enter__(self) -> "LLM":
         return self

@@ -3,8 +3,11 @@
 llm.py and the worker ask; kernels are chosen in ops/, not here.
 """
 
+import gc
+import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,26 +22,69 @@ GIB = 2**30
 CPU_MAX_NUM_SEQS = 256
 CPU_MAX_NUM_BATCHED_TOKENS = 1024  # more gain nothing, and outgrow the CPU's caches
 CPU_KV_CACHE_BYTES = 4 * GIB
+MIN_CAPABILITY = (8, 0)
+LARGE_GPU_BYTES = 70 * GIB
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that an option names. Raises ValueError for one that cannot be used."""
-    if name in ("auto", "cpu"):
+    """The device that an option names; "auto" is a GPU if there is one that will do. Raises
+    ValueError for one that cannot be used."""
+    if name == "cpu":
         return torch.device("cpu")
-    if name.split(":")[0] == "cuda":
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device())
+        obstacle = _gpu_obstacle(device)
+        if obstacle is None:
+            return device
+        logger.warning("the GPU is left alone: %s", obstacle)
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type != "cuda":
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if not torch.cuda.is_available():
         raise ValueError(
-            f"device={name!r} is not supported yet: this version runs on the CPU; leave device out"
+            f"device={name!r}, but this PyTorch sees no GPU (torch {torch.__version__}); install a "
+            f"build with CUDA and check nvidia-smi, or leave device out"
         )
-    raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", index)
+    obstacle = _gpu_obstacle(device)
+    if obstacle is not None:
+        raise ValueError(f"device={name!r} won't do: {obstacle}; device='cpu' runs everywhere")
+    return device
 
 
-def resolve_dtype(name: str, checkpoint_dtype: str | None) -> torch.dtype:
-    """The dtype to compute in. "auto" is the checkpoint's, but half precision only as bfloat16 and
-    only where the CPU multiplies it in hardware: elsewhere float32 is several times faster."""
+def _gpu_obstacle(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "AMD's GPUs are not supported"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and the kernels need 8.0 (Ampere) or newer"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is missing (pip install triton)"
+    return None
+
+
+def resolve_dtype(name: str, checkpoint_dtype: str | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. "auto" is the checkpoint's; on a CPU, half precision only as
+    bfloat16 and only where it is multiplied in hardware: elsewhere float32 is several times
+    faster."""
     if name != "auto":
         return getattr(torch, name)
     if checkpoint_dtype not in ("bfloat16", "float16"):
         return torch.float32
+    if device.type == "cuda":
+        return getattr(torch, checkpoint_dtype)
     dtype = torch.bfloat16 if cpu_has_bf16_products() else torch.float32
     if str(dtype) != f"torch.{checkpoint_dtype}":
         logger.info(
@@ -101,10 +147,40 @@ def default_kv_cache_bytes(weight_bytes: int) -> int:
     return min(CPU_KV_CACHE_BYTES, max(0, available - weight_bytes) // 2)
 
 
-def batch_limits(max_num_seqs: int | None, max_num_batched_tokens: int | None) -> tuple[int, int]:
+def batch_limits(
+    max_num_seqs: int | None, max_num_batched_tokens: int | None, device: torch.device
+) -> tuple[int, int]:
     """The two limits of a batch; where only one is given, the other's default gives way to it."""
+    default_seqs, default_tokens = CPU_MAX_NUM_SEQS, CPU_MAX_NUM_BATCHED_TOKENS
+    if device.type == "cuda":
+        is_large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU_BYTES
+        default_seqs, default_tokens = (1024, 16384) if is_large else (256, 8192)
     if max_num_seqs is None:
-        max_num_seqs = min(CPU_MAX_NUM_SEQS, max_num_batched_tokens or CPU_MAX_NUM_SEQS)
+        max_num_seqs = min(default_seqs, max_num_batched_tokens or default_seqs)
     if max_num_batched_tokens is None:
-        max_num_batched_tokens = max(CPU_MAX_NUM_BATCHED_TOKENS, max_num_seqs)
+        max_num_batched_tokens = max(default_tokens, max_num_seqs)
     return max_num_seqs, max_num_batched_tokens
+
+
+# GPUs
+
+
+def use(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, `device` is the GPU that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free on a GPU once torch has let go of what it keeps for later, and all."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what torch keeps on a GPU after tensors are gone."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()

@@ -84,3 +84,7 @@ class Executor(Protocol):
     """Runs steps strictly in the order of submission."""
 
     def submit(self, step: StepInput) -> PendingStep: ...
+
+    def close(self) -> None:
+        """Give everything back; no step follows."""
+        ...

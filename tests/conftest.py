@@ -1,10 +1,16 @@
 """Fixtures that several folders of tests share: the model in the box, and altered copies of it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: without a GPU kernels are interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
 
@@ -50,3 +56,13 @@ def copy_tiny(tmp_path):
         return folder
 
     return copy
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu run where there is one; they are chosen by -m gpu."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords or "multigpu" in item.keywords:
+            item.add_marker(skip)

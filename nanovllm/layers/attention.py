@@ -45,5 +45,5 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x)  # [T, (H + 2K) * D]
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         q = ops.qk_norm_rope_store(qkv, norms, self.eps, self.rope.table, batch, kv)  # [T, H, D]
-        out = ops.paged_attention(q, kv, batch, self.scale)  # [T, H, D]
+        out = batch.attention.attend(q, kv, batch, self.scale)  # [T, H, D]
         return self.o_proj(out.flatten(1))

@@ -1,24 +1,96 @@
-"""The operations between the matrix products, by device. Layers call these names; and those
-products; each has its textbook in reference.py or torch."""
+"""The operations between the matrix products, by device. Layers and the worker call these names;
+each has its textbook in reference.py or torch, and its kernel for GPUs in triton_ops.py.
+"""
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from nanovllm.ops import reference
 from nanovllm.ops.cpu import linear, pack_weight, packs_weights
-from nanovllm.ops.reference import (
-    add_rms_norm,
-    paged_attention,
-    qk_norm_rope_store,
-    rms_norm,
-    sample,
-    silu_and_mul,
-)
+
+if TYPE_CHECKING:
+    from nanovllm.batch import Attention
+    from nanovllm.config import ModelConfig
 
 __all__ = [
     "add_rms_norm",
+    "default_block_size",
     "linear",
+    "make_attention",
     "pack_weight",
     "packs_weights",
-    "paged_attention",
     "qk_norm_rope_store",
     "rms_norm",
     "sample",
     "silu_and_mul",
 ]
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def _by_device(op: Op) -> Op:
+    """The operation of reference.py, or the kernel of the same name for tensors on a GPU."""
+
+    @functools.wraps(op)
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not x.is_cuda:
+            return op(x, *args, **kwargs)
+        from nanovllm.ops import triton_ops
+
+        return getattr(triton_ops, op.__name__)(x, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+rms_norm = _by_device(reference.rms_norm)
+add_rms_norm = _by_device(reference.add_rms_norm)
+silu_and_mul = _by_device(reference.silu_and_mul)
+qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
+sample = _by_device(reference.sample)
+
+
+def default_block_size(attention_backend: str | None) -> int:
+    """Tokens a page, where the user does not say."""
+    return 256 if attention_backend == "FLASH_ATTN" else 16
+
+
+def make_attention(
+    name: str | None,
+    config: "ModelConfig",
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> "Attention":
+    """The attention backend of a model on a device.
+
+    Args:
+        name: "TORCH_SDPA", "TRITON_ATTN" or "FLASH_ATTN"; "auto" or None: the fastest there is for
+            any page size.
+        config: the model's sizes.
+        block_size: tokens a page.
+        dtype: of queries and cache.
+
+    Raises:
+        ValueError: it does not run there; says what does.
+    """
+    available = ("TORCH_SDPA",) if device.type == "cpu" else ("TRITON_ATTN", "FLASH_ATTN")
+    name = available[0] if name in (None, "auto") else name
+    if name not in available:
+        raise ValueError(
+            f"attention_backend {name!r} does not run on {device}; there is "
+            f"{' and '.join(map(repr, available))} (or 'auto')"
+        )
+    if name == "FLASH_ATTN":
+        from nanovllm.ops.flash_attention import FlashAttention
+
+        return FlashAttention(config.head_dim, dtype, block_size)
+    if name == "TRITON_ATTN":
+        from nanovllm.ops.triton_attention import TritonAttention
+
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        sizes = (config.num_heads, config.num_kv_heads, config.head_dim)
+        return TritonAttention(*sizes, dtype=dtype, device=device, num_sms=num_sms)
+    return reference.TorchAttention()

@@ -6,6 +6,7 @@ head, D head_dim, L keys.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -104,15 +105,28 @@ def paged_attention(
     for group in _decode_groups(context_lens[:num_decodes], block_size):
         num_blocks = -(-context_lens[group[-1]] // block_size)
         seqs = torch.tensor(group, device=q.device)
-        out[seqs] = _attend_decodes(
-            q[seqs], kv, batch.block_tables[seqs, :num_blocks], batch.context_lens[seqs], scale
-        )
+        tables = batch.block_tables[batch.rows[seqs], :num_blocks]
+        out[seqs] = _attend_decodes(q[seqs], kv, tables, batch.context_lens[seqs], scale)
     query_start = batch.query_start.tolist()
     for i in range(num_decodes, len(context_lens)):
         start, end = query_start[i : i + 2]
-        table = batch.block_tables[i, : -(-context_lens[i] // block_size)]
+        table = batch.block_tables[batch.rows[i], : -(-context_lens[i] // block_size)]
         out[start:end] = _attend_chunk(q[start:end], kv, table, context_lens[i], scale)
     return out
+
+
+class TorchAttention:
+    """The attention backend in plain torch. It needs nothing prepared."""
+
+    name = "TORCH_SDPA"
+
+    def host_arrays(self, *_: object) -> dict[str, np.ndarray]:
+        return {}
+
+    def attend(
+        self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
+    ) -> torch.Tensor:
+        return paged_attention(q, kv, batch, scale)
 
 
 def _decode_groups(context_lens: list[int], block_size: int) -> Iterator[list[int]]:
@@ -185,25 +199,24 @@ def sample(
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw a token a row from softmax(logits / temperature), cut down to the most likely tokens
-    where asked.
+    where asked; at temperature 0 take the most likely one.
 
     The Gumbel-max trick: the token of the highest logit plus Gumbel noise, which is a function of
     key and token id alone, so a draw does not depend on what else is in the batch.
 
     Args:
         logits: [S, vocab].
-        temperature: [S] float32, positive.
+        temperature: [S] float32.
         noise_keys: [S, 2] int64, two 32-bit keys a row.
         top_k: [S] int64, the vocabulary's size keeps all; None: no row asks.
         top_p, min_p: [S] float32; None: no row asks.
 
     Returns: [S] int64.
     """
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    token_ids = logits.argmax(-1)
     tokens = torch.arange(logits.shape[1], device=logits.device)
     num_rows = max(1, SAMPLED_LOGITS // logits.shape[1])
-    for first in range(0, len(logits), num_rows):
-        rows = slice(first, first + num_rows)
+    for rows in temperature.nonzero().squeeze(1).split(num_rows):
         scaled = logits[rows].float() / temperature[rows, None]
         if top_k is not None or top_p is not None or min_p is not None:
             limits = (None if limit is None else limit[rows] for limit in (top_k, top_p, min_p))

@@ -3,6 +3,7 @@ process."""
 
 import torch
 
+from nanovllm import platform
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.step import StepInput, StepOutput
 from nanovllm.worker.model_runner import ModelRunner
@@ -17,21 +18,49 @@ class InProcessExecutor:
         description: of all that was chosen, for the log.
     """
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_num_seqs: int):
-        self.runner = ModelRunner(config, model_config, max_num_seqs)
-        self.plan = self.runner.plan
-        self.device, self.dtype = self.runner.device, self.runner.dtype
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        device: torch.device,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ):
+        self.device = device
+        with platform.use(device):
+            self.runner = ModelRunner(
+                config, model_config, device, max_num_seqs, max_num_batched_tokens
+            )
+        self.plan, self.dtype = self.runner.plan, self.runner.dtype
         self.description = self.runner.description
 
     def submit(self, step: StepInput) -> "SampledTokens":
-        return SampledTokens(self.runner.run(step))
+        with platform.use(self.device):
+            return SampledTokens(self.runner.run(step))
+
+    def close(self) -> None:
+        """Give the memory back; no step may follow."""
+        del self.runner
+        platform.release_memory(self.device)
 
 
 class SampledTokens:
-    """Tokens on the device until they are asked for."""
+    """Tokens on their way from the device.
+
+    Args:
+        token_ids: [n] int64; may be overwritten by the next step.
+    """
 
     def __init__(self, token_ids: torch.Tensor):
         self.token_ids = token_ids
+        self.copied = None
+        if token_ids.is_cuda:
+            self.token_ids = torch.empty(len(token_ids), dtype=torch.int64, pin_memory=True)
+            self.token_ids.copy_(token_ids, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
 
     def result(self) -> StepOutput:
+        if self.copied is not None:
+            self.copied.synchronize()
         return StepOutput(self.token_ids.tolist())

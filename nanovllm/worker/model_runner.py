@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm import platform
+from nanovllm import ops, platform
 from nanovllm.batch import KVCache
 from nanovllm.checkpoint import resolve_folder
 from nanovllm.config import EngineConfig, ModelConfig
@@ -20,13 +20,17 @@ from nanovllm.models.weights import (
     pack_weights,
     weight_bytes,
 )
-from nanovllm.step import StepInput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.step import RowStart, StepInput
+from nanovllm.worker.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
+from nanovllm.worker.upload import Uploader
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BLOCK_SIZE = 16
+# What a GPU is left beyond what was measured: fragments, and kernels that are loaded later.
+SPARE_GPU_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +68,14 @@ def plan_cache(
     max_num_seqs: int,
     max_model_len: int | None,
     max_position_embeddings: int,
+    remedy: str = "kv_cache_memory_bytes (or num_gpu_blocks_override)",
 ) -> CachePlan:
     """Pages that fit in `cache_bytes`, no more than max_num_seqs requests of full length need, and
     at least one request's.
 
     Args:
         max_model_len: the user's; None takes the checkpoint's, lowered with a warning to what fits.
+        remedy: the option that makes the cache larger.
 
     Raises:
         ValueError: the user's max_model_len does not fit, or nothing fits.
@@ -80,23 +86,23 @@ def plan_cache(
         raise ValueError(
             f"the KV cache of {cache_bytes} bytes does not hold "
             f"{'one page' if block_size > 1 else 'two pages'} of {block_size} tokens "
-            f"({bytes_per_token * block_size} bytes); raise kv_cache_memory_bytes (or "
-            f"num_gpu_blocks_override) or lower block_size"
+            f"({bytes_per_token * block_size} bytes); raise {remedy} or lower block_size"
         )
     wanted = max_model_len or max_position_embeddings
     if wanted > largest and max_model_len is not None:
         raise ValueError(
-            f"max_model_len={max_model_len} does not fit in the KV cache of {cache_bytes} bytes; "
-            f"the largest that fits is {largest}: lower it or raise kv_cache_memory_bytes (or "
-            f"num_gpu_blocks_override)"
+            f"max_model_len={max_model_len} does not fit in the KV cache of {cache_bytes} bytes: "
+            f"{(wanted - largest) * bytes_per_token} more are needed; the largest that fits is "
+            f"{largest}: lower it or raise {remedy}"
         )
     if wanted > largest:
         logger.warning(
             "max_model_len is lowered from the checkpoint's %d to %d, what the KV cache of %d "
-            "bytes holds; kv_cache_memory_bytes changes its size (or num_gpu_blocks_override)",
+            "bytes holds; %s changes its size",
             wanted,
             largest,
             cache_bytes,
+            remedy,
         )
     fitted = min(wanted, largest)
     blocks_per_seq = -(-fitted // block_size)
@@ -109,84 +115,277 @@ class ModelRunner:
     Args:
         config: the user's options.
         model_config: the checkpoint's architecture.
+        device: where to compute.
         max_num_seqs: rows.
+        max_num_batched_tokens: query tokens of the largest step.
 
     Raises:
         ValueError: options, memory and checkpoint do not go together; before weights are read where
         it can be known.
     """
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_num_seqs: int):
-        self.device = platform.resolve_device(config.device)
-        self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype)
-        longest = model_config.max_position_embeddings
-        check_model_len(config.max_model_len, longest)
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        device: torch.device,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ):
+        self.config, self.model_config = config, model_config
+        self.device = device
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype, device)
+        check_model_len(config.max_model_len, model_config.max_position_embeddings)
+        self.memory = GPUMemory(device, config.gpu_memory_utilization) if self.is_gpu else None
         # A model without memory is cheap; this one is only asked how large its weights are.
-        self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype), self.device)
+        self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype), device)
         self._check_memory(cache_bytes=0)
-        bytes_per_token = model_config.kv_elements_per_token * self.dtype.itemsize
-        block_size = config.block_size or DEFAULT_BLOCK_SIZE
-        self.plan = plan_cache(
-            (config.num_gpu_blocks_override or 0) * block_size * bytes_per_token
-            or config.kv_cache_memory_bytes
-            or platform.default_kv_cache_bytes(self.weight_bytes),
-            bytes_per_token,
-            block_size,
-            max_num_seqs,
-            config.max_model_len,
-            longest,
+        self.block_size = config.block_size or ops.default_block_size(config.attention_backend)
+        self.attention = ops.make_attention(
+            config.attention_backend, model_config, self.block_size, self.dtype, device
         )
-        self._check_memory(self.plan.num_tokens * bytes_per_token)
-        self.model = build_model(model_config, self.plan.max_model_len, self.dtype)
-        if config.load_format == "dummy":
-            fill_dummy_weights(self.model, self.device, config.seed)
-        else:
-            folder = resolve_folder(config.model, config.revision, with_weights=True)
-            load_weights(self.model, folder, self.device)
-        pack_weights(self.model)
-        self.kv = self._allocate_cache(model_config)
-        self.inputs = InputBuilder(
-            max_num_seqs, self.plan.max_blocks, self.plan.block_size, self.device
-        )
-        self.sampler = Sampler(max_num_seqs, model_config.vocab_size, self.device)
+        self.uploader = Uploader(device)
+        self.sampler = Sampler(max_num_seqs + 1, model_config.vocab_size, self.uploader)
+        self.graphs: DecodeGraphs | None = None
+
+        # On a GPU nobody knows before trying what a step needs beside weights and cache.
+        max_positions = config.max_model_len or model_config.max_position_embeddings
+        cache_bytes = self._wanted_cache_bytes()
+        if cache_bytes is not None:
+            self.plan = self._plan_cache(cache_bytes)
+            self._check_memory(self.plan.num_tokens * self._bytes_per_token)
+            max_positions = self.plan.max_model_len
+        self._load(max_positions)
+        if cache_bytes is None:
+            self.plan = self._plan_cache(self._measured_cache_bytes(max_positions))
+        self.kv, self.inputs = self._make_cache(self.plan.num_blocks, self.plan.max_blocks)
+        if self.uses_graphs:
+            self.graphs = self._capture(graph_sizes(max_num_seqs))
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def uses_graphs(self) -> bool:
+        return self.is_gpu and not self.config.enforce_eager
 
     @property
     def description(self) -> str:
         """Device, dtype, attention backend and weights, for the log."""
         dtype = str(self.dtype).removeprefix("torch.")
         gib = self.weight_bytes / platform.GIB
-        return f"{self.device} in {dtype}, attention TORCH_SDPA, weights {gib:.2f} GiB"
+        graphs = f", {len(self.graphs.sizes)} CUDA graphs" if self.graphs else ""
+        return (
+            f"{self.device} in {dtype}, attention {self.attention.name}{graphs}, "
+            f"weights {gib:.2f} GiB"
+        )
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> torch.Tensor:
-        """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64."""
+        """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64;
+        the next step may overwrite them."""
         for start in step.starts:
             self.sampler.start_row(start)
-        batch = self.inputs.build(step)
+        if self.graphs and step.num_decodes == len(step.rows):
+            return self._replay(self.graphs, step)
+        tensors = self.uploader.upload(self.inputs.arrays(step))
+        batch = self.inputs.batch(tensors, max(step.query_lens), step.num_decodes)
         hidden = self.model(batch, self.kv)  # [T, hidden]
         if not any(step.samples):
             return torch.empty(0, dtype=torch.int64)
         logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
-        samples = np.array(step.samples)
-        rows = np.array(step.rows)[samples]
-        positions = (np.array(step.positions) + np.array(step.query_lens))[samples]
-        token_ids = self.sampler.sample(logits, rows, positions)
+        token_ids = self.sampler.sample(logits, *_draws(step))
+        self.inputs.keep_sampled(tensors["sampled_rows"], token_ids)
+        return token_ids
+
+    def _replay(self, graphs: DecodeGraphs, step: StepInput) -> torch.Tensor:
+        num_decodes = len(step.rows)
+        size = graphs.padded_size(num_decodes)
+        output = graphs.replay(size, self._decode_arrays(step, size))
+        draws = _draws(step)
+        if self.sampler.is_plain(*draws):
+            return output.token_ids[:num_decodes]
+        token_ids = self.sampler.sample(self.model.logits(output.hidden[:num_decodes]), *draws)
+        rows = self.uploader.upload({"rows": draws[0]})["rows"]
         self.inputs.keep_sampled(rows, token_ids)
         return token_ids
 
-    def _allocate_cache(self, config: ModelConfig) -> KVCache:
-        pages = (self.plan.num_blocks, self.plan.block_size, config.num_kv_heads, config.head_dim)
+    # Construction
+
+    @property
+    def _bytes_per_token(self) -> int:
+        return self.model_config.kv_elements_per_token * self.dtype.itemsize
+
+    def _wanted_cache_bytes(self) -> int | None:
+        """The cache's size by the user's word, or a CPU's default; None: what a GPU has left."""
+        config = self.config
+        if config.num_gpu_blocks_override:
+            return config.num_gpu_blocks_override * self.block_size * self._bytes_per_token
+        if config.kv_cache_memory_bytes or self.is_gpu:
+            return config.kv_cache_memory_bytes
+        return platform.default_kv_cache_bytes(self.weight_bytes)
+
+    def _plan_cache(self, cache_bytes: int) -> CachePlan:
+        by_share = self.is_gpu and self._wanted_cache_bytes() is None
+        return plan_cache(
+            cache_bytes,
+            self._bytes_per_token,
+            self.block_size,
+            self.max_num_seqs,
+            self.config.max_model_len,
+            self.model_config.max_position_embeddings,
+            **({"remedy": "gpu_memory_utilization"} if by_share else {}),
+        )
+
+    def _load(self, max_positions: int) -> None:
+        self.model = build_model(self.model_config, max_positions, self.dtype)
+        if self.config.load_format == "dummy":
+            fill_dummy_weights(self.model, self.device, self.config.seed)
+        else:
+            folder = resolve_folder(self.config.model, self.config.revision, with_weights=True)
+            load_weights(self.model, folder, self.device)
+        pack_weights(self.model)
+
+    def _make_cache(self, num_blocks: int, max_blocks: int) -> tuple[KVCache, InputBuilder]:
+        config = self.model_config
+        pages = (num_blocks, self.block_size, config.num_kv_heads, config.head_dim)
         # Not zeros: writing them would take all the memory now, instead of page by page when used.
         shape = (config.num_layers, 2, *pages)
-        return KVCache(torch.empty(shape, dtype=self.dtype, device=self.device))
+        kv = KVCache(torch.empty(shape, dtype=self.dtype, device=self.device))
+        inputs = InputBuilder(
+            self.max_num_seqs, max_blocks, self.block_size, self.attention, self.uploader
+        )
+        return kv, inputs
+
+    @torch.inference_mode()
+    def _measured_cache_bytes(self, max_model_len: int) -> int:
+        """What the budget leaves for the cache when the largest step has been run, and graphs have
+        been captured, on a cache of one page."""
+        assert self.memory is not None
+        self.kv, self.inputs = self._make_cache(1, -(-max_model_len // self.block_size))
+        self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
+        lasting = self.memory.used()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._run_largest_step(max_model_len)
+        step_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        graph_bytes = 0
+        if self.uses_graphs:
+            *others, largest = graph_sizes(self.max_num_seqs)
+            graphs = self._capture([largest])
+            first = self.memory.used() - lasting
+            del graphs
+            graphs = self._capture([*others[-1:], largest])
+            second = max(0, self.memory.used() - lasting - first)
+            del graphs
+            graph_bytes = first + len(others) * second
+        del self.kv, self.inputs
+        needed = lasting + step_bytes + graph_bytes + SPARE_GPU_BYTES
+        logger.info(
+            "of %.2f GiB: weights %.2f, buffers and kernels %.2f, the largest step %.2f, CUDA "
+            "graphs %.2f",
+            *(
+                part / platform.GIB
+                for part in (
+                    self.memory.budget,
+                    self.weight_bytes,
+                    lasting - self.weight_bytes,
+                    step_bytes,
+                    graph_bytes,
+                )
+            ),
+        )
+        if needed >= self.memory.budget:
+            raise ValueError(
+                f"GPU memory is too small: weights, the largest step and CUDA graphs take "
+                f"{needed / platform.GIB:.2f} GiB of the {self.memory.budget / platform.GIB:.2f} "
+                f"GiB that this engine may hold, and nothing is left for the KV cache; raise "
+                f"gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs, set "
+                f"enforce_eager=True, or use a smaller model"
+            )
+        return self.memory.budget - needed
+
+    def _run_largest_step(self, max_model_len: int) -> None:
+        """As many tokens as a step may have, as many rows of logits, and every warper."""
+        num_tokens = self.max_num_batched_tokens
+        num_seqs = min(self.max_num_seqs, num_tokens)
+        query_lens = [min(max_model_len, num_tokens // num_seqs)] * num_seqs
+        query_lens[0] = min(max_model_len, num_tokens - sum(query_lens[1:]))
+        params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1)
+        step = StepInput(token_ids=[0] * sum(query_lens))
+        for row, query_len in enumerate(query_lens):
+            # Cached to the end: the one page there is is read, and nothing is stored.
+            step.starts.append(RowStart(row, max_model_len, params, 0, (), 0))
+            step.add(row, 0, query_len, samples=True)
+        self.run(step)
+
+    @torch.inference_mode()
+    def _capture(self, sizes: list[int]) -> DecodeGraphs:
+        row = self.inputs.padding_row
+        warm_up = StepInput(num_decodes=1)
+        warm_up.add(row, 0, query_len=1, samples=True)
+        return DecodeGraphs(
+            sizes, lambda size: self._decode_arrays(warm_up, size), self._decode, self.uploader
+        )
+
+    def _decode_arrays(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
+        draws = self.sampler.arrays(*_draws(step), num_padded=size - len(step.rows))
+        return {**self.inputs.arrays(step, graph_size=size), **draws}
+
+    def _decode(self, tensors: dict[str, torch.Tensor]) -> DecodeOutput:
+        """A decode step, drawn by temperature alone, without a look at the host."""
+        size = len(tensors["rows"])
+        batch = self.inputs.batch(tensors, max_query_len=1, num_decodes=size)
+        hidden = self.model(batch, self.kv)
+        logits = self.model.logits(hidden)
+        token_ids = ops.sample(logits, tensors["temperature"], tensors["noise_keys"])
+        self.inputs.keep_sampled(tensors["rows"], token_ids)
+        return DecodeOutput(hidden, token_ids)
 
     def _check_memory(self, cache_bytes: int) -> None:
-        available = platform.available_memory()
+        available = self.memory.budget if self.memory else platform.available_memory()
         needed = self.weight_bytes + cache_bytes
         if available is not None and needed > available:
+            share = "gpu_memory_utilization allows" if self.memory else "is available"
             raise ValueError(
                 f"memory is too small: {self.weight_bytes / platform.GIB:.2f} GiB of weights and "
                 f"{cache_bytes / platform.GIB:.2f} GiB of KV cache, but only "
-                f"{available / platform.GIB:.2f} GiB is available; lower kv_cache_memory_bytes (or "
+                f"{available / platform.GIB:.2f} GiB {share}; lower kv_cache_memory_bytes (or "
                 f"num_gpu_blocks_override) or max_model_len, or use a smaller dtype or model"
             )
+
+
+class GPUMemory:
+    """What this engine may hold of a GPU's memory, and what it does.
+
+    Args:
+        device: a GPU.
+        share: of the card's total; less, with a warning, if less is free now.
+    """
+
+    def __init__(self, device: torch.device, share: float):
+        self.device = device
+        self.free_before, total = platform.free_memory(device)
+        self.budget = int(share * total)
+        if self.budget > self.free_before:
+            logger.warning(
+                "gpu_memory_utilization=%s asks for %.2f GiB, but others leave only %.2f GiB of "
+                "the GPU's %.2f free: the engine takes those",
+                share,
+                *(n / platform.GIB for n in (self.budget, self.free_before, total)),
+            )
+            self.budget = self.free_before
+
+    def used(self) -> int:
+        """Bytes taken since the engine began, by torch and beside it."""
+        return self.free_before - platform.free_memory(self.device)[0]
+
+
+def _draws(step: StepInput) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each token that the step samples, and the place that it takes."""
+    samples = np.array(step.samples)
+    positions = np.array(step.positions) + np.array(step.query_lens)
+    return np.array(step.rows)[samples], positions[samples]

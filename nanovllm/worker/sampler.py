@@ -9,20 +9,21 @@ import torch
 
 from nanovllm import ops
 from nanovllm.step import RowStart
+from nanovllm.worker.upload import Uploader
 
 
 class Sampler:
     """Keeps the rows' sampling parameters.
 
     Args:
-        num_rows: max_num_seqs.
+        num_rows: rows that there are.
         vocab_size: of the logits.
-        device: of the logits.
+        uploader: to the device of the logits.
     """
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device):
+    def __init__(self, num_rows: int, vocab_size: int, uploader: Uploader):
         self.vocab_size = vocab_size
-        self.device = device
+        self.uploader = uploader
         self.greedy = np.ones(num_rows, bool)
         self.temperature = np.ones(num_rows, np.float32)
         self.top_k = np.full(num_rows, vocab_size, np.int64)
@@ -45,43 +46,52 @@ class Sampler:
         self.min_len[row] = start.min_len
         self.stop_token_ids[row] = start.stop_token_ids
 
+    def arrays(
+        self, rows: np.ndarray, positions: np.ndarray, num_padded: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Temperature (0 takes the most likely token) and noise of each row's draw, for the device.
+
+        Args:
+            rows: [n].
+            positions: [n], the place that each drawn token takes in its sequence.
+            num_padded: rows to add that nobody asks for.
+        """
+        temperature = np.where(self.greedy[rows], np.float32(0), self.temperature[rows])
+        keys = noise_keys(self.seed[rows], positions)
+        return {
+            "temperature": np.pad(temperature, (0, num_padded)),
+            "noise_keys": np.pad(keys, ((0, num_padded), (0, 0))),
+        }
+
+    def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
+        """Whether temperature and noise are all that the rows' draws depend on."""
+        return not (self._limits(rows) or (positions < self.min_len[rows]).any())
+
     def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Draw a token for each row.
 
         Args:
             logits: [n, vocab]; may be written to.
-            rows: [n].
-            positions: [n], the place that each drawn token takes in its sequence.
+            rows, positions: as for arrays.
 
         Returns: [n] int64.
         """
         for i in np.flatnonzero(positions < self.min_len[rows]):
             logits[i, list(self.stop_token_ids[rows[i]])] = -torch.inf
-        random = np.flatnonzero(~self.greedy[rows])
-        if len(random) == 0:
-            return logits.argmax(-1)
-        if len(random) == len(rows):
-            return self._draw(logits, rows, positions)
-        token_ids = logits.argmax(-1)
-        token_ids[random] = self._draw(logits[random], rows[random], positions[random])
-        return token_ids
+        arrays = {**self.arrays(rows, positions), **self._limits(rows)}
+        return ops.sample(logits, **self.uploader.upload(arrays))
 
-    def _draw(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        # A warper that no row asks for is left out: the next two cost a sort.
-        asked_k = bool((self.top_k[rows] < self.vocab_size).any())
-        asked_p = bool((self.top_p[rows] < 1).any())
-        asked_min_p = bool((self.min_p[rows] > 0).any())
-        return ops.sample(
-            logits,
-            self._tensor(self.temperature[rows]),
-            self._tensor(noise_keys(self.seed[rows], positions)),
-            top_k=self._tensor(self.top_k[rows]) if asked_k else None,
-            top_p=self._tensor(self.top_p[rows]) if asked_p else None,
-            min_p=self._tensor(self.min_p[rows]) if asked_min_p else None,
-        )
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _limits(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The warpers that a row asks for; the others are left out, as two of them cost a sort."""
+        random = rows[~self.greedy[rows]]
+        limits = {}
+        if (self.top_k[random] < self.vocab_size).any():
+            limits["top_k"] = self.top_k[rows]
+        if (self.top_p[random] < 1).any():
+            limits["top_p"] = self.top_p[rows]
+        if (self.min_p[random] > 0).any():
+            limits["min_p"] = self.min_p[rows]
+        return limits
 
 
 def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -29,11 +29,13 @@ def make_batch(query_lens, context_lens, block_size, num_blocks):
         positions=torch.tensor(positions),
         slot_mapping=torch.tensor(slots),
         block_tables=tables,
+        rows=torch.arange(len(query_lens)),
         query_start=start,
         context_lens=torch.tensor(context_lens, dtype=torch.int32),
         max_query_len=max(query_lens),
         num_decodes=num_decodes,
         logits_indices=start[1:].long() - 1,
+        attention=reference.TorchAttention(),
     )
 
 
@@ -71,7 +73,7 @@ def test_paged_attention(
     shape = (200, block_size, kv_heads, head_dim)
     kv = KVLayer(torch.randn(shape), torch.randn(shape))
     q = torch.randn(sum(query_lens), heads, head_dim)
-    out = ops.paged_attention(q, kv, batch, head_dim**-0.5)
+    out = reference.paged_attention(q, kv, batch, head_dim**-0.5)
     expected = naive_attention(q, kv, batch, head_dim**-0.5)
     assert (out - expected).norm() / expected.norm() < 1e-5
 
@@ -100,7 +102,7 @@ def test_decodes_gather_a_bounded_number_of_keys(monkeypatch):
     monkeypatch.setattr(reference, "_attend_decodes", spy)
     batch = make_batch([1] * 8, [3, 1, 20, 2, 2, 40, 1, 1], block_size=16, num_blocks=20)
     kv = KVLayer(*torch.randn(2, 20, 16, 2, 16))
-    ops.paged_attention(torch.randn(8, 4, 16), kv, batch, 0.25)
+    reference.paged_attention(torch.randn(8, 4, 16), kv, batch, 0.25)
     assert len(gathered) > 2 and max(gathered) <= 64
 
 
@@ -114,7 +116,7 @@ def test_attention_is_untouched_by_what_others_left_in_a_page():
         kv.v[pages, position % 16] = torch.randn(context, 2, 16)
     q = torch.randn(5, 4, 16)
     expected = naive_attention(q, kv, batch, 0.25)
-    torch.testing.assert_close(ops.paged_attention(q, kv, batch, 0.25), expected.float())
+    torch.testing.assert_close(reference.paged_attention(q, kv, batch, 0.25), expected.float())
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -10,6 +10,7 @@ from nanovllm.ops.reference import gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.step import RowStart
 from nanovllm.worker.sampler import Sampler, noise_keys
+from nanovllm.worker.upload import Uploader
 
 
 def draw(logits, num_draws, temperature=1.0, seed=1, **cuts):
@@ -95,7 +96,7 @@ def test_cuts_equal_transformers(top_k, top_p, min_p):
 
 
 def make_sampler(params_list, vocab_size=50, stop_token_ids=(), min_len=0):
-    sampler = Sampler(len(params_list), vocab_size, torch.device("cpu"))
+    sampler = Sampler(len(params_list), vocab_size, Uploader(torch.device("cpu")))
     for row, params in enumerate(params_list):
         sampler.start_row(RowStart(row, 0, params, 100 + row, stop_token_ids, min_len))
     return sampler

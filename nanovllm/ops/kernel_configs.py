@@ -1,0 +1,49 @@
+"""How the Triton kernels are laid out on a GPU: a table made offline, so that nothing is tuned at
+start.
+
+Measured on an H200 (docs/log.md); every entry stays below the 99 KB of shared memory that a
+program may have on the smallest GPUs of capability 8.0 and up.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+MAX_SHARED_BYTES = 99 * 1024
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One way to run the attention kernel.
+
+    Attributes:
+        block_m: query rows a tile: tokens x query heads that share a key/value head.
+        block_n: keys a turn of the loop.
+        num_warps, num_stages: Triton's, warps a program and depth of the software pipeline.
+        programs_per_sm: programs that keep a multiprocessor busy; tiles are split to get as many.
+        min_keys: keys a split-off part has at least, a multiple of block_n.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    min_keys: int
+
+
+# By the bytes of a head's key, padded to a power of two: for short queries (decodes), for chunks.
+ATTENTION: dict[int, tuple[AttentionConfig, AttentionConfig]] = {
+    128: (AttentionConfig(16, 64, 2, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
+    256: (AttentionConfig(16, 64, 4, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
+    512: (AttentionConfig(16, 32, 4, 3, 6, 128), AttentionConfig(64, 32, 4, 2, 4, 256)),
+    1024: (AttentionConfig(16, 16, 4, 2, 6, 128), AttentionConfig(32, 16, 4, 2, 4, 256)),
+}
+
+
+def attention_configs(head_dim: int, itemsize: int) -> tuple[AttentionConfig, AttentionConfig]:
+    """For short queries and for chunks. Raises ValueError for heads that no entry is for."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"on a GPU head_dim is at most {MAX_HEAD_DIM}; this model's is {head_dim}")
+    return ATTENTION[max(128, triton.next_power_of_2(head_dim) * itemsize)]

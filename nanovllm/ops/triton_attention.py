@@ -1,0 +1,314 @@
+"""PagedAttention in Triton: attention over the pages of the KV cache, for decodes and prefill
+chunks alike.
+
+A work list says what there is to do (work_list.py makes it): each item is a tile of query rows of
+one sequence and a range of its keys. A program takes one item for one key/value head. A tile whose
+keys are divided among several items (split-KV, Flash-Decoding, Dao et al. 2023) is merged by the
+program that finishes last. The list is data, so the same launch, in a CUDA graph too, serves any
+lengths. Inside an item it is FlashAttention's loop (Dao 2023): keys block by block, with a running
+maximum and sum.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.ops.kernel_configs import AttentionConfig, attention_configs
+from nanovllm.ops.work_list import ITEM_WIDTH, max_items, max_slots, work_list
+
+LOG2_E = 1.4426950408889634
+# Columns of a work list.
+ROW = tl.constexpr(0)
+TOKEN = tl.constexpr(1)
+NUM_TOKENS = tl.constexpr(2)
+POSITION = tl.constexpr(3)
+KEY_START = tl.constexpr(4)
+KEY_END = tl.constexpr(5)
+SLOT = tl.constexpr(6)
+FIRST_SLOT = tl.constexpr(7)
+NUM_PARTS = tl.constexpr(8)
+WIDTH = tl.constexpr(ITEM_WIDTH)
+
+
+@triton.jit
+def _pages_of(
+    table, first_key, key_end,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The page of each key of a block, [N]. Where a block is made of whole pages, or a page of
+    whole blocks, few scalar loads do it: a load for each key costs a quarter of the speed."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return tl.zeros([BLOCK_N], tl.int32) + tl.load(table + first_key // BLOCK_SIZE)
+    elif BLOCK_SIZE >= 16 and BLOCK_N % BLOCK_SIZE == 0:
+        first = first_key // BLOCK_SIZE
+        last = (key_end - 1) // BLOCK_SIZE
+        pages = tl.zeros([BLOCK_N], tl.int32) + tl.load(table + first)
+        for i in tl.static_range(1, BLOCK_N // BLOCK_SIZE):
+            page = tl.load(table + (tl.minimum(first + i, last) if MASKED else first + i))
+            pages = tl.where(keys // BLOCK_SIZE == first + i, page, pages)
+        return pages
+    else:
+        return tl.load(table + keys // BLOCK_SIZE, mask=keys < key_end, other=0)
+
+
+@triton.jit
+def _attend_block(
+    q, m, total, acc, first_key, key_end, position, k_head, v_head, table, scale_log2,
+    page_stride, slot_stride, dims, dims_ok,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys. Shapes: q [M, D], m and total [M], acc [M, D], position [M], dims [D]."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    keys_ok = keys < key_end
+    pages = _pages_of(table, first_key, key_end, BLOCK_SIZE, BLOCK_N, MASKED)
+    slots = pages.to(tl.int64) * page_stride + (keys % BLOCK_SIZE) * slot_stride  # [N]
+    k_ptrs = k_head + slots[None, :] + dims[:, None]  # [D, N]
+    v_ptrs = v_head + slots[:, None] + dims[None, :]  # [N, D]
+    if MASKED and PAD_D:
+        k = tl.load(k_ptrs, mask=dims_ok[:, None] & keys_ok[None, :], other=0.0)
+    elif MASKED:
+        k = tl.load(k_ptrs, mask=keys_ok[None, :], other=0.0)
+    elif PAD_D:
+        k = tl.load(k_ptrs, mask=dims_ok[:, None], other=0.0)
+    else:
+        k = tl.load(k_ptrs)
+    s = tl.dot(q, k, input_precision=PRECISION)  # [M, N]
+    if MASKED:
+        s = tl.where((keys[None, :] <= position[:, None]) & keys_ok[None, :], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    # A row that has seen no key yet keeps m = -inf; -inf - -inf would be NaN.
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    p = tl.exp2(s * scale_log2 - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    total = total * alpha + tl.sum(p, 1)
+    # What lies beyond a context belongs to others, and 0 times their NaN would be NaN.
+    if MASKED and PAD_D:
+        v = tl.load(v_ptrs, mask=keys_ok[:, None] & dims_ok[None, :], other=0.0)
+    elif MASKED:
+        v = tl.load(v_ptrs, mask=keys_ok[:, None], other=0.0)
+    elif PAD_D:
+        v = tl.load(v_ptrs, mask=dims_ok[None, :], other=0.0)
+    else:
+        v = tl.load(v_ptrs)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, total, acc
+
+
+@triton.jit
+def _merge(
+    partial, stats, first_part, num_parts, part_stride, rows, row_ok, dims,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The softmax-weighted sum of a tile's partial results, by their log-sum-exps."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in range(num_parts):
+        row = first_part + part * part_stride + rows
+        # .cg: past this multiprocessor's own cache, which does not see others' writes.
+        m_part = tl.load(stats + row * 2, mask=row_ok, other=float("-inf"), cache_modifier=".cg")
+        total_part = tl.load(stats + row * 2 + 1, mask=row_ok, other=0.0, cache_modifier=".cg")
+        acc_part = tl.load(
+            partial + row[:, None] * BLOCK_D + dims[None, :],
+            mask=row_ok[:, None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        m_new = tl.maximum(m, m_part)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
+        total = total * old + total_part * new
+        acc = acc * old[:, None] + acc_part * new[:, None]
+        m = m_new
+    return total, acc
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def paged_attention_kernel(
+    out, q, k_cache, v_cache, block_tables, items, num_items, partial, stats, arrivals,
+    scale_log2, table_stride, page_stride, slot_stride, head_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program i is item i // K for key/value head i % K; those beyond the list do nothing.
+
+    Args:
+        out, q: [T, H, D].
+        k_cache, v_cache: pages, with strides of page, slot and head; dims are adjacent.
+        block_tables: [rows, pages] int32.
+        items: [items, WIDTH] int32; num_items: [1] int32, how many count.
+        partial: [slots, K, TILE, BLOCK_D] float32, sums of values.
+        stats: [slots, K, TILE, 2] float32, maximum and sum of the softmax.
+        arrivals: [slots, K] int32, zeros before and after.
+        scale_log2: softmax scale * log2(e).
+    """
+    unit = tl.program_id(0)
+    if unit >= tl.load(num_items) * NUM_KV_HEADS:
+        return
+    TILE: tl.constexpr = (BLOCK_M // GROUP) * GROUP  # rows in use: (token, query head of the group)
+    PAD_D: tl.constexpr = BLOCK_D != HEAD_DIM
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    dims_ok = dims < HEAD_DIM
+    item = items + (unit // NUM_KV_HEADS) * WIDTH
+    head = unit % NUM_KV_HEADS
+    token = tl.load(item + TOKEN)
+    position = tl.load(item + POSITION)
+    key_start = tl.load(item + KEY_START)
+    key_end = tl.load(item + KEY_END)
+    slot = tl.load(item + SLOT)
+    table = block_tables + tl.load(item + ROW).to(tl.int64) * table_stride
+    row_ok = rows < tl.load(item + NUM_TOKENS) * GROUP
+    k_head = k_cache + head.to(tl.int64) * head_stride
+    v_head = v_cache + head.to(tl.int64) * head_stride
+
+    # Row r is query head r % GROUP of the group, at token r // GROUP of the tile.
+    q_rows = (token + rows // GROUP).to(tl.int64) * (NUM_KV_HEADS * GROUP)
+    q_rows += head * GROUP + rows % GROUP
+    q_offsets = q_rows[:, None] * HEAD_DIM + dims[None, :]  # [M, D]
+    q_ok = row_ok[:, None] & dims_ok[None, :]
+    q_tile = tl.load(q + q_offsets, mask=q_ok, other=0.0)
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_position = position + rows // GROUP
+    # Blocks that every row sees whole, then those with a mask.
+    seen_by_all = tl.maximum(tl.minimum(key_end, position + 1) - key_start, 0)
+    whole_end = key_start + seen_by_all // BLOCK_N * BLOCK_N
+    for first_key in range(key_start, whole_end, BLOCK_N):
+        m, total, acc = _attend_block(
+            q_tile, m, total, acc, first_key, key_end, row_position, k_head, v_head, table,
+            scale_log2, page_stride, slot_stride, dims, dims_ok,
+            BLOCK_SIZE, BLOCK_N, PAD_D, PRECISION, False,
+        )  # fmt: skip
+    for first_key in range(whole_end, key_end, BLOCK_N):
+        m, total, acc = _attend_block(
+            q_tile, m, total, acc, first_key, key_end, row_position, k_head, v_head, table,
+            scale_log2, page_stride, slot_stride, dims, dims_ok,
+            BLOCK_SIZE, BLOCK_N, PAD_D, PRECISION, True,
+        )  # fmt: skip
+
+    if slot >= 0:
+        part_rows = (slot.to(tl.int64) * NUM_KV_HEADS + head) * TILE + rows
+        tl.store(stats + part_rows * 2, m, mask=row_ok)
+        tl.store(stats + part_rows * 2 + 1, total, mask=row_ok)
+        tl.store(partial + part_rows[:, None] * BLOCK_D + dims[None, :], acc, mask=row_ok[:, None])
+        first_slot = tl.load(item + FIRST_SLOT).to(tl.int64)
+        num_parts = tl.load(item + NUM_PARTS)
+        arrival = arrivals + first_slot * NUM_KV_HEADS + head
+        tl.debug_barrier()  # every warp has stored its share before one thread says so
+        if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
+            total, acc = _merge(
+                partial, stats, (first_slot * NUM_KV_HEADS + head) * TILE, num_parts,
+                NUM_KV_HEADS * TILE, rows, row_ok, dims, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            tl.store(arrival, 0)
+            slot = -1
+    if slot < 0:
+        tl.store(out + q_offsets, acc / total[:, None], mask=q_ok)
+
+
+class TritonAttention:
+    """Attention of one model on one GPU: its configurations and the memory for partial results.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: of the model.
+        dtype: of queries and cache.
+        device: a GPU.
+        num_sms: its multiprocessors.
+    """
+
+    name = "TRITON_ATTN"
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_sms: int,
+    ):
+        self.num_kv_heads = num_kv_heads
+        self.group = num_heads // num_kv_heads
+        self.block_d = triton.next_power_of_2(max(head_dim, 16))
+        self.precision = "ieee" if dtype == torch.float32 else "tf32"  # for 16 bits: no effect
+        self.num_sms = num_sms
+        self.short, self.long = attention_configs(head_dim, dtype.itemsize)
+        num_slots = max(
+            max_slots(num_kv_heads, num_sms * config.programs_per_sm) * self._tile_rows(config)
+            for config in (self.short, self.long)
+        )
+        self.partial = torch.empty(num_slots * num_kv_heads * self.block_d, device=device)
+        self.stats = torch.empty(num_slots * num_kv_heads * 2, device=device)
+        self.arrivals = torch.zeros(num_slots * num_kv_heads, dtype=torch.int32, device=device)
+
+    def host_arrays(
+        self,
+        block_tables: np.ndarray,
+        rows: np.ndarray,
+        query_start: np.ndarray,
+        query_lens: np.ndarray,
+        context_lens: np.ndarray,
+        graph_size: int | None,
+    ) -> dict[str, np.ndarray]:
+        """The step's work lists. A graph's has room for all that its decodes may need."""
+        arrays = {}
+        short = query_lens <= self._tile_tokens(self.short)
+        for name, config, seqs in (("short", self.short, short), ("long", self.long, ~short)):
+            if not seqs.any():
+                continue
+            items = work_list(
+                rows[seqs],
+                query_start[:-1][seqs],
+                query_lens[seqs],
+                context_lens[seqs],
+                tile_tokens=self._tile_tokens(config),
+                num_kv_heads=self.num_kv_heads,
+                num_units=self._num_units(config),
+                min_keys=config.min_keys,
+            )
+            arrays[f"num_{name}_items"] = np.array([len(items)], np.int32)
+            if graph_size is not None:
+                room = max_items(graph_size, self.num_kv_heads, self._num_units(config))
+                items = np.concatenate((items, np.zeros((room - len(items), ITEM_WIDTH), np.int32)))
+            arrays[f"{name}_items"] = items
+        return arrays
+
+    def attend(
+        self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
+    ) -> torch.Tensor:
+        """As reference.paged_attention."""
+        out = torch.empty_like(q)
+        for name, config in (("short", self.short), ("long", self.long)):
+            items = batch.attention_arrays.get(f"{name}_items")
+            if items is None:
+                continue
+            page_stride, slot_stride, head_stride, _ = kv.k.stride()
+            paged_attention_kernel[(len(items) * self.num_kv_heads,)](
+                out, q, kv.k, kv.v, batch.block_tables,
+                items, batch.attention_arrays[f"num_{name}_items"],
+                self.partial, self.stats, self.arrivals,
+                scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
+                NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=q.shape[-1],
+                BLOCK_SIZE=kv.k.shape[1], BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
+                BLOCK_D=self.block_d, PRECISION=self.precision,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+        return out
+
+    def _num_units(self, config: AttentionConfig) -> int:
+        return self.num_sms * config.programs_per_sm
+
+    def _block_m(self, config: AttentionConfig) -> int:
+        return max(config.block_m, triton.next_power_of_2(self.group))
+
+    def _tile_tokens(self, config: AttentionConfig) -> int:
+        return self._block_m(config) // self.group
+
+    def _tile_rows(self, config: AttentionConfig) -> int:
+        return self._tile_tokens(config) * self.group

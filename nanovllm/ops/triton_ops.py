@@ -1,0 +1,260 @@
+"""The operations of reference.py as fused Triton kernels, one launch each: what a GPU runs.
+
+Each rounds where its reference does, so that the two differ by the order of sums alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.ops.reference import keep_likely
+
+SILU_BLOCK = 1024
+HEADS_PER_PROGRAM = 8
+VOCAB_BLOCK = 4096
+SORTED_LOGITS = 2**25
+
+
+@triton.jit
+def rms_norm_kernel(
+    out, residual_out, x, residual, weight, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * SIZE
+    dims = tl.arange(0, BLOCK)
+    ok = dims < SIZE
+    value = tl.load(x + row + dims, mask=ok, other=0.0)
+    if ADD:
+        other = tl.load(residual + row + dims, mask=ok, other=0.0)
+        value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
+        tl.store(residual_out + row + dims, value, mask=ok)
+    x32 = value.to(tl.float32)
+    normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
+    w = tl.load(weight + dims, mask=ok, other=0.0)
+    tl.store(out + row + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    _launch_rms_norm(out, out, x, x, weight, eps, add=False)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, residual_out = torch.empty_like(x), torch.empty_like(x)
+    _launch_rms_norm(out, residual_out, x, residual, weight, eps, add=True)
+    return out, residual_out
+
+
+def _launch_rms_norm(
+    out: torch.Tensor,
+    residual_out: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    add: bool,
+) -> None:
+    size = x.shape[-1]
+    block = triton.next_power_of_2(size)
+    if x.numel():
+        rms_norm_kernel[(x.numel() // size,)](
+            out, residual_out, x, residual, weight, eps, SIZE=size, BLOCK=block, ADD=add,
+            num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+
+
+@triton.jit
+def silu_and_mul_kernel(out, gate_up, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = dims < SIZE
+    gate = tl.load(gate_up + row * 2 * SIZE + dims, mask=ok, other=0.0)
+    up = tl.load(gate_up + row * 2 * SIZE + SIZE + dims, mask=ok, other=0.0).to(tl.float32)
+    gate32 = gate.to(tl.float32)
+    silu = (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype)
+    tl.store(out + row * SIZE + dims, silu.to(tl.float32) * up, mask=ok)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    size = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], size)
+    if out.numel():
+        grid = (out.numel() // size, triton.cdiv(size, SILU_BLOCK))
+        silu_and_mul_kernel[grid](out, gate_up, SIZE=size, BLOCK=SILU_BLOCK, num_warps=4)
+    return out
+
+
+@triton.jit
+def qk_norm_rope_store_kernel(
+    q_out, k_cache, v_cache, qkv, q_weight, k_weight, rope_table, positions, slot_mapping, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """A token's heads, HEADS a program, each as its two halves [HEADS, HALF]."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    dims = tl.arange(0, HALF)
+    is_q = head < NUM_HEADS
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    is_v = head >= NUM_HEADS + NUM_KV_HEADS
+    num_heads_in: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+    dims_ok = dims < HEAD_DIM // 2
+    ok = (head < num_heads_in)[:, None] & dims_ok[None, :]
+    offsets = head[:, None] * HEAD_DIM + dims[None, :]
+    source = qkv + token * num_heads_in * HEAD_DIM + offsets
+    a_in = tl.load(source, mask=ok, other=0.0)
+    b_in = tl.load(source + HEAD_DIM // 2, mask=ok, other=0.0)
+    a, b = a_in.to(tl.float32), b_in.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
+        qa = tl.load(q_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
+        qb = tl.load(q_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
+        ka = tl.load(k_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
+        kb = tl.load(k_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
+        a = (a * scale).to(a_in.dtype).to(tl.float32) * tl.where(is_q[:, None], qa, ka)
+        b = (b * scale).to(a_in.dtype).to(tl.float32) * tl.where(
+            is_q[:, None], qb.to(tl.float32), kb.to(tl.float32)
+        )
+        a, b = a.to(a_in.dtype).to(tl.float32), b.to(a_in.dtype).to(tl.float32)
+    angles = rope_table + tl.load(positions + token) * HEAD_DIM + dims
+    cos = tl.load(angles, mask=dims_ok, other=0.0)[None, :]
+    sin = tl.load(angles + HEAD_DIM // 2, mask=dims_ok, other=0.0)[None, :]
+    a_out = tl.where(is_v[:, None], a_in, (a * cos - b * sin).to(a_in.dtype))
+    b_out = tl.where(is_v[:, None], b_in, (b * cos + a * sin).to(a_in.dtype))
+
+    to_q = q_out + token * NUM_HEADS * HEAD_DIM + offsets
+    tl.store(to_q, a_out, mask=ok & is_q[:, None])
+    tl.store(to_q + HEAD_DIM // 2, b_out, mask=ok & is_q[:, None])
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:
+        in_cache = slot * NUM_KV_HEADS * HEAD_DIM + offsets
+        to_k = k_cache + in_cache - NUM_HEADS * HEAD_DIM
+        tl.store(to_k, a_out, mask=ok & is_k[:, None])
+        tl.store(to_k + HEAD_DIM // 2, b_out, mask=ok & is_k[:, None])
+        to_v = v_cache + in_cache - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
+        tl.store(to_v, a_out, mask=ok & is_v[:, None])
+        tl.store(to_v + HEAD_DIM // 2, b_out, mask=ok & is_v[:, None])
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor,
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    rope_table: torch.Tensor,
+    batch: ForwardBatch,
+    kv: KVLayer,
+) -> torch.Tensor:
+    num_kv_heads, head_dim = kv.k.shape[-2:]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q = qkv.new_empty(len(qkv), num_heads, head_dim)
+    if len(qkv) == 0:
+        return q
+    q_weight, k_weight = norm_weights or (qkv, qkv)
+    num_heads_in = num_heads + 2 * num_kv_heads
+    qk_norm_rope_store_kernel[(len(qkv), triton.cdiv(num_heads_in, HEADS_PER_PROGRAM))](
+        q, kv.k, kv.v, qkv, q_weight, k_weight, rope_table, batch.positions, batch.slot_mapping,
+        eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        HEADS=HEADS_PER_PROGRAM, HALF=triton.next_power_of_2(head_dim // 2),
+        NORM=norm_weights is not None, num_warps=4,
+    )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _mix32(x):
+    """murmur3's 32-bit finalizer, as in reference.py."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel_noise(first, second, tokens):
+    """reference.gumbel_noise; first, second: the row's keys in uint32."""
+    bits = _mix32(_mix32(tokens.to(tl.uint32) * 0x9E3779B9 + first) ^ second)
+    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    # -log(1 - u). For small u, which decide the draw, by its series: 1 - u would lose their bits.
+    series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * 0.25)))
+    exponential = tl.where(u < 0.01, series, -tl.log(1.0 - u))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def gumbel_argmax_kernel(
+    token_ids, logits, temperature, noise_keys, best_values, best_tokens, arrivals, num_blocks,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """A program finds the best of one block of the vocabulary; a row's last one the best of all."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    ok = tokens < VOCAB
+    values = tl.load(logits + row * VOCAB + tokens, mask=ok, other=float("-inf")).to(tl.float32)
+    t = tl.load(temperature + row)
+    if t > 0:
+        first = tl.load(noise_keys + row * 2).to(tl.uint32)
+        second = tl.load(noise_keys + row * 2 + 1).to(tl.uint32)
+        values = tl.where(ok, values / t + _gumbel_noise(first, second, tokens), float("-inf"))
+    best = tl.max(values, 0)
+    token = tl.min(tl.where(values == best, tokens, VOCAB), 0)
+    tl.store(best_values + row * num_blocks + block, best)
+    tl.store(best_tokens + row * num_blocks + block, token)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == num_blocks - 1:
+        blocks = tl.arange(0, BLOCKS)
+        there = blocks < num_blocks
+        of_row = row * num_blocks + blocks
+        # .cg: past this multiprocessor's own cache, which does not see others' writes.
+        bests = tl.load(best_values + of_row, mask=there, other=float("-inf"), cache_modifier=".cg")
+        candidates = tl.load(best_tokens + of_row, mask=there, other=VOCAB, cache_modifier=".cg")
+        token = tl.min(tl.where(bests == tl.max(bests, 0), candidates, VOCAB), 0)
+        # Rows that pad a CUDA graph may be NaN throughout, which no comparison finds.
+        tl.store(token_ids + row, tl.minimum(token, VOCAB - 1).to(tl.int64))
+
+
+def gumbel_argmax(
+    logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tensor
+) -> torch.Tensor:
+    """reference.sample without limits."""
+    num_rows, vocab = logits.shape
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return token_ids
+    num_blocks = triton.cdiv(vocab, VOCAB_BLOCK)
+    best_values = torch.empty(num_rows, num_blocks, device=logits.device)
+    best_tokens = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits.device)
+    arrivals = torch.zeros(num_rows, dtype=torch.int32, device=logits.device)
+    gumbel_argmax_kernel[(num_rows, num_blocks)](
+        token_ids, logits, temperature, noise_keys, best_values, best_tokens, arrivals, num_blocks,
+        VOCAB=vocab, BLOCK=VOCAB_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
+    )  # fmt: skip
+    return token_ids
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    noise_keys: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if top_k is None and top_p is None and min_p is None:
+        return gumbel_argmax(logits, temperature, noise_keys)
+    # Only now is there a float32 copy and a sort, of so many rows at a time.
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    num_rows = max(1, SORTED_LOGITS // logits.shape[1])
+    for first in range(0, len(logits), num_rows):
+        rows = slice(first, first + num_rows)
+        limits = (None if limit is None else limit[rows] for limit in (top_k, top_p, min_p))
+        t = temperature[rows]
+        kept = keep_likely(logits[rows].float() / torch.where(t > 0, t, 1.0)[:, None], *limits)
+        # What is dropped is taken from the logits themselves: a row's draw stays what it would be
+        # beside rows that ask for nothing.
+        likely = logits[rows].masked_fill(kept == -torch.inf, -torch.inf)
+        token_ids[rows] = gumbel_argmax(likely, t, noise_keys[rows])
+    return token_ids

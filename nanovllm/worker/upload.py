@@ -1,0 +1,82 @@
+"""Host arrays of a step -> tensors on the device, in one copy that nobody waits for."""
+
+import numpy as np
+import torch
+
+ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
+RING = 4  # more steps than are ever in flight
+
+
+class Uploader:
+    """Packs arrays into one buffer and copies it.
+
+    The host side of a copy must not change before it has been read; a ring of page-locked buffers
+    and an event for each see to that. On a CPU the tensors share the arrays' memory.
+
+    Args:
+        device: where the tensors go.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pinned: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * RING
+        self.copied: list[torch.cuda.Event | None] = [None] * RING
+        self.turn = 0
+
+    def upload(
+        self, arrays: dict[str, np.ndarray], out: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of the arrays' names, shapes and dtypes.
+
+        Args:
+            out: uint8 memory on the device to put them in, for a CUDA graph that reads them there:
+                arrays of equal shapes come to lie in equal places. None: new memory.
+        """
+        if self.device.type == "cpu":
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        offsets, size = layout(arrays)
+        host = self._take_pinned(size)
+        packed = host.numpy()
+        for name, array in arrays.items():
+            packed[offsets[name] : offsets[name] + array.nbytes] = _bytes(array)
+        if out is None:
+            out = torch.empty(size, dtype=torch.uint8, device=self.device)
+        out[:size].copy_(host[:size], non_blocking=True)
+        event = self.copied[self.turn] = torch.cuda.Event()
+        event.record()
+        return views(out, arrays, offsets)
+
+    def _take_pinned(self, size: int) -> torch.Tensor:
+        self.turn = (self.turn + 1) % RING
+        event = self.copied[self.turn]
+        if event is not None:
+            event.synchronize()
+        if len(self.pinned[self.turn]) < size:
+            room = 1 << max(16, (size - 1).bit_length())
+            self.pinned[self.turn] = torch.empty(room, dtype=torch.uint8, pin_memory=True)
+        return self.pinned[self.turn]
+
+
+def layout(arrays: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:
+    """Where each array lies in a packed buffer, and the buffer's size in bytes."""
+    offsets, size = {}, 0
+    for name, array in arrays.items():
+        offsets[name] = size
+        size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, size
+
+
+def views(
+    buffer: torch.Tensor, arrays: dict[str, np.ndarray], offsets: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """Tensors like the arrays, over a packed buffer."""
+    tensors = {}
+    for name, array in arrays.items():
+        part = buffer[offsets[name] : offsets[name] + array.nbytes]
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        tensors[name] = part.view(dtype).view(array.shape)
+    return tensors
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

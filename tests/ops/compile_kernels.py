@@ -1,0 +1,107 @@
+"""Compile all Triton kernels for a compute capability: python compile_kernels.py 90. Prints the
+shared memory of each in bytes, as JSON."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+def record_launches() -> dict[str, tuple]:
+    """Run every wrapper on small CPU tensors, with launches noted down instead of made."""
+    from kernel_calls import paged_case
+
+    from nanovllm.batch import ForwardBatch, KVLayer
+    from nanovllm.ops import triton_ops
+
+    launches: dict[str, tuple] = {}
+    label = ""
+
+    def note(kernel, *args, grid, warmup, **kwargs):
+        launches[f"{kernel.__name__} {label}"] = (kernel, args, kwargs)
+
+    triton.JITFunction.run = note
+    cpu = torch.device("cpu")
+    for head_dim, dtype, block_size in [
+        (64, torch.bfloat16, 16),
+        (80, torch.float16, 16),
+        (128, torch.bfloat16, 16),
+        (128, torch.bfloat16, 256),
+        (128, torch.float32, 16),
+        (256, torch.bfloat16, 16),
+        (256, torch.float32, 64),
+        (128, torch.bfloat16, 5),
+    ]:
+        for query_len in (1, 200):
+            label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries of {query_len}"
+            q, kv, batch = paged_case([query_len], [300], 4, 2, head_dim, block_size, dtype, cpu)
+            batch.attention.attend(q, kv, batch, 1.0)
+    for dtype in (torch.bfloat16, torch.float32):
+        label = str(dtype)
+        x = torch.zeros(2, 4096, dtype=dtype)
+        triton_ops.rms_norm(x, x[0], 1e-6)
+        label = f"{dtype} add"
+        triton_ops.add_rms_norm(x, x, x[0], 1e-6)
+        triton_ops.silu_and_mul(x)
+        kv = KVLayer(*torch.zeros(2, 4, 16, 8, 128, dtype=dtype))
+        batch = ForwardBatch(
+            token_ids=None, positions=torch.zeros(2, dtype=torch.int64),
+            slot_mapping=torch.zeros(2, dtype=torch.int64), block_tables=None, rows=None,
+            query_start=None, context_lens=None, max_query_len=1, num_decodes=2,
+            logits_indices=None, attention=None,
+        )  # fmt: skip
+        triton_ops.qk_norm_rope_store(x, (x[0], x[0]), 1e-6, torch.zeros(9, 128), batch, kv)
+        triton_ops.sample(
+            torch.zeros(2, 151936, dtype=dtype), torch.ones(2), torch.zeros(2, 2).long()
+        )
+    return launches
+
+
+def compile_launch(kernel, args, kwargs, capability: int):
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {
+        name: value for name, value in kwargs.items() if name in kernel.arg_names
+    }
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if kernel.params[i].is_constexpr:
+            signature[name], constexprs[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not kernel.params[i].do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+
+
+if __name__ == "__main__":
+    shared = {
+        name: compile_launch(*launch, int(sys.argv[1])).metadata.shared
+        for name, launch in record_launches().items()
+    }
+    print(json.dumps(shared))

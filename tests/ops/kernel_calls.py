@@ -1,0 +1,111 @@
+"""What the tests of the Triton kernels share: cases, tolerances, attention in float64."""
+
+import numpy as np
+import torch
+
+from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.ops.triton_attention import TritonAttention
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """NaN never passes a comparison with it."""
+    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+
+def paged_case(
+    query_lens, context_lens, heads, kv_heads, head_dim, block_size, dtype, device, num_sms=132
+):
+    """Queries, pages and the batch that points at them: scattered pages, NaN in all that nobody
+    may read, rows in any order."""
+    rng = np.random.default_rng()
+    query_lens, context_lens = np.array(query_lens), np.array(context_lens)
+    num_seqs, num_pages = len(query_lens), -(-context_lens // block_size)
+    pages = rng.permutation(int(num_pages.sum()) + 2).astype(np.int32)
+    rows = rng.permutation(num_seqs + 2)[:num_seqs]
+    tables = np.full((num_seqs + 2, int(num_pages.max()) + 3), len(pages) - 1, np.int32)
+    shape = (len(pages), block_size, kv_heads, head_dim)
+    kv = KVLayer(*(torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)))
+    used = 0
+    for row, context_len, count in zip(rows, context_lens, num_pages, strict=True):
+        tables[row, :count] = pages[used : used + count]
+        used += count
+        slots = tables[row, :count, None] * block_size + np.arange(block_size)
+        slots = torch.from_numpy(slots.reshape(-1)[:context_len]).to(device)
+        for cache in (kv.k, kv.v):
+            values = torch.randn(context_len, kv_heads, head_dim, device=device).to(dtype)
+            cache.view(-1, kv_heads, head_dim)[slots] = values
+    attention = TritonAttention(heads, kv_heads, head_dim, dtype, device, num_sms=num_sms)
+    query_start = np.concatenate(([0], query_lens.cumsum()))
+    arrays = attention.host_arrays(tables, rows, query_start, query_lens, context_lens, None)
+    positions = np.concatenate(
+        [np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)]
+    )
+    batch = ForwardBatch(
+        token_ids=None,
+        positions=torch.from_numpy(positions).to(device),
+        slot_mapping=None,
+        block_tables=torch.from_numpy(tables).to(device),
+        rows=torch.from_numpy(rows).to(device),
+        query_start=torch.from_numpy(query_start).int().to(device),
+        context_lens=torch.from_numpy(context_lens).int().to(device),
+        max_query_len=int(query_lens.max()),
+        num_decodes=0,
+        logits_indices=None,
+        attention=attention,
+        attention_arrays={name: torch.from_numpy(a).to(device) for name, a in arrays.items()},
+    )
+    q = torch.randn(len(positions), heads, head_dim, device=device).to(dtype)
+    return q, kv, batch
+
+
+def attention_in_float64(q, kv, batch, scale):
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    starts, block_size = batch.query_start.tolist(), kv.k.shape[1]
+    groups = q.shape[1] // kv.k.shape[2]
+    for i, context_len in enumerate(batch.context_lens.tolist()):
+        pages = batch.block_tables[batch.rows[i], : -(-context_len // block_size)].long()
+        k, v = (
+            cache[pages].flatten(0, 1)[:context_len].double().repeat_interleave(groups, 1)
+            for cache in (kv.k, kv.v)
+        )
+        tokens = slice(starts[i], starts[i + 1])
+        scores = torch.einsum("thd,lhd->htl", q[tokens].double(), k) * scale
+        hidden = torch.arange(context_len, device=q.device) > batch.positions[tokens, None]
+        probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[tokens] = torch.einsum("htl,lhd->thd", probs, v)
+    return out
+
+
+def pairwise(**values):
+    """Cases in which every two values of different parameters meet at least once (greedily, each
+    case the one of some random ones that brings most new pairs)."""
+    rng = np.random.default_rng(0)
+    names = list(values)
+
+    def pairs(case):
+        return {(a, case[a], b, case[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
+
+    missing = {
+        (a, x, b, y)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        for x in values[a]
+        for y in values[b]
+    }
+    cases = []
+    while missing:
+        must = dict(zip(names, [None] * len(names), strict=True))
+        a, x, b, y = next(iter(sorted(missing, key=repr)))
+        must.update({a: x, b: y})
+        drawn = []
+        for _ in range(50):
+            case = {n: values[n][rng.integers(len(values[n]))] for n in names}
+            drawn.append(case | {n: v for n, v in must.items() if v is not None})
+        best = max(drawn, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        cases.append(best)
+    return cases

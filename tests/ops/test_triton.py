@@ -1,0 +1,179 @@
+"""The Triton kernels against float64, on fresh random inputs: interpreted where there is no GPU
+(conftest.py sees to that), compiled where there is one."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_calls import attention_in_float64, paged_case, pairwise, relative_error, tolerance
+
+from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.config import RopeConfig
+from nanovllm.layers.rope import Rope
+from nanovllm.ops import reference, triton_ops
+from nanovllm.worker.sampler import noise_keys
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+on_gpu = pytest.mark.gpu
+DEVICES = [CPU, pytest.param(CUDA, marks=on_gpu)]
+
+
+# Attention
+
+
+def check_attention(query_lens, context_lens, heads, kv_heads, head_dim, *args, **kwargs):
+    q, kv, batch = paged_case(query_lens, context_lens, heads, kv_heads, head_dim, *args, **kwargs)
+    out = batch.attention.attend(q, kv, batch, head_dim**-0.5)
+    expected = attention_in_float64(q, kv, batch, head_dim**-0.5)
+    assert relative_error(out, expected) < tolerance(q.dtype)
+    again = batch.attention.attend(q, kv, batch, head_dim**-0.5)  # the counters are as before
+    assert torch.equal(out, again)
+    return batch
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 256, 5])
+@pytest.mark.parametrize("num_sms", [1, 60])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, query_lens, context_lens",
+    [
+        (4, 2, 32, [1, 1, 1], [5, 300, 130]),
+        (6, 2, 20, [1, 9, 20], [270, 9, 60]),
+        (14, 2, 16, [1, 40], [257, 100]),
+        (3, 3, 80, [1, 1, 70], [1, 129, 70]),
+    ],
+)
+def test_attention_interpreted(
+    heads, kv_heads, head_dim, query_lens, context_lens, num_sms, block_size
+):
+    batch = check_attention(
+        query_lens, context_lens, heads, kv_heads, head_dim, block_size, torch.float32, CPU,
+        num_sms=num_sms,
+    )  # fmt: skip
+    items = batch.attention_arrays["short_items"]
+    if num_sms == 60 and max(context_lens) > 200:
+        assert (items[:, 6] >= 0).any()
+
+
+ATTENTION_CASES = pairwise(
+    heads=[(16, 8), (32, 8), (32, 32), (14, 2), (9, 3), (24, 1)],
+    head_dim=[64, 80, 96, 128, 256, 2, 50],
+    block_size=[16, 32, 64, 128, 256, 48],
+    dtype=[torch.bfloat16, torch.float16, torch.float32],
+    lens=["decodes", "one", "skewed", "chunks", "mixed"],
+)
+LENS = {
+    "decodes": lambda rng: ([1] * 40, rng.integers(1, 900, 40)),
+    "one": lambda rng: ([1], [3000]),
+    "skewed": lambda rng: ([1] * 30, [7000, *rng.integers(1, 200, 29)]),
+    "chunks": lambda rng: ([700, 33, 128], [700, 500, 4000]),
+    "mixed": lambda rng: ([1] * 10 + [5, 2, 300], [*rng.integers(1, 600, 10), 77, 900, 1500]),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_attention_on_a_gpu(case):
+    lens = LENS[case["lens"]](np.random.default_rng())
+    check_attention(
+        *lens, *case["heads"], case["head_dim"], case["block_size"], case["dtype"], CUDA
+    )
+
+
+# Norms, SiLU
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 48), (7, 1024), (5, 5120), (33, 100)])
+def test_norms_and_silu(device, dtype, shape):
+    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[1], device=device).to(dtype)
+
+    def norm(x):
+        x = x.double()
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+
+    out = triton_ops.rms_norm(x, weight, 1e-6)
+    assert relative_error(out, norm(x)) < tolerance(dtype)
+    out, total = triton_ops.add_rms_norm(x, residual, weight, 1e-6)
+    assert relative_error(total, x.double() + residual.double()) < tolerance(dtype)
+    assert relative_error(out, norm(total)) < tolerance(dtype)
+
+    gate, up = x.double().repeat(1, 3), residual.double().repeat(1, 3)
+    out = triton_ops.silu_and_mul(torch.cat((gate, up), -1).to(dtype))
+    assert relative_error(out, gate * gate.sigmoid() * up) < tolerance(dtype)
+
+
+# Query and key norms, RoPE, store
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(6, 2, 20), (16, 8, 128), (9, 3, 64)])
+def test_qk_norm_rope_store(device, dtype, norm, heads, kv_heads, head_dim):
+    num_tokens, block_size = 21, 16
+    slots = torch.randperm(4 * block_size)[:num_tokens]
+    slots[3] = -1
+    batch = ForwardBatch(
+        token_ids=None,
+        positions=torch.randint(0, 500, (num_tokens,), device=device),
+        slot_mapping=slots.to(device),
+        block_tables=None, rows=None, query_start=None, context_lens=None, max_query_len=1,
+        num_decodes=0, logits_indices=None, attention=None,
+    )  # fmt: skip
+    old = torch.randn(2, 4, block_size, kv_heads, head_dim, device=device).to(dtype)
+    qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
+    weights = torch.randn(2, head_dim, device=device).to(dtype).unbind() if norm else None
+    table = Rope(RopeConfig(10000.0), head_dim, 512).table.to(device)
+    kv, exact_kv = KVLayer(*old.clone()), KVLayer(*old.double())
+    q = triton_ops.qk_norm_rope_store(qkv, weights, 1e-6, table, batch, kv)
+    exact_weights = tuple(w.double() for w in weights) if weights else None
+    exact = reference.qk_norm_rope_store(qkv.double(), exact_weights, 1e-6, table, batch, exact_kv)
+    assert relative_error(q, exact) < tolerance(dtype)
+    assert relative_error(kv.k, exact_kv.k) < tolerance(dtype)
+    assert torch.equal(kv.v, exact_kv.v.to(dtype))
+    untouched = torch.ones(4 * block_size, dtype=torch.bool)
+    untouched[slots[slots >= 0]] = False
+    for cache, before in ((kv.k, old[0]), (kv.v, old[1])):
+        assert torch.equal(cache.flatten(0, 1)[untouched], before.flatten(0, 1)[untouched])
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [50, 4096, 10_001])
+def test_draws_equal_the_references(device, dtype, vocab):
+    logits = (torch.randn(30, vocab, device=device) * 3).to(dtype)
+    logits[7] = 0.0  # all alike: greedy takes the first
+    temperature = torch.linspace(0.2, 2.0, 30, device=device)
+    temperature[::7] = 0.0
+    keys = torch.from_numpy(noise_keys(np.arange(30, dtype=np.uint64), np.arange(30))).to(device)
+    drawn = triton_ops.sample(logits, temperature, keys)
+    expected = reference.sample(logits, temperature, keys)
+    tokens = torch.arange(vocab, device=device)
+    noise = reference.gumbel_noise(keys, tokens)
+    random = temperature > 0
+    values = logits.float() / torch.where(random, temperature, 1)[:, None] + noise * random[:, None]
+    pick = [values.gather(1, ids[:, None]).squeeze(1) for ids in (drawn, expected)]
+    torch.testing.assert_close(*pick, rtol=1e-4, atol=1e-4)  # ties within rounding may differ
+    assert torch.equal(drawn[~random], logits[~random].float().argmax(-1)) and drawn[7] == 0
+
+    limits = dict(
+        top_k=torch.full((30,), vocab, device=device),
+        top_p=torch.full((30,), 1.0, device=device),
+        min_p=torch.full((30,), 0.0, device=device),
+    )
+    assert torch.equal(triton_ops.sample(logits, temperature, keys, **limits), drawn)
+    limits["top_k"][5:15] = 1
+    cut = triton_ops.sample(logits, temperature, keys, **limits)
+    assert torch.equal(cut[:5], drawn[:5]) and torch.equal(cut[15:], drawn[15:])
+    best = logits.amax(-1)
+    assert torch.equal(logits.gather(1, cut[:, None]).squeeze(1)[5:15], best[5:15])
+
+
+def test_rows_of_nan_give_a_token_that_exists():
+    logits = torch.full((2, 50), torch.nan)
+    tokens = triton_ops.sample(logits, torch.tensor([0.0, 1.0]), torch.zeros(2, 2).long())
+    assert ((tokens >= 0) & (tokens < 50)).all()
