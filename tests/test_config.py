@@ -69,7 +69,7 @@ REFUSED = [
     ("tensor_parallel_size", [2], "tensor_parallel_size=2 is not supported yet; use 1"),
     ("gpu_memory_utilization", [0, 1.1, math.nan, "x", None], "{name} must be a number in (0, 1]"),
     ("load_format", ["gguf"], "must be 'auto' (safetensors files) or 'dummy' (random weigh"),
-    ("attention_backend", ["FLASH_ATTN"], "'FLASH_ATTN' is not available; on a CPU there is"),
+    ("attention_backend", ["XFORMERS"], "must be one of 'auto', 'TORCH_SDPA', 'TRITON_ATTN'"),
     ("trust_remote_code", [True], "{name}=True is refused: nanovllm never runs code from a check"),
     ("seed", [1.0, "0", True, 2**63, -(2**63) - 1], "{name} must be a whole number of 64 bits"),
     *[(name, [0, None], STRING) for name in ("device", "load_format")],

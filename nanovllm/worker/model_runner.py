@@ -98,7 +98,7 @@ def plan_cache(
     if wanted > largest:
         logger.warning(
             "max_model_len is lowered from the checkpoint's %d to %d, what the KV cache of %d "
-            "bytes holds; %s changes its size",
+            "bytes holds; change that by %s",
             wanted,
             largest,
             cache_bytes,

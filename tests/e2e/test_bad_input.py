@@ -417,16 +417,39 @@ def test_a_broken_index(sharded, text):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"device": name}, f"device={name!r} is not supported yet: this version runs on the CPU; ")
-     for name in ("cuda", "cuda:1")]
+    [({"device": name}, f"device={name!r}, but this PyTorch sees no GPU") for name in ("cuda", "cuda:1")]
     + [({"device": name}, f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
        for name in ("tpu", "", "gpu", "cpu:0")]
     + [({"max_model_len": n}, f"max_model_len={n} must be at least 2 (a prompt and a token) and at")
        for n in (1, 2049)],
 )  # fmt: skip
-def test_a_device_or_length_that_cannot_be_used(tiny, options, message):
+def test_a_device_or_length_that_cannot_be_used(tiny, options, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with says(ValueError, message):
         load(tiny, **options)
+
+
+def test_a_gpu_that_is_too_old_is_named_or_left_alone(monkeypatch, caplog):
+    for name, value in {
+        "is_available": True, "current_device": 0, "device_count": 1,
+        "get_device_capability": (7, 5), "get_device_name": "Tesla T4",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with says(ValueError, "device='cuda' won't do: Tesla T4 has compute capability 7.5"):
+        platform.resolve_device("cuda")
+    with says(ValueError, "device='cuda:1', but there are 1 GPUs"):
+        platform.resolve_device("cuda:1")
+    with caplog.at_level(logging.WARNING):
+        assert platform.resolve_device("auto").type == "cpu"
+    assert "the kernels need 8.0" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN"])
+def test_an_attention_backend_of_gpus_on_a_cpu(tiny, backend):
+    with says(
+        ValueError, f"attention_backend '{backend}' does not run on cpu; there is 'TORCH_SDPA'"
+    ):
+        load(tiny, device="cpu", attention_backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +503,7 @@ def test_the_checkpoints_own_max_model_len_is_lowered_with_a_warning(tiny, caplo
         load(tiny, max_model_len=None, kv_cache_memory_bytes=100 * TOKEN_BYTES) as llm,
     ):
         assert "lowered from the checkpoint's 2048 to 96" in caplog.text
-        assert "kv_cache_memory_bytes changes its size" in caplog.text
+        assert "change that by kv_cache_memory_bytes" in caplog.text
         assert llm.max_model_len == 96
         with says(ValueError, "prompt 0 has 96 tokens; max_model_len=96 allows 95"):
             llm.generate([5] * 96, GREEDY)

@@ -6,6 +6,24 @@ import torch
 from nanovllm.batch import ForwardBatch, KVLayer
 from nanovllm.ops.triton_attention import TritonAttention
 
+# Query and context lengths by name.
+LENS = {
+    "decodes": lambda rng: ([1] * 40, rng.integers(1, 900, 40)),
+    "one": lambda rng: ([1], [3000]),
+    "skewed": lambda rng: ([1] * 30, [7000, *rng.integers(1, 200, 29)]),
+    "chunks": lambda rng: ([700, 33, 128], [700, 500, 4000]),
+    "mixed": lambda rng: ([1] * 10 + [5, 2, 300], [*rng.integers(1, 600, 10), 77, 900, 1500]),
+}
+
+
+def launch_attention(case: dict) -> None:
+    """One launch, so that its kernels are compiled."""
+    q, kv, batch = paged_case(
+        *LENS[case["lens"]](np.random.default_rng()), *case["heads"], case["head_dim"],
+        case["block_size"], case["dtype"], torch.device("cuda"),
+    )  # fmt: skip
+    batch.attention.attend(q, kv, batch, 1.0)
+
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """NaN never passes a comparison with it."""

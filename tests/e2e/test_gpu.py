@@ -1,0 +1,262 @@
+"""The engine on a GPU: the same greedy tokens in float32 as transformers and the CPU give, with and
+without CUDA graphs, and its memory given back."""
+
+import gc
+import random
+
+import pytest
+import torch
+from tiny_models import (
+    LLAMA3_ROPE,
+    engine_logits,
+    load_oracle,
+    make_checkpoint,
+    oracle_greedy,
+    oracle_logits,
+)
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.worker.cuda_graph import graph_sizes
+
+pytestmark = pytest.mark.gpu
+FAMILIES = {
+    "qwen3": dict(family="qwen3", head_dim=32),
+    "qwen2": dict(family="qwen2", num_attention_heads=6, hidden_size=48),
+    "llama": dict(family="llama", num_attention_heads=9, num_key_value_heads=3, head_dim=20, hidden_size=54,
+                  rope_parameters=LLAMA3_ROPE),
+}  # fmt: skip
+
+
+def greedy(num_tokens=20):
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+
+
+def make_prompts(seed=1):
+    rng = random.Random(seed)
+    shared = [rng.randrange(128) for _ in range(48)]
+    prompts = [shared + [rng.randrange(128) for _ in range(n)] for n in (1, 5, 0, 30)]
+    prompts += [shared[:32], shared[:33], list(shared)]
+    return prompts + [[rng.randrange(128) for _ in range(n)] for n in (1, 16, 17, 70)]
+
+
+def load(folder, **options):
+    defaults = dict(
+        device="cuda", dtype="float32", skip_tokenizer_init=True, max_model_len=256,
+        max_num_seqs=16, kv_cache_memory_bytes=64 << 20,
+    )  # fmt: skip
+    return LLM(str(folder), **{**defaults, **options})
+
+
+def generate(llm, prompts, params):
+    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def setting(request, tmp_path_factory):
+    """A checkpoint and the oracle's tokens for the prompts."""
+    sizes = dict(FAMILIES[request.param])
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), sizes.pop("family"), **sizes)
+    oracle = load_oracle(folder)
+    prompts = make_prompts()
+    return folder, prompts, [oracle_greedy(oracle, prompt, 20) for prompt in prompts]
+
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(enforce_eager=True),
+    dict(async_scheduling=False),
+    dict(block_size=64),
+    dict(block_size=48, max_num_seqs=5),
+    dict(max_num_seqs=10, max_num_batched_tokens=24),  # chunks
+    dict(enable_prefix_caching=False),
+    dict(num_gpu_blocks_override=16, kv_cache_memory_bytes=None),  # preemptions
+    dict(num_gpu_blocks_override=16, kv_cache_memory_bytes=None, async_scheduling=False),
+], ids=str)  # fmt: skip
+def test_greedy_tokens_equal_transformers(setting, options):
+    folder, prompts, expected = setting
+    with load(folder, **options) as llm:
+        assert generate(llm, prompts, greedy()) == expected
+        assert generate(llm, prompts, greedy()) == expected  # every prefix in the cache
+        metrics = llm.llm_engine.metrics
+        if options.get("enable_prefix_caching", True):
+            assert metrics.cached_tokens > 0
+        assert (metrics.preemptions > 0) == ("num_gpu_blocks_override" in options)
+
+
+def test_the_memory_that_is_measured_serves_full_batches(setting):
+    folder, prompts, expected = setting
+    with load(folder, kv_cache_memory_bytes=None, gpu_memory_utilization=0.1) as llm:
+        assert generate(llm, prompts, greedy()) == expected
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_bfloat16_logits_are_close_to_transformers(setting, chunk):
+    folder, prompts, _ = setting
+    token_ids = prompts[3] + prompts[10]
+    exact = oracle_logits(load_oracle(folder), token_ids)
+    rounded = oracle_logits(load_oracle(folder, torch.bfloat16), token_ids)
+    with load(folder, dtype="bfloat16") as llm:
+        logits = engine_logits(llm, token_ids, chunk).cpu().float()
+    error, allowed = (x.float().sub(exact).norm() / exact.norm() for x in (logits, rounded))
+    assert error < 1.5 * allowed + 1e-3  # no further off than transformers in the same dtype
+
+
+def test_graphs_equal_eager_at_every_batch_size(setting):
+    folder, *_ = setting
+    rng = random.Random(2)
+    prompts = [[rng.randrange(128) for _ in range(rng.randrange(1, 40))] for _ in range(100)]
+    sizes = set(range(1, 41))
+    for size in graph_sizes(100):
+        sizes |= {size - 1, size, size + 1} & set(range(1, 101))
+    with (
+        load(folder, max_num_seqs=100) as graphed,
+        load(folder, max_num_seqs=100, enforce_eager=True) as eager,
+    ):
+        expected = generate(eager, prompts, greedy(6))
+        for size in sorted(sizes):
+            assert generate(graphed, prompts[:size], greedy(6)) == expected[:size], size
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 10])
+def test_any_max_num_seqs_and_sequences_of_full_length(setting, max_num_seqs):
+    folder, prompts, expected = setting
+    with load(folder, max_num_seqs=max_num_seqs, max_model_len=100) as llm:
+        assert generate(llm, prompts[:6], greedy()) == expected[:6]
+        [output] = llm.generate([prompts[0]], greedy(None), use_tqdm=False)
+        assert len(output["token_ids"]) == 100 - len(prompts[0])
+
+
+def test_draws_depend_on_the_seed_alone(setting):
+    folder, prompts, _ = setting
+    params = [
+        SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0.7, seed=4, top_p=0.8, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=1.5, seed=5, top_k=5, min_p=0.01, max_tokens=12, min_tokens=4),
+    ]
+    with load(folder) as llm:
+        together = generate(llm, prompts[:3], params)
+        alone = [generate(llm, [p], q)[0] for p, q in zip(prompts[:3], params, strict=True)]
+        crowd = generate(llm, prompts[:3] + prompts, [*params, *[greedy(9)] * len(prompts)])[:3]
+        assert together == alone == crowd
+    with load(folder, enforce_eager=True, async_scheduling=False) as llm:
+        assert generate(llm, prompts[:3], params) == together
+
+
+def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
+    folder, prompts, expected = setting
+    with load(folder) as llm:
+        runner = llm.llm_engine.executor.runner
+        build, calls = runner.inputs.arrays, []
+
+        def fail(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return build(*args, **kwargs)
+
+        monkeypatch.setattr(runner.inputs, "arrays", fail)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, prompts, greedy())
+        assert generate(llm, prompts, greedy()) == expected
+
+
+# Memory
+
+
+def held():
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(enforce_eager=True)], ids=str)
+def test_close_gives_all_memory_back(tiny, options):
+    with load(tiny):  # libraries keep something at their first use
+        pass
+    before = held()
+    llm = load(tiny, kv_cache_memory_bytes=None, gpu_memory_utilization=0.1, **options)
+    generate(llm, [[5] * 40] * 9, greedy())
+    assert held()[0] > before[0]
+    llm.close()
+    assert held() == before
+
+
+def test_del_frees_the_tensors(tiny):
+    with load(tiny):
+        pass
+    before = torch.cuda.memory_allocated()
+    gc.collect()
+    gc.disable()
+    try:
+        llm = load(tiny)
+        generate(llm, [[5, 6]], greedy())
+        del llm
+        # cuBLAS keeps its workspace; model, cache and graphs are gone.
+        assert torch.cuda.memory_allocated() - before < 64 << 20
+    finally:
+        gc.enable()
+
+
+def test_the_engine_stays_within_its_share(tiny):
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    share = 0.2
+    with load(
+        tiny, kv_cache_memory_bytes=None, gpu_memory_utilization=share, max_model_len=None,
+        max_num_seqs=512, dtype="bfloat16",
+    ) as llm:  # fmt: skip
+        generate(llm, [[7] * 100] * 600, greedy(60))
+        assert free - torch.cuda.mem_get_info()[0] <= share * total
+
+
+def test_too_little_memory_names_the_options(tiny):
+    with pytest.raises(ValueError, match="gpu_memory_utilization"):
+        load(tiny, kv_cache_memory_bytes=None, gpu_memory_utilization=1e-4)
+    with pytest.raises(ValueError, match="kv_cache_memory_bytes"):
+        load(tiny, kv_cache_memory_bytes=1 << 50, max_num_seqs=10**9, max_num_batched_tokens=10**9)
+
+
+def test_two_engines_share_a_gpu(tiny):
+    with load(tiny) as one, load(tiny, kv_cache_memory_bytes=None, max_num_seqs=4) as other:
+        prompts = make_prompts()
+        assert generate(one, prompts, greedy()) == generate(other, prompts, greedy())
+
+
+# Options
+
+
+def test_flash_attn_gives_the_same_tokens_where_it_is_installed(tiny):
+    flash_attn = pytest.importorskip("flash_attn")
+    assert flash_attn
+    prompts = make_prompts()
+    with load(tiny, dtype="bfloat16") as llm:
+        ours = generate(llm, prompts, greedy(4))
+    for eager in (False, True):
+        with load(
+            tiny, dtype="bfloat16", attention_backend="FLASH_ATTN", enforce_eager=eager
+        ) as llm:
+            assert llm.llm_engine.executor.runner.plan.block_size == 256
+            theirs = generate(llm, prompts, greedy(4))
+        # bfloat16 rounds; the first tokens are hardly ever near a tie.
+        assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= len(prompts) - 2
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(attention_backend="FLASH_ATTN", block_size=16), "multiple of 256"),
+    (dict(attention_backend="FLASH_ATTN"), "float16 and bfloat16"),
+    (dict(attention_backend="TORCH_SDPA"), "TRITON_ATTN"),
+    (dict(device="cuda:99"), "there are"),
+], ids=str)  # fmt: skip
+def test_options_that_a_gpu_cannot_have(tiny, options, message):
+    if options.get("attention_backend") == "FLASH_ATTN":
+        pytest.importorskip("flash_attn")
+    with pytest.raises(ValueError, match=message):
+        load(tiny, **options)
+
+
+def test_a_missing_flash_attn_says_how_to_install_it(tiny, monkeypatch):
+    from nanovllm.ops import flash_attention
+
+    monkeypatch.setattr(flash_attention, "flash_attn", None)
+    with pytest.raises(ValueError, match="pip install"):
+        load(tiny, attention_backend="FLASH_ATTN")
