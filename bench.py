@@ -338,6 +338,11 @@ def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
         run_seconds.append(time.perf_counter() - start)
         assert [len(tokens) for tokens in outputs] == workload.output_lens
     result = report()
+    if result["device"] == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        result["gpu_bytes"] = total - free
     return {
         **result,
         "dtype": str(result["dtype"]).removeprefix("torch."),
@@ -358,7 +363,7 @@ def child_main(folder: Path) -> None:
 
 def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
     """Run a job in a new process with empty kernel caches. Returns its result with the peak memory
-    of the largest process in it.
+    of the largest process in it; gpu_bytes is what the card holds at the end, whoever it is.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
@@ -468,18 +473,19 @@ def print_table(report: dict[str, Any]) -> None:
             f"{rates['flops'] / 1e9:,.0f} GFLOP/s"
         )
     header = ("dtype", "tok/s", "run 1 s", "run 2 s", "ideal s", "of ideal", "start s", "peak GiB")
-    print(("{:<24}" + "{:>10}" * 9).format("engine", *header, "KV waste"))
+    print(("{:<24}" + "{:>10}" * 10).format("engine", *header, "GPU GiB", "KV waste"))
     for name, result in report["engines"].items():
         if "failed" in result:
             print(f"{name:<24}    failed")
             continue
-        waste = result.get("kv_cache_waste")
+        gpu_bytes, waste = result.get("gpu_bytes"), result.get("kv_cache_waste")
         print(
             f"{name + ' ' + result['version'][:10]:<24}{result['dtype']:>10}"
             f"{result['tokens_per_second']:>10,.1f}"
             f"{result['run_seconds'][0]:>10.2f}{result['run_seconds'][1]:>10.2f}"
             f"{result['ideal_seconds']:>10.2f}{result['share_of_ideal']:>10.0%}"
             f"{result['start_seconds']:>10.1f}{result['peak_bytes'] / 2**30:>10.2f}"
+            + (f"{'':>10}" if gpu_bytes is None else f"{gpu_bytes / 2**30:>10.2f}")
             + ("" if waste is None else f"{waste:>10.1%}")
         )
     speeds = {

@@ -417,7 +417,8 @@ def test_a_broken_index(sharded, text):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"device": name}, f"device={name!r}, but this PyTorch sees no GPU") for name in ("cuda", "cuda:1")]
+    [({"device": name}, f"device={name!r}, but this PyTorch sees no GPU")
+     for name in ("cuda", "cuda:1")]
     + [({"device": name}, f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
        for name in ("tpu", "", "gpu", "cpu:0")]
     + [({"max_model_len": n}, f"max_model_len={n} must be at least 2 (a prompt and a token) and at")

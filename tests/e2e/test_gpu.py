@@ -22,9 +22,15 @@ pytestmark = pytest.mark.gpu
 FAMILIES = {
     "qwen3": dict(family="qwen3", head_dim=32),
     "qwen2": dict(family="qwen2", num_attention_heads=6, hidden_size=48),
-    "llama": dict(family="llama", num_attention_heads=9, num_key_value_heads=3, head_dim=20, hidden_size=54,
-                  rope_parameters=LLAMA3_ROPE),
-}  # fmt: skip
+    "llama": dict(
+        family="llama",
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=20,
+        hidden_size=54,
+        rope_parameters=LLAMA3_ROPE,
+    ),
+}
 
 
 def greedy(num_tokens=20):

@@ -1,0 +1,144 @@
+"""Time the attention kernel alone, beside flash-attn's where that is installed:
+
+    python tools/bench_attention.py
+
+Decodes are given in TB/s of keys and values read, causal prefill in TFLOP/s. Ours reads pages of 16
+tokens, flash-attn pages of 256, the smallest that it has. Keys are read from memory, not from the
+L2 cache: small cases go round several caches.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanovllm.batch import Attention, ForwardBatch, KVLayer
+from nanovllm.ops import flash_attention
+from nanovllm.ops.triton_attention import TritonAttention
+
+CUDA = torch.device("cuda")
+L2_BYTES = 2**28  # well above any GPU's
+REPEATS = 9
+
+
+@dataclass
+class Case:
+    name: str
+    query_lens: list[int]
+    context_lens: list[int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def is_decode(self) -> bool:
+        return max(self.query_lens) == 1
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(self.context_lens) * self.kv_heads * self.head_dim * 2 * 2
+
+    def rate(self, seconds: float) -> str:
+        if self.is_decode and len(self.query_lens) < 16:
+            return f"{seconds * 1e6:.1f} us"
+        if self.is_decode:
+            return f"{self.kv_bytes / seconds / 1e12:.2f} TB/s"
+        operations = sum(2 * n * n for n in self.query_lens) * self.heads * self.head_dim
+        return f"{operations / seconds / 1e12:.0f} TFLOP/s"
+
+
+def cases() -> list[Case]:
+    rng = np.random.default_rng(0)
+
+    def decodes(name: str, lens: list[int], heads: int, kv_heads: int, head_dim: int) -> Case:
+        return Case(f"{name}, {heads}/{kv_heads} heads of {head_dim}", [1] * len(lens), lens,
+                    heads, kv_heads, head_dim)  # fmt: skip
+
+    def prefill(name: str, lens: list[int], heads: int, kv_heads: int, head_dim: int) -> Case:
+        return Case(f"prefill {name}, {heads}/{kv_heads} heads of {head_dim}", lens, lens,
+                    heads, kv_heads, head_dim)  # fmt: skip
+
+    mixed, skewed = rng.integers(200, 1501, 256).tolist(), rng.integers(100, 8001, 64).tolist()
+    return [
+        decodes("256 x 840", [840] * 256, 16, 8, 128),
+        decodes("64 x 4096", [4096] * 64, 32, 8, 128),
+        decodes("256 of 200 to 1500", mixed, 16, 8, 128),
+        decodes("64 of 100 to 8000", skewed, 16, 8, 128),
+        decodes("1 x 2048", [2048], 16, 8, 128),
+        decodes("8 x 600", [600] * 8, 32, 8, 128),
+        *(decodes("256 x 840", [840] * 256, 32, 8, head_dim) for head_dim in (64, 80, 96)),
+        decodes("256 x 840", [840] * 256, 16, 8, 256),
+        prefill("1 x 16384", [16384], 16, 8, 128),
+        prefill("16 x 1024", [1024] * 16, 16, 8, 128),
+        *(prefill("1 x 16384", [16384], 16, 8, head_dim) for head_dim in (64, 80, 96, 256)),
+    ]
+
+
+def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
+    """Of one layer's attention in a CUDA graph, the median."""
+    query_lens, context_lens = np.array(case.query_lens), np.array(case.context_lens)
+    num_pages = -(-context_lens // block_size)
+    tables = np.zeros((len(num_pages), int(num_pages.max())), np.int32)
+    pages = np.random.default_rng(0).permutation(int(num_pages.sum())).astype(np.int32)
+    for row, end in enumerate(num_pages.cumsum()):
+        tables[row, : num_pages[row]] = pages[end - num_pages[row] : end]
+    shape = (2, len(pages), block_size, case.kv_heads, case.head_dim)
+    num_caches = 1 + L2_BYTES // case.kv_bytes if case.is_decode else 1
+    caches = [
+        KVLayer(*torch.randn(shape, device=CUDA, dtype=torch.bfloat16)) for _ in range(num_caches)
+    ]
+    query_start = np.concatenate(([0], query_lens.cumsum()))
+    rows = np.arange(len(query_lens))
+    arrays = attention.host_arrays(tables, rows, query_start, query_lens, context_lens, None)
+    batch = ForwardBatch(
+        token_ids=torch.empty(0),
+        positions=torch.empty(0),
+        slot_mapping=torch.empty(0),
+        block_tables=torch.from_numpy(tables).to(CUDA),
+        rows=torch.from_numpy(rows).to(CUDA),
+        query_start=torch.from_numpy(query_start).int().to(CUDA),
+        context_lens=torch.from_numpy(context_lens).int().to(CUDA),
+        max_query_len=int(query_lens.max()),
+        num_decodes=len(rows) if case.is_decode else 0,
+        logits_indices=None,
+        attention=attention,
+        attention_arrays={name: torch.from_numpy(a).to(CUDA) for name, a in arrays.items()},
+    )
+    shape_of_q = (int(query_start[-1]), case.heads, case.head_dim)
+    q = torch.randn(shape_of_q, device=CUDA, dtype=torch.bfloat16)
+    scale = case.head_dim**-0.5
+    attention.attend(q, caches[0], batch, scale)
+    graph = torch.cuda.CUDAGraph()
+    num_calls = max(4, num_caches) if case.is_decode else 1
+    with torch.cuda.graph(graph):
+        for i in range(num_calls):
+            attention.attend(q, caches[i % num_caches], batch, scale)
+    times = []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / num_calls)
+    return sorted(times)[REPEATS // 2]
+
+
+def main() -> None:
+    num_sms = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    print(torch.cuda.get_device_name(), "bfloat16")
+    print(f"{'':45}{'ours':>14}{'flash-attn':>14}")
+    for case in cases():
+        sizes = (case.heads, case.kv_heads, case.head_dim)
+        ours = TritonAttention(
+            case.heads, case.kv_heads, case.head_dim, torch.bfloat16, CUDA, num_sms
+        )
+        theirs = ""
+        if flash_attention.flash_attn is not None:
+            flash = flash_attention.FlashAttention(case.head_dim, torch.bfloat16, 256)
+            theirs = case.rate(seconds_of(case, 256, flash))
+        print(f"{case.name:45}{case.rate(seconds_of(case, 16, ours)):>14}{theirs:>14}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
