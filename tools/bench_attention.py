@@ -129,7 +129,6 @@ def main() -> None:
     print(torch.cuda.get_device_name(), "bfloat16")
     print(f"{'':45}{'ours':>14}{'flash-attn':>14}")
     for case in cases():
-        sizes = (case.heads, case.kv_heads, case.head_dim)
         ours = TritonAttention(
             case.heads, case.kv_heads, case.head_dim, torch.bfloat16, CUDA, num_sms
         )

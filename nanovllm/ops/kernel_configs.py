@@ -33,12 +33,15 @@ class AttentionConfig:
     min_keys: int
 
 
-# By the bytes of a head's key, padded to a power of two: for short queries (decodes), for chunks.
-ATTENTION: dict[int, tuple[AttentionConfig, AttentionConfig]] = {
-    128: (AttentionConfig(16, 64, 2, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
-    256: (AttentionConfig(16, 64, 4, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
-    512: (AttentionConfig(16, 32, 4, 3, 6, 128), AttentionConfig(64, 32, 4, 2, 4, 256)),
-    1024: (AttentionConfig(16, 16, 4, 2, 6, 128), AttentionConfig(32, 16, 4, 2, 4, 256)),
+# By itemsize and the bytes of a head's key, padded to a power of two: for short queries (decodes),
+# for chunks. float32 is multiplied without tensor cores, from registers: small tiles.
+ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
+    (2, 128): (AttentionConfig(16, 64, 2, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
+    (2, 256): (AttentionConfig(16, 64, 4, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
+    (2, 512): (AttentionConfig(16, 32, 4, 3, 6, 128), AttentionConfig(64, 32, 4, 2, 4, 256)),
+    (4, 256): (AttentionConfig(16, 32, 4, 2, 6, 128), AttentionConfig(32, 32, 4, 2, 4, 256)),
+    (4, 512): (AttentionConfig(16, 32, 4, 2, 6, 128), AttentionConfig(32, 32, 4, 2, 4, 256)),
+    (4, 1024): (AttentionConfig(16, 16, 4, 2, 6, 128), AttentionConfig(32, 16, 4, 2, 4, 256)),
 }
 
 
@@ -46,4 +49,4 @@ def attention_configs(head_dim: int, itemsize: int) -> tuple[AttentionConfig, At
     """For short queries and for chunks. Raises ValueError for heads that no entry is for."""
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"on a GPU head_dim is at most {MAX_HEAD_DIM}; this model's is {head_dim}")
-    return ATTENTION[max(128, triton.next_power_of_2(head_dim) * itemsize)]
+    return ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]

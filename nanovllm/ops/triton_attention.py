@@ -39,18 +39,19 @@ def _pages_of(
 ):  # fmt: skip
     """The page of each key of a block, [N]. Where a block is made of whole pages, or a page of
     whole blocks, few scalar loads do it: a load for each key costs a quarter of the speed."""
-    keys = first_key + tl.arange(0, BLOCK_N)
+    entry = table + first_key // BLOCK_SIZE
     if BLOCK_SIZE % BLOCK_N == 0:
-        return tl.zeros([BLOCK_N], tl.int32) + tl.load(table + first_key // BLOCK_SIZE)
+        return tl.zeros([BLOCK_N], tl.int32) + tl.load(entry)
     elif BLOCK_SIZE >= 16 and BLOCK_N % BLOCK_SIZE == 0:
-        first = first_key // BLOCK_SIZE
-        last = (key_end - 1) // BLOCK_SIZE
-        pages = tl.zeros([BLOCK_N], tl.int32) + tl.load(table + first)
+        place = tl.arange(0, BLOCK_N) // BLOCK_SIZE
+        last = (key_end - 1) // BLOCK_SIZE - first_key // BLOCK_SIZE
+        pages = tl.zeros([BLOCK_N], tl.int32) + tl.load(entry)
         for i in tl.static_range(1, BLOCK_N // BLOCK_SIZE):
-            page = tl.load(table + (tl.minimum(first + i, last) if MASKED else first + i))
-            pages = tl.where(keys // BLOCK_SIZE == first + i, page, pages)
+            page = tl.load(entry + (tl.minimum(i, last) if MASKED else i))
+            pages = tl.where(place == i, page, pages)
         return pages
     else:
+        keys = first_key + tl.arange(0, BLOCK_N)
         return tl.load(table + keys // BLOCK_SIZE, mask=keys < key_end, other=0)
 
 

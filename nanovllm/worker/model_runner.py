@@ -3,9 +3,6 @@
 executor.py makes one and hands it StepInputs; inputs.py and sampler.py hold the rows' state.
 """
 
-import logging
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -22,91 +19,17 @@ from nanovllm.models.weights import (
 )
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.step import RowStart, StepInput
+from nanovllm.worker.cache_plan import (
+    SMALLER_STEP,
+    CachePlan,
+    GPUMemory,
+    check_model_len,
+    plan_cache,
+)
 from nanovllm.worker.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
-
-logger = logging.getLogger(__name__)
-
-# What a GPU is left beyond what was measured: fragments, and kernels that are loaded later.
-SPARE_GPU_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class CachePlan:
-    """How large the cache is: `num_blocks` pages of `block_size` tokens, sequences of up to
-    `max_model_len` tokens."""
-
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_blocks * self.block_size
-
-    @property
-    def max_blocks(self) -> int:
-        """Pages of the longest sequence."""
-        return -(-self.max_model_len // self.block_size)
-
-
-def check_model_len(max_model_len: int | None, max_position_embeddings: int) -> None:
-    """Raise ValueError for a max_model_len of the user's that the model cannot have."""
-    if max_model_len is not None and not 2 <= max_model_len <= max_position_embeddings:
-        raise ValueError(
-            f"max_model_len={max_model_len} must be at least 2 (a prompt and a token) and at most "
-            f"{max_position_embeddings}, the checkpoint's max_position_embeddings"
-        )
-
-
-def plan_cache(
-    cache_bytes: int,
-    bytes_per_token: int,
-    block_size: int,
-    max_num_seqs: int,
-    max_model_len: int | None,
-    max_position_embeddings: int,
-    remedy: str = "kv_cache_memory_bytes (or num_gpu_blocks_override)",
-) -> CachePlan:
-    """Pages that fit in `cache_bytes`, no more than max_num_seqs requests of full length need, and
-    at least one request's.
-
-    Args:
-        max_model_len: the user's; None takes the checkpoint's, lowered with a warning to what fits.
-        remedy: the option that makes the cache larger.
-
-    Raises:
-        ValueError: the user's max_model_len does not fit, or nothing fits.
-    """
-    fitting_blocks = cache_bytes // (bytes_per_token * block_size)
-    largest = fitting_blocks * block_size
-    if largest < 2:
-        raise ValueError(
-            f"the KV cache of {cache_bytes} bytes does not hold "
-            f"{'one page' if block_size > 1 else 'two pages'} of {block_size} tokens "
-            f"({bytes_per_token * block_size} bytes); raise {remedy} or lower block_size"
-        )
-    wanted = max_model_len or max_position_embeddings
-    if wanted > largest and max_model_len is not None:
-        raise ValueError(
-            f"max_model_len={max_model_len} does not fit in the KV cache of {cache_bytes} bytes: "
-            f"{(wanted - largest) * bytes_per_token} more are needed; the largest that fits is "
-            f"{largest}: lower it or raise {remedy}"
-        )
-    if wanted > largest:
-        logger.warning(
-            "max_model_len is lowered from the checkpoint's %d to %d, what the KV cache of %d "
-            "bytes holds; change that by %s",
-            wanted,
-            largest,
-            cache_bytes,
-            remedy,
-        )
-    fitted = min(wanted, largest)
-    blocks_per_seq = -(-fitted // block_size)
-    return CachePlan(min(fitting_blocks, max_num_seqs * blocks_per_seq), block_size, fitted)
 
 
 class ModelRunner:
@@ -266,47 +189,35 @@ class ModelRunner:
         been captured, on a cache of one page."""
         assert self.memory is not None
         self.kv, self.inputs = self._make_cache(1, -(-max_model_len // self.block_size))
-        self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
-        lasting = self.memory.used()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self._run_largest_step(max_model_len)
-        step_bytes = torch.cuda.max_memory_allocated(self.device) - before
-        graph_bytes = 0
-        if self.uses_graphs:
-            *others, largest = graph_sizes(self.max_num_seqs)
-            graphs = self._capture([largest])
-            first = self.memory.used() - lasting
-            del graphs
-            graphs = self._capture([*others[-1:], largest])
-            second = max(0, self.memory.used() - lasting - first)
-            del graphs
-            graph_bytes = first + len(others) * second
-        del self.kv, self.inputs
-        needed = lasting + step_bytes + graph_bytes + SPARE_GPU_BYTES
-        logger.info(
-            "of %.2f GiB: weights %.2f, buffers and kernels %.2f, the largest step %.2f, CUDA "
-            "graphs %.2f",
-            *(
-                part / platform.GIB
-                for part in (
-                    self.memory.budget,
-                    self.weight_bytes,
-                    lasting - self.weight_bytes,
-                    step_bytes,
-                    graph_bytes,
-                )
-            ),
-        )
-        if needed >= self.memory.budget:
+        try:
+            self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
+            lasting = self.memory.used()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self._run_largest_step(max_model_len)
+            step_bytes = torch.cuda.max_memory_allocated(self.device) - before
+            graph_bytes = self._measured_graph_bytes(lasting) if self.uses_graphs else 0
+        except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"GPU memory is too small: weights, the largest step and CUDA graphs take "
-                f"{needed / platform.GIB:.2f} GiB of the {self.memory.budget / platform.GIB:.2f} "
-                f"GiB that this engine may hold, and nothing is left for the KV cache; raise "
-                f"gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs, set "
-                f"enforce_eager=True, or use a smaller model"
-            )
-        return self.memory.budget - needed
+                f"GPU memory is too small to try the largest step: {error}. {SMALLER_STEP}"
+            ) from None
+        del self.kv, self.inputs
+        return self.memory.left_for_cache(self.weight_bytes, lasting, step_bytes, graph_bytes)
+
+    def _measured_graph_bytes(self, lasting: int) -> int:
+        """Graphs share their memory, so the largest costs most, and each of the others about what
+        the second costs."""
+        assert self.memory is not None
+        *others, largest = graph_sizes(self.max_num_seqs)
+        graphs = self._capture([largest])
+        first = self.memory.used() - lasting
+        del graphs
+        if not others:
+            return first
+        graphs = self._capture([others[-1], largest])
+        second = max(0, self.memory.used() - lasting - first)
+        del graphs
+        return first + len(others) * second
 
     def _run_largest_step(self, max_model_len: int) -> None:
         """As many tokens as a step may have, as many rows of logits, and every warper."""
@@ -356,32 +267,6 @@ class ModelRunner:
                 f"{available / platform.GIB:.2f} GiB {share}; lower kv_cache_memory_bytes (or "
                 f"num_gpu_blocks_override) or max_model_len, or use a smaller dtype or model"
             )
-
-
-class GPUMemory:
-    """What this engine may hold of a GPU's memory, and what it does.
-
-    Args:
-        device: a GPU.
-        share: of the card's total; less, with a warning, if less is free now.
-    """
-
-    def __init__(self, device: torch.device, share: float):
-        self.device = device
-        self.free_before, total = platform.free_memory(device)
-        self.budget = int(share * total)
-        if self.budget > self.free_before:
-            logger.warning(
-                "gpu_memory_utilization=%s asks for %.2f GiB, but others leave only %.2f GiB of "
-                "the GPU's %.2f free: the engine takes those",
-                share,
-                *(n / platform.GIB for n in (self.budget, self.free_before, total)),
-            )
-            self.budget = self.free_before
-
-    def used(self) -> int:
-        """Bytes taken since the engine began, by torch and beside it."""
-        return self.free_before - platform.free_memory(self.device)[0]
 
 
 def _draws(step: StepInput) -> tuple[np.ndarray, np.ndarray]:

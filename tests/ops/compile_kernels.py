@@ -43,6 +43,7 @@ def record_launches() -> dict[str, tuple]:
         (80, torch.float16, 16),
         (128, torch.bfloat16, 16),
         (128, torch.bfloat16, 256),
+        (64, torch.float32, 16),
         (128, torch.float32, 16),
         (256, torch.bfloat16, 16),
         (256, torch.float32, 64),
