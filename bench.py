@@ -341,8 +341,8 @@ def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
     if result["device"] == "cuda":
         import torch
 
-        free, total = torch.cuda.mem_get_info()
-        result["gpu_bytes"] = total - free
+        cards = map(torch.cuda.mem_get_info, range(torch.cuda.device_count()))
+        result["gpu_bytes"] = sum(total - free for free, total in cards)
     return {
         **result,
         "dtype": str(result["dtype"]).removeprefix("torch."),
@@ -363,7 +363,7 @@ def child_main(folder: Path) -> None:
 
 def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
     """Run a job in a new process with empty kernel caches. Returns its result with the peak memory
-    of the largest process in it; gpu_bytes is what the card holds at the end, whoever it is.
+    of the largest process in it; gpu_bytes is what GPUs hold at the end, whoever it is.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.

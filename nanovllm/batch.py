@@ -28,7 +28,7 @@ class ForwardBatch:
         num_decodes: the first so many sequences have one query token each.
         logits_indices: [sampled sequences] int64, the tokens whose logits are wanted; None: all.
         attention: the backend that reads the cache.
-        attention_arrays: what it prepared for this step.
+        attention_arrays: what it prepared for this step, among the step's other arrays.
     """
 
     token_ids: torch.Tensor
@@ -79,6 +79,7 @@ class Attention(Protocol):
         query_start: np.ndarray,
         query_lens: np.ndarray,
         context_lens: np.ndarray,
+        num_decodes: int,
         graph_size: int | None,
     ) -> dict[str, np.ndarray]:
         """What the backend wants on the device for a step; it finds it in attention_arrays.
@@ -87,6 +88,7 @@ class Attention(Protocol):
             block_tables: [rows, pages] of all rows.
             rows, query_lens, context_lens: [S] of the step's sequences.
             query_start: [S + 1].
+            num_decodes: as in ForwardBatch.
             graph_size: None, or the number of decodes that the step's CUDA graph was captured for:
                 then shapes depend on it alone.
         """
@@ -104,9 +106,3 @@ class Attention(Protocol):
         Returns: [T, H, D].
         """
         ...
-
-
-def count_decodes(query_lens: np.ndarray) -> int:
-    """The sequences before the first whose query is longer than one token, [S]."""
-    longer = query_lens > 1
-    return int(longer.argmax()) if longer.any() else len(query_lens)

@@ -210,11 +210,11 @@ class LLM:
     def close(self) -> None:
         """Free the model's and the cache's memory; unfinished requests are gone. Later calls raise
         RuntimeError."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            executor = engine.executor
-            del engine
-            executor.close()
+        with self._lock:
+            if self._engine is not None:
+                executor = self._engine.executor
+                self._engine = None
+                executor.close()
 
     def __enter__(self) -> "LLM":
         return self

@@ -166,8 +166,11 @@ def batch_limits(
 
 
 def use(device: torch.device) -> AbstractContextManager[object]:
-    """Within it, `device` is the GPU that kernels are launched on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Within it, kernels are launched on `device`, and on one stream whatever the caller's is: a
+    step must see what the one before it left."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.default_stream(device))
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
@@ -182,5 +185,11 @@ def release_memory(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
-        torch._C._cuda_clearCublasWorkspaces()
+        drop_workspaces()
         torch.cuda.empty_cache()
+
+
+def drop_workspaces() -> None:
+    """Make cuBLAS take its workspaces anew at its next calls, in the whole process. Inside of a
+    capture they then come from the graph's own memory, and outlive whoever drops the others."""
+    torch._C._cuda_clearCublasWorkspaces()

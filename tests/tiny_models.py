@@ -89,6 +89,6 @@ def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
         if start == 0:
             step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0))
             step.new_pages.append((0, 0, pages))
-        batch = runner.inputs.build(step)
+        batch, _ = runner.inputs.build(step)
         logits.append(runner.model.logits(runner.model(batch, runner.kv)))
     return torch.cat(logits)

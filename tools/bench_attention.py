@@ -89,7 +89,10 @@ def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
     ]
     query_start = np.concatenate(([0], query_lens.cumsum()))
     rows = np.arange(len(query_lens))
-    arrays = attention.host_arrays(tables, rows, query_start, query_lens, context_lens, None)
+    num_decodes = len(rows) if case.is_decode else 0
+    arrays = attention.host_arrays(
+        tables, rows, query_start, query_lens, context_lens, num_decodes, None
+    )
     batch = ForwardBatch(
         token_ids=torch.empty(0),
         positions=torch.empty(0),
@@ -99,7 +102,7 @@ def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
         query_start=torch.from_numpy(query_start).int().to(CUDA),
         context_lens=torch.from_numpy(context_lens).int().to(CUDA),
         max_query_len=int(query_lens.max()),
-        num_decodes=len(rows) if case.is_decode else 0,
+        num_decodes=num_decodes,
         logits_indices=None,
         attention=attention,
         attention_arrays={name: torch.from_numpy(a).to(CUDA) for name, a in arrays.items()},

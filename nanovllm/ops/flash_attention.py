@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nanovllm.batch import ForwardBatch, KVLayer, count_decodes
+from nanovllm.batch import ForwardBatch, KVLayer
 
 try:
     import flash_attn
@@ -58,6 +58,7 @@ class FlashAttention:
         query_start: np.ndarray,
         query_lens: np.ndarray,
         context_lens: np.ndarray,
+        num_decodes: int,
         graph_size: int | None,
     ) -> dict[str, np.ndarray]:
         if graph_size is not None:
@@ -65,7 +66,6 @@ class FlashAttention:
             tables[: len(rows)] = block_tables[rows]
             return {"tables": tables}
         num_pages = -(-int(context_lens.max()) // self.block_size)
-        num_decodes = count_decodes(query_lens)
         chunk_lens = context_lens[num_decodes:]
         return {
             "tables": block_tables[rows, :num_pages],

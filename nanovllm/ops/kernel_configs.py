@@ -37,7 +37,7 @@ class AttentionConfig:
 # for chunks. float32 is multiplied without tensor cores, from registers: small tiles.
 ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
     (2, 128): (AttentionConfig(16, 64, 2, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
-    (2, 256): (AttentionConfig(16, 64, 4, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
+    (2, 256): (AttentionConfig(16, 64, 4, 3, 4, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
     (2, 512): (AttentionConfig(16, 32, 4, 3, 6, 128), AttentionConfig(64, 32, 4, 2, 4, 256)),
     (4, 256): (AttentionConfig(16, 32, 4, 2, 6, 128), AttentionConfig(32, 32, 4, 2, 4, 256)),
     (4, 512): (AttentionConfig(16, 32, 4, 2, 6, 128), AttentionConfig(32, 32, 4, 2, 4, 256)),
@@ -48,5 +48,8 @@ ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
 def attention_configs(head_dim: int, itemsize: int) -> tuple[AttentionConfig, AttentionConfig]:
     """For short queries and for chunks. Raises ValueError for heads that no entry is for."""
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"on a GPU head_dim is at most {MAX_HEAD_DIM}; this model's is {head_dim}")
+        raise ValueError(
+            f"on a GPU head_dim is at most {MAX_HEAD_DIM}, this model's is {head_dim}; "
+            f"device='cpu' takes any"
+        )
     return ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]

@@ -255,6 +255,7 @@ class TritonAttention:
         query_start: np.ndarray,
         query_lens: np.ndarray,
         context_lens: np.ndarray,
+        num_decodes: int,
         graph_size: int | None,
     ) -> dict[str, np.ndarray]:
         """The step's work lists. A graph's has room for all that its decodes may need."""

@@ -7,11 +7,13 @@ what differs from step to step is data in a buffer that the graphs read.
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nanovllm import platform
 from nanovllm.worker.upload import Uploader, layout
 
 
@@ -20,10 +22,12 @@ class DecodeOutput:
     """What a decode step leaves on the device, padding rows last.
 
     Attributes:
+        rows: [size] int64, of the row state.
         hidden: [size, hidden].
         token_ids: [size] int64, drawn by temperature alone.
     """
 
+    rows: torch.Tensor
     hidden: torch.Tensor
     token_ids: torch.Tensor
 
@@ -65,17 +69,21 @@ class DecodeGraphs:
         # The largest first: the others find room in its memory.
         for size in reversed(sizes):
             tensors = uploader.upload(make_arrays(size), out=self.inputs)
-            stream.wait_stream(torch.cuda.current_stream())
+            decode(tensors)  # kernels are compiled and loaded outside of the capture
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.current_stream().synchronize()
+            platform.drop_workspaces()
             with torch.cuda.stream(stream):
-                decode(tensors)  # kernels are compiled and loaded outside of the capture
-                graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     output = decode(tensors)
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream().wait_stream(stream)
+                except BaseException:
+                    with suppress(RuntimeError):  # it would hide what was wrong
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             self.graphs[size] = graph, output
+        platform.drop_workspaces()
 
     def padded_size(self, num_decodes: int) -> int:
         """The smallest captured size for a batch."""

@@ -1,6 +1,8 @@
 """Runs steps for the engine behind step.py's protocol. For now there is one way: in this
 process."""
 
+import traceback
+
 import torch
 
 from nanovllm import platform
@@ -27,10 +29,16 @@ class InProcessExecutor:
         max_num_batched_tokens: int,
     ):
         self.device = device
-        with platform.use(device):
-            self.runner = ModelRunner(
-                config, model_config, device, max_num_seqs, max_num_batched_tokens
-            )
+        try:
+            with platform.use(device):
+                self.runner = ModelRunner(
+                    config, model_config, device, max_num_seqs, max_num_batched_tokens
+                )
+        except BaseException as error:
+            # Its frames hold weights for as long as somebody holds the exception.
+            traceback.clear_frames(error.__traceback__)
+            platform.release_memory(device)
+            raise
         self.plan, self.dtype = self.runner.plan, self.runner.dtype
         self.description = self.runner.description
 

@@ -41,10 +41,11 @@ class InputBuilder:
         self.block_tables = torch.from_numpy(self.host_tables).to(uploader.device)
         self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=uploader.device)
 
-    def build(self, step: StepInput) -> ForwardBatch:
-        """The step's batch, in new memory."""
+    def build(self, step: StepInput) -> tuple[ForwardBatch, torch.Tensor]:
+        """The step's batch, in new memory, and the rows that sample, [n] int64."""
         tensors = self.uploader.upload(self.arrays(step))
-        return self.batch(tensors, max(step.query_lens), step.num_decodes)
+        batch = self.batch(tensors, max(step.query_lens), step.num_decodes)
+        return batch, tensors["sampled_rows"]
 
     def arrays(self, step: StepInput, graph_size: int | None = None) -> dict[str, np.ndarray]:
         """Bring the rows up to date; what the step's batch is made of, for the device.
@@ -67,7 +68,13 @@ class InputBuilder:
         slots = pages * self.block_size + positions % self.block_size
         slots[positions < self.num_cached_tokens[rows[seqs]]] = -1
         arrays = self.attention.host_arrays(
-            self.host_tables, rows, query_start, query_lens, context_lens, graph_size
+            self.host_tables,
+            rows,
+            query_start,
+            query_lens,
+            context_lens,
+            step.num_decodes,
+            graph_size,
         )
         if graph_size is not None:  # decodes: a token each
             missing = graph_size - len(rows)

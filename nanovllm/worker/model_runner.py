@@ -81,11 +81,19 @@ class ModelRunner:
             self._check_memory(self.plan.num_tokens * self._bytes_per_token)
             max_positions = self.plan.max_model_len
         self._load(max_positions)
-        if cache_bytes is None:
-            self.plan = self._plan_cache(self._measured_cache_bytes(max_positions))
-        self.kv, self.inputs = self._make_cache(self.plan.num_blocks, self.plan.max_blocks)
-        if self.uses_graphs:
-            self.graphs = self._capture(graph_sizes(max_num_seqs))
+        try:
+            if cache_bytes is None:
+                self.plan = self._plan_cache(self._measured_cache_bytes(max_positions))
+            self.kv, self.inputs = self._make_cache(self.plan.num_blocks, self.plan.max_blocks)
+            if self.is_gpu:
+                self._run_largest_step(self.plan.max_model_len)
+            if self.uses_graphs:
+                self.graphs = self._capture(graph_sizes(max_num_seqs))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"GPU memory is too small to try the largest step: {error}. {SMALLER_STEP}, or "
+                f"lower kv_cache_memory_bytes (or num_gpu_blocks_override)"
+            ) from None
 
     @property
     def is_gpu(self) -> bool:
@@ -114,14 +122,13 @@ class ModelRunner:
             self.sampler.start_row(start)
         if self.graphs and step.num_decodes == len(step.rows):
             return self._replay(self.graphs, step)
-        tensors = self.uploader.upload(self.inputs.arrays(step))
-        batch = self.inputs.batch(tensors, max(step.query_lens), step.num_decodes)
+        batch, sampled_rows = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
         if not any(step.samples):
             return torch.empty(0, dtype=torch.int64)
         logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
         token_ids = self.sampler.sample(logits, *_draws(step))
-        self.inputs.keep_sampled(tensors["sampled_rows"], token_ids)
+        self.inputs.keep_sampled(sampled_rows, token_ids)
         return token_ids
 
     def _replay(self, graphs: DecodeGraphs, step: StepInput) -> torch.Tensor:
@@ -131,9 +138,10 @@ class ModelRunner:
         draws = _draws(step)
         if self.sampler.is_plain(*draws):
             return output.token_ids[:num_decodes]
+        # Warpers and min_tokens: the LM head once more, which costs less than keeping every
+        # size's logits, and other draws in place of the graph's.
         token_ids = self.sampler.sample(self.model.logits(output.hidden[:num_decodes]), *draws)
-        rows = self.uploader.upload({"rows": draws[0]})["rows"]
-        self.inputs.keep_sampled(rows, token_ids)
+        self.inputs.keep_sampled(output.rows[:num_decodes], token_ids)
         return token_ids
 
     # Construction
@@ -189,18 +197,13 @@ class ModelRunner:
         been captured, on a cache of one page."""
         assert self.memory is not None
         self.kv, self.inputs = self._make_cache(1, -(-max_model_len // self.block_size))
-        try:
-            self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
-            lasting = self.memory.used()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            self._run_largest_step(max_model_len)
-            step_bytes = torch.cuda.max_memory_allocated(self.device) - before
-            graph_bytes = self._measured_graph_bytes(lasting) if self.uses_graphs else 0
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"GPU memory is too small to try the largest step: {error}. {SMALLER_STEP}"
-            ) from None
+        self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
+        lasting = self.memory.used()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._run_largest_step(max_model_len)
+        step_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        graph_bytes = self._measured_graph_bytes(lasting) if self.uses_graphs else 0
         del self.kv, self.inputs
         return self.memory.left_for_cache(self.weight_bytes, lasting, step_bytes, graph_bytes)
 
@@ -254,17 +257,19 @@ class ModelRunner:
         logits = self.model.logits(hidden)
         token_ids = ops.sample(logits, tensors["temperature"], tensors["noise_keys"])
         self.inputs.keep_sampled(tensors["rows"], token_ids)
-        return DecodeOutput(hidden, token_ids)
+        return DecodeOutput(tensors["rows"], hidden, token_ids)
 
     def _check_memory(self, cache_bytes: int) -> None:
         available = self.memory.budget if self.memory else platform.available_memory()
         needed = self.weight_bytes + cache_bytes
         if available is not None and needed > available:
-            share = "gpu_memory_utilization allows" if self.memory else "is available"
+            share = (
+                "may be used; raise gpu_memory_utilization, " if self.memory else "is available; "
+            )
             raise ValueError(
                 f"memory is too small: {self.weight_bytes / platform.GIB:.2f} GiB of weights and "
                 f"{cache_bytes / platform.GIB:.2f} GiB of KV cache, but only "
-                f"{available / platform.GIB:.2f} GiB {share}; lower kv_cache_memory_bytes (or "
+                f"{available / platform.GIB:.2f} GiB {share}lower kv_cache_memory_bytes (or "
                 f"num_gpu_blocks_override) or max_model_len, or use a smaller dtype or model"
             )
 

@@ -65,7 +65,7 @@ class Sampler:
 
     def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
         """Whether temperature and noise are all that the rows' draws depend on."""
-        return not (self._limits(rows) or (positions < self.min_len[rows]).any())
+        return not (self._limits(rows) or self._too_early(rows, positions).size)
 
     def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Draw a token for each row.
@@ -76,10 +76,23 @@ class Sampler:
 
         Returns: [n] int64.
         """
-        for i in np.flatnonzero(positions < self.min_len[rows]):
-            logits[i, list(self.stop_token_ids[rows[i]])] = -torch.inf
-        arrays = {**self.arrays(rows, positions), **self._limits(rows)}
-        return ops.sample(logits, **self.uploader.upload(arrays))
+        arrays = {
+            **self.arrays(rows, positions),
+            **self._limits(rows),
+            "too_early": self._too_early(rows, positions),
+        }
+        tensors = self.uploader.upload(arrays)
+        logits[tensors.pop("too_early").unbind()] = -torch.inf
+        return ops.sample(logits, **tensors)
+
+    def _too_early(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Logits of tokens that would stop a row before its min_len, [2, m]: indices and tokens."""
+        pairs = [
+            (i, token)
+            for i in np.flatnonzero(positions < self.min_len[rows])
+            for token in self.stop_token_ids[rows[i]]
+        ]
+        return np.array(pairs, np.int64).reshape(-1, 2).T
 
     def _limits(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The warpers that a row asks for; the others are left out, as two of them cost a sort."""

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
-RING = 4  # more steps than are ever in flight
+RING = 16  # uploads until a page-locked buffer is used again: those of two steps and more
 
 
 class Uploader:

@@ -245,6 +245,29 @@ def test_two_engines_share_a_gpu(tiny):
         assert generate(one, prompts, greedy()) == generate(other, prompts, greedy())
 
 
+def test_closing_one_engine_leaves_the_other_whole(tiny):
+    prompts = make_prompts()
+    with load(tiny) as one:
+        expected = generate(one, prompts, greedy())
+        load(tiny).close()
+        noise = torch.full((1 << 28,), torch.nan, device="cuda")  # takes what was given back
+        assert generate(one, prompts, greedy()) == expected
+        del noise
+
+
+def test_a_failed_construction_gives_its_memory_back(tiny):
+    with load(tiny):
+        pass
+    before = held()
+    with pytest.raises(ValueError, match="max_model_len") as caught:
+        load(tiny, max_model_len=2000, kv_cache_memory_bytes=1 << 20)
+    assert held() == before
+    with pytest.raises(ValueError, match="gpu_memory_utilization"):
+        load(tiny, kv_cache_memory_bytes=None, gpu_memory_utilization=1e-3)
+    assert held() == before
+    assert caught.value
+
+
 # Options
 
 

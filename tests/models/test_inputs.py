@@ -25,7 +25,7 @@ def test_decodes_feed_on_their_rows_last_token_and_chunks_on_the_steps():
     step.new_pages = [(2, 0, [5, 3]), (0, 0, [9, 1])]
     step.add(row=2, position=5, query_len=1, samples=True)
     step.add(row=0, position=2, query_len=3, samples=False)
-    batch = inputs.build(step)
+    batch, _ = inputs.build(step)
     assert batch.token_ids.tolist() == [77, 10, 11, 12]
     assert batch.positions.tolist() == [5, 2, 3, 4]
     assert batch.slot_mapping.tolist() == [3 * 4 + 1, 9 * 4 + 2, 9 * 4 + 3, 1 * 4 + 0]
@@ -41,7 +41,8 @@ def test_tokens_in_shared_pages_are_not_stored_again():
     step = StepInput(starts=[start(0, num_cached_tokens=8)], token_ids=[10])
     step.new_pages = [(0, 0, [6, 7])]
     step.add(row=0, position=7, query_len=1, samples=True)  # a prompt of 8 tokens, all cached
-    assert inputs.build(step).slot_mapping.tolist() == [-1]
+    batch, rows = inputs.build(step)
+    assert batch.slot_mapping.tolist() == [-1] and rows.tolist() == [0]
 
 
 def test_a_reused_row_forgets_its_former_pages():
@@ -55,5 +56,5 @@ def test_a_reused_row_forgets_its_former_pages():
     second.new_pages = [(0, 0, [5])]
     second.add(row=1, position=10, query_len=1, samples=True)
     second.add(row=0, position=0, query_len=3, samples=True)
-    batch = inputs.build(second)
+    batch, _ = inputs.build(second)
     assert batch.block_tables[batch.rows, :3].tolist() == [[1, 2, 3], [5, 0, 0]]

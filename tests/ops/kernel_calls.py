@@ -58,7 +58,10 @@ def paged_case(
             cache.view(-1, kv_heads, head_dim)[slots] = values
     attention = TritonAttention(heads, kv_heads, head_dim, dtype, device, num_sms=num_sms)
     query_start = np.concatenate(([0], query_lens.cumsum()))
-    arrays = attention.host_arrays(tables, rows, query_start, query_lens, context_lens, None)
+    num_decodes = 0
+    arrays = attention.host_arrays(
+        tables, rows, query_start, query_lens, context_lens, num_decodes, None
+    )
     positions = np.concatenate(
         [np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)]
     )

@@ -1,0 +1,80 @@
+"""The flash-attn backend against the reference, with the package's two functions replaced by plain
+ones: what it is handed is what it needs."""
+
+import types
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from nanovllm.batch import KVLayer
+from nanovllm.ops import flash_attention, reference
+from nanovllm.ops.flash_attention import FlashAttention
+from nanovllm.step import StepInput
+from nanovllm.worker.inputs import InputBuilder
+from nanovllm.worker.upload import Uploader
+
+CPU = torch.device("cpu")
+BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 16
+
+
+def attend(q, k_cache, v_cache, table, num_keys, scale):
+    """One sequence; its last query token sees all its keys."""
+    k, v = (
+        cache[table.long()].flatten(0, 1)[:num_keys].repeat_interleave(HEADS // KV_HEADS, 1)
+        for cache in (k_cache, v_cache)
+    )
+    mask = torch.ones(len(q), num_keys, dtype=torch.bool).tril(num_keys - len(q))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(0, 1)
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal
+):
+    assert causal and q.shape[1] == 1 and len(q) == len(cache_seqlens) == len(block_table)
+    return torch.stack([
+        attend(q[i], k_cache, v_cache, block_table[i], n, softmax_scale)
+        for i, n in enumerate(cache_seqlens.tolist())
+    ])  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+    block_table,
+):  # fmt: skip
+    assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    q_start, lens = cu_seqlens_q.tolist(), cu_seqlens_k.diff().tolist()
+    assert q_start[0] == 0 and q_start[-1] == len(q) and len(lens) == len(block_table)
+    assert max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= max(lens)
+    return torch.cat([
+        attend(q[q_start[i] : q_start[i + 1]], k, v, block_table[i], n, softmax_scale)
+        for i, n in enumerate(lens)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("num_decodes, query_lens, context_lens", [
+    (3, [1, 1, 1], [5, 300, 256]),
+    (1, [1, 1, 5], [11, 21, 5]),  # a decode, a chunk of one token, a chunk
+    (0, [1], [1]),
+    (2, [1, 1, 40, 1, 300], [600, 3, 40, 257, 300]),
+])  # fmt: skip
+def test_it_attends_as_the_reference(monkeypatch, num_decodes, query_lens, context_lens):
+    package = types.SimpleNamespace(
+        flash_attn_with_kvcache=flash_attn_with_kvcache,
+        flash_attn_varlen_func=flash_attn_varlen_func,
+    )
+    monkeypatch.setattr(flash_attention, "flash_attn", package)
+    attention = FlashAttention(HEAD_DIM, torch.bfloat16, BLOCK_SIZE)
+    inputs = InputBuilder(8, 4, BLOCK_SIZE, attention, Uploader(CPU))
+    step = StepInput(num_decodes=num_decodes, token_ids=[0] * (sum(query_lens) - num_decodes))
+    pages = torch.randperm(40).tolist()
+    for row, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
+        count = -(-context_len // BLOCK_SIZE)
+        step.new_pages.append((row, 0, [pages.pop() for _ in range(count)]))
+        step.add(row, context_len - query_len, query_len, samples=True)
+    batch, _ = inputs.build(step)
+    kv = KVLayer(*torch.randn(2, 40, BLOCK_SIZE, KV_HEADS, HEAD_DIM))
+    q = torch.randn(sum(query_lens), HEADS, HEAD_DIM)
+    expected = reference.paged_attention(q, kv, batch, 0.3)
+    torch.testing.assert_close(attention.attend(q, kv, batch, 0.3), expected)
