@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+cuda_is_available = torch.cuda.is_available
+HAS_GPU = cuda_is_available()
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+if not HAS_GPU:
     # Triton reads it when a kernel is defined: without a GPU kernels are interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -60,9 +63,30 @@ def copy_tiny(tmp_path):
 
 def pytest_collection_modifyitems(items):
     """Tests marked gpu run where there is one; they are chosen by -m gpu."""
-    if torch.cuda.is_available():
+    if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
-        if "gpu" in item.keywords or "multigpu" in item.keywords:
+        if is_for_gpus(item):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """All other tests are of the CPU: where there is a GPU they, and the processes that they start,
+    don't see it."""
+    if not HAS_GPU:
+        return
+    if is_for_gpus(item):
+        torch.cuda.is_available = cuda_is_available
+        if VISIBLE_GPUS is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = VISIBLE_GPUS
+    else:
+        torch.cuda.is_available = lambda: False
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def is_for_gpus(item):
+    return "gpu" in item.keywords or "multigpu" in item.keywords

@@ -12,6 +12,11 @@ import triton
 MAX_SHARED_BYTES = 99 * 1024
 MAX_HEAD_DIM = 256
 
+# Elements a program, the same on all GPUs.
+SILU_BLOCK = 1024
+HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
+VOCAB_BLOCK = 4096  # of sampling
+
 
 @dataclass(frozen=True)
 class AttentionConfig:

@@ -8,12 +8,10 @@ import triton
 import triton.language as tl
 
 from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.ops.kernel_configs import HEADS_PER_PROGRAM, SILU_BLOCK, VOCAB_BLOCK
 from nanovllm.ops.reference import keep_likely
 
-SILU_BLOCK = 1024
-HEADS_PER_PROGRAM = 8
-VOCAB_BLOCK = 4096
-SORTED_LOGITS = 2**25
+SORTED_LOGITS = 2**25  # rows whose logits are sorted at a time have so many
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from nanovllm import platform
 
 logger = logging.getLogger(__name__)
 
-# What a GPU is left beyond what was measured: fragments, and kernels that are loaded later.
-SPARE_GPU_BYTES = 256 * 2**20
+# What is not measured: the CUDA context (half a GiB), gaps, and kernels that are loaded later.
+SPARE_GPU_BYTES = 768 * 2**20
 SMALLER_STEP = (
     "Raise gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs, set "
     "enforce_eager=True, or use a smaller model"

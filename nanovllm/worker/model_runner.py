@@ -200,9 +200,10 @@ class ModelRunner:
         self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
         lasting = self.memory.used()
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        before = torch.cuda.memory_reserved(self.device)
         self._run_largest_step(max_model_len)
-        step_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        # Reserved, not allocated: with the gaps that the step's tensors leave between them.
+        step_bytes = torch.cuda.max_memory_reserved(self.device) - before
         graph_bytes = self._measured_graph_bytes(lasting) if self.uses_graphs else 0
         del self.kv, self.inputs
         return self.memory.left_for_cache(self.weight_bytes, lasting, step_bytes, graph_bytes)
