@@ -61,7 +61,8 @@ class DecodeGraphs:
     ):
         self.sizes = sizes
         self.uploader = uploader
-        _, num_bytes = layout(make_arrays(sizes[-1]))
+        self.layouts = {size: layout(make_arrays(size)) for size in sizes}
+        _, num_bytes = self.layouts[sizes[-1]]
         self.inputs = torch.empty(num_bytes, dtype=torch.uint8, device=uploader.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
         pool = torch.cuda.graph_pool_handle()
@@ -92,7 +93,8 @@ class DecodeGraphs:
     def replay(self, size: int, arrays: dict[str, np.ndarray]) -> DecodeOutput:
         """Run the graph of a size on what make_arrays would make of a step. The output is
         overwritten by the next replay."""
-        self.uploader.upload(arrays, out=self.inputs)
+        offsets, num_bytes = self.layouts[size]
+        self.uploader.copy(arrays, offsets, self.inputs[:num_bytes])
         graph, output = self.graphs[size]
         graph.replay()
         return output

@@ -18,7 +18,7 @@ from nanovllm.models.weights import (
     weight_bytes,
 )
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart, StepInput
+from nanovllm.step import Chunk, RowStart, StepInput
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
     CachePlan,
@@ -120,11 +120,11 @@ class ModelRunner:
         the next step may overwrite them."""
         for start in step.starts:
             self.sampler.start_row(start)
-        if self.graphs and step.num_decodes == len(step.rows):
+        if self.graphs and not step.chunks:
             return self._replay(self.graphs, step)
         batch, sampled_rows = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
-        if not any(step.samples):
+        if not step.samples.any():
             return torch.empty(0, dtype=torch.int64)
         logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
         token_ids = self.sampler.sample(logits, *_draws(step))
@@ -132,7 +132,7 @@ class ModelRunner:
         return token_ids
 
     def _replay(self, graphs: DecodeGraphs, step: StepInput) -> torch.Tensor:
-        num_decodes = len(step.rows)
+        num_decodes = step.num_decodes
         size = graphs.padded_size(num_decodes)
         output = graphs.replay(size, self._decode_arrays(step, size))
         draws = _draws(step)
@@ -230,25 +230,25 @@ class ModelRunner:
         query_lens = [min(max_model_len, num_tokens // num_seqs)] * num_seqs
         query_lens[0] = min(max_model_len, num_tokens - sum(query_lens[1:]))
         params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1)
-        step = StepInput(token_ids=[0] * sum(query_lens))
+        step = StepInput()
         for row, query_len in enumerate(query_lens):
             # Cached to the end: the one page there is is read, and nothing is stored.
             step.starts.append(RowStart(row, max_model_len, params, 0, (), 0))
-            step.add(row, 0, query_len, samples=True)
+            step.chunks.append(Chunk(row, 0, [0] * query_len, samples=True))
         self.run(step)
 
     @torch.inference_mode()
     def _capture(self, sizes: list[int]) -> DecodeGraphs:
-        row = self.inputs.padding_row
-        warm_up = StepInput(num_decodes=1)
-        warm_up.add(row, 0, query_len=1, samples=True)
+        warm_up = StepInput(
+            decode_rows=np.array([self.inputs.padding_row]), decode_positions=np.array([0])
+        )
         return DecodeGraphs(
             sizes, lambda size: self._decode_arrays(warm_up, size), self._decode, self.uploader
         )
 
     def _decode_arrays(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
-        draws = self.sampler.arrays(*_draws(step), num_padded=size - len(step.rows))
-        return {**self.inputs.arrays(step, graph_size=size), **draws}
+        arrays = self.inputs.decode_arrays(step, size)
+        return {**arrays, **self.sampler.arrays(arrays["rows"], arrays["positions"] + 1)}
 
     def _decode(self, tensors: dict[str, torch.Tensor]) -> DecodeOutput:
         """A decode step, drawn by temperature alone, without a look at the host."""
@@ -277,6 +277,5 @@ class ModelRunner:
 
 def _draws(step: StepInput) -> tuple[np.ndarray, np.ndarray]:
     """The row of each token that the step samples, and the place that it takes."""
-    samples = np.array(step.samples)
-    positions = np.array(step.positions) + np.array(step.query_lens)
-    return np.array(step.rows)[samples], positions[samples]
+    samples = step.samples
+    return step.rows[samples], (step.positions + step.query_lens)[samples]
