@@ -116,8 +116,7 @@ class LLM:
         with self._use_engine() as engine:
             seqs = self._make_sequences(prompts, sampling_params)
             try:
-                for seq in seqs:
-                    engine.add(seq)
+                engine.add_batch(seqs)
                 return self._run(engine, seqs, use_tqdm)
             except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
                 engine.abort(seqs)

@@ -17,6 +17,9 @@ from nanovllm.step import RowStart, StepInput, StepOutput
 
 VOCAB = 16
 EOS = (0,)
+# With this stop token, which is never drawn, the engine can't tell when a sequence ends; one that
+# expects none to go on (mean_output=0) admits too many, and preempts.
+NEVER = VOCAB
 MAX_MODEL_LEN = 48
 
 
@@ -225,10 +228,11 @@ def make_engine(
     max_num_batched_tokens: int = 64,
     enable_prefix_caching: bool = True,
     depth: int = 1,
+    mean_output: int = 256,
 ) -> Engine:
     """An engine over a FakeWorker, which is its `executor`."""
     limits = (num_blocks, block_size, max_num_seqs, max_num_batched_tokens)
-    return Engine(
+    engine = Engine(
         FakeWorker(*limits),
         num_blocks=num_blocks,
         block_size=block_size,
@@ -237,6 +241,8 @@ def make_engine(
         enable_prefix_caching=enable_prefix_caching,
         depth=depth,
     )
+    engine.scheduler.mean_output = mean_output
+    return engine
 
 
 def make_sequence(
@@ -327,6 +333,15 @@ def check_invariants(engine: Engine) -> None:
     keyed = [(key[0], page) for page, key in enumerate(manager.contents) if key]
     assert sorted(keyed) == sorted(manager.cached.items())
     assert manager.enable_prefix_caching or not keyed
+
+    # A page's owner is the only one that holds it.
+    owned = [(page, owner) for page, owner in enumerate(manager.owners) if owner]
+    assert all(page in owner.block_table and counts[page] == 1 for page, owner in owned)
+    for seq in running:
+        num_owned = sum(owner is seq for _, owner in owned)
+        assert scheduler.num_shared[seq.row] == len(seq.block_table) - num_owned
+    ends = [-(-(seq.max_len - 1) // manager.block_size) for seq in running]
+    assert scheduler.pages_to_come == sum(ends) - sum(map(len, tables))
 
     # What a sequence stores itself is in nobody else's hands as something to store.
     written = [

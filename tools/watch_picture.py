@@ -1,6 +1,7 @@
 """Draw steps of example.py --watch, in colour, as the picture in docs/tour.md.
 
-FORCE_COLOR=1 python example.py --watch | python tools/watch_picture.py docs/watch.svg 1 2 16 31
+FORCE_COLOR=1 python example.py --watch |
+    python tools/watch_picture.py docs/watch.svg 1 2 18 19 32 33
 """
 
 import re

@@ -34,6 +34,8 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.pack_tokens = Struct(f"{block_size}i").pack
         self.ref_counts = [0] * num_blocks
+        # Who took it, while nobody has shared it: it comes back when that one ends.
+        self.owners: list[Sequence | None] = [None] * num_blocks
         self.contents: list[Content | None] = [None] * num_blocks
         self.serials = [0] * num_blocks  # of each content, never used twice
         self.num_contents = 0
@@ -45,28 +47,31 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self.free_blocks)
 
-    def allocate(self, seq: Sequence) -> int | None:
-        """Give a sequence the pages for all its known tokens, those of its longest cached prefix
-        shared.
+    def num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
 
-        Returns the number of tokens in shared pages, or None (and nothing changed) if too few pages
-        are free.
+    def num_held(self, blocks: list[int]) -> int:
+        """How many of these pages sequences hold."""
+        return sum(self.ref_counts[block] > 0 for block in blocks)
+
+    def allocate(self, seq: Sequence, hits: list[int]) -> None:
+        """Give a sequence the pages for all its known tokens. As many must be free.
+
+        Args:
+            hits: what find_prefix found; these are shared.
         """
-        hits = self._find_prefix(seq)
-        num_new = -(-len(seq.token_ids) // self.block_size) - len(hits)
-        if num_new > self.num_free - sum(self.ref_counts[block] == 0 for block in hits):
-            return None
+        num_new = self.num_pages(len(seq.token_ids)) - len(hits)
         for block in hits:
+            self.owners[block] = None if self.ref_counts[block] else seq
             self.free_blocks.pop(block, None)
             self.ref_counts[block] += 1
-        seq.block_table = hits + [self._take() for _ in range(num_new)]
+        seq.block_table = hits + [self._take(seq) for _ in range(num_new)]
         seq.num_registered = len(hits)
         seq.cached_parent = self.serials[hits[-1]] if hits else 0
-        return len(hits) * self.block_size
 
     def append(self, seq: Sequence) -> int:
         """Give a sequence one more page."""
-        block = self._take()
+        block = self._take(seq)
         seq.block_table.append(block)
         return block
 
@@ -98,6 +103,7 @@ class BlockManager:
         for block in reversed(seq.block_table):
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
+                self.owners[block] = None
                 self.free_blocks[block] = None
                 if self.contents[block] is None:
                     self.free_blocks.move_to_end(block, last=False)
@@ -108,16 +114,18 @@ class BlockManager:
         if block in self.free_blocks:
             self.free_blocks.move_to_end(block, last=False)
 
-    def _take(self) -> int:
+    def _take(self, seq: Sequence) -> int:
         block, _ = self.free_blocks.popitem(last=False)
         content = self.contents[block]
         if content is not None:
             del self.cached[content[0]]
             self.contents[block] = None
         self.ref_counts[block] = 1
+        self.owners[block] = seq
         return block
 
-    def _find_prefix(self, seq: Sequence) -> list[int]:
+    def find_prefix(self, seq: Sequence) -> list[int]:
+        """The cached pages of the longest prefix of a sequence's known tokens."""
         hits: list[int] = []
         if not self.enable_prefix_caching:
             return hits

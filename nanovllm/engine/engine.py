@@ -63,6 +63,11 @@ class Engine:
         self.unfinished[seq.request_id] = seq
         self.scheduler.add(seq)
 
+    def add_batch(self, seqs: list[Sequence]) -> None:
+        """Queue sequences that may run in any order."""
+        for seq in self.scheduler.best_order(seqs):
+            self.add(seq)
+
     def has_request(self, request_id: str) -> bool:
         """Whether a request of that id is unfinished, or has news that nobody took yet."""
         return request_id in self.unfinished or any(

@@ -16,9 +16,14 @@ from heapq import heappop, heappush
 import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.forecast import expected_steps, peak_pages
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import StepMetrics
 from nanovllm.step import Chunk, RowStart, StepInput
+
+# Tokens that a sequence is expected to generate before a stop token, until some have ended, and
+# how many that have ended the mean is over.
+MEAN_OUTPUT, NUM_AVERAGED = 256, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,8 @@ class ScheduledStep:
 
 class Scheduler:
     """First come, first served. Decodes run in every step; what is left of the budget goes to
-    prefill chunks, oldest first.
+    prefill chunks, oldest first. A sequence is admitted when its pages, and those that all will
+    need before they end, are there (docs/decisions/0010).
 
     Args:
         block_manager: the pages.
@@ -44,12 +50,16 @@ class Scheduler:
     Attributes:
         waiting: sequences that hold nothing, the next to be admitted first.
         running: those that hold a row and pages, in order of arrival, so the youngest is last.
-        seqs, max_len: [rows] of the running sequences.
+        seqs, max_len, num_prompt_tokens: [rows] of the running sequences; max_len 0: none.
+        may_stop: [rows] whether there are tokens that would end it before max_len.
+        num_shared: [rows] pages that it holds but doesn't own.
         num_computed: [rows] tokens whose keys and values are stored, or will be by the steps
             submitted so far.
         decodes: [rows] whether the next step computes one token more: the prompt is computed, and
             the last token isn't in flight.
         empty_slots: in the pages of running sequences.
+        pages_to_come: those that running sequences would still take up to their max_len.
+        mean_output: tokens of the last sequences that a token might have stopped.
     """
 
     def __init__(
@@ -64,19 +74,34 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.seqs = np.empty(max_num_seqs, object)
         self.max_len = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self.may_stop = np.zeros(max_num_seqs, bool)
+        self.num_shared = np.zeros(max_num_seqs, np.int64)
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         self.decodes = np.zeros(max_num_seqs, bool)
+        self.mean_output = float(MEAN_OUTPUT)
         self._clear()
 
     def _clear(self) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}
         self.free_rows = list(range(self.max_num_seqs))  # a heap
-        self.seqs[:], self.decodes[:] = None, False
-        self.empty_slots = 0
+        self.seqs[:], self.max_len[:], self.decodes[:] = None, 0, False
+        self.empty_slots = self.pages_to_come = 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
+
+    def best_order(self, seqs: list[Sequence]) -> list[Sequence]:
+        """The order in which a batch is done soonest. Where rows are too few it is longest first:
+        what starts last would else run on alone. Where pages are too few it is the given one, as
+        sequences of like length need their most pages all at the same time."""
+        num_pages = sum(self.block_manager.num_pages(seq.max_len) for seq in seqs)
+        if len(seqs) <= self.max_num_seqs or (
+            num_pages * self.max_num_seqs > self.block_manager.num_blocks * len(seqs)
+        ):
+            return seqs
+        return sorted(seqs, key=lambda seq: seq.num_prompt_tokens - seq.max_len)
 
     def schedule(self, can_preempt: bool) -> ScheduledStep | None:
         """The next step, or None if nothing can run before the pending steps are read.
@@ -108,6 +133,9 @@ class Scheduler:
             if seq.row >= 0:
                 del self.running[seq]
                 self._release(seq)
+            if seq.stops and seq.finish_reason != "abort":
+                num_output = len(seq.token_ids) - seq.num_prompt_tokens
+                self.mean_output += (num_output - self.mean_output) / NUM_AVERAGED
 
     def restart(self, unfinished: list[Sequence]) -> None:
         """Start over from the sequences' known tokens: after a failed step neither pages nor lists
@@ -144,7 +172,7 @@ class Scheduler:
                 return "max_num_batched_tokens"
             if len(self.running) == self.max_num_seqs:
                 return "max_num_seqs"
-            if not self._admit(step):
+            if not self._admit(step, budget):
                 return "pages"
             budget -= self._add_chunk(step, self._youngest(), budget)
         return "max_num_batched_tokens" if self._is_prefilling_youngest() else ""
@@ -178,34 +206,43 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self._register(seq)  # pages whose last token was read since it was scheduled
         self.empty_slots -= self._num_empty(seq)
+        self.pages_to_come -= self._num_to_come(seq)
         self.block_manager.free(seq)
-        self.seqs[seq.row], self.decodes[seq.row] = None, False
+        self.seqs[seq.row], self.max_len[seq.row], self.decodes[seq.row] = None, 0, False
         heappush(self.free_rows, seq.row)
         seq.row = -1
 
-    def _admit(self, step: ScheduledStep) -> bool:
-        """Move the oldest waiting sequence to the running ones, if there are pages for all its
-        known tokens."""
-        seq = self.waiting[0]
-        num_shared = self.block_manager.allocate(seq)
-        if num_shared is None:
+    def _admit(self, step: ScheduledStep, budget: int) -> bool:
+        """Move the oldest waiting sequence to the running ones, if its pages are there, and those
+        that are still to come."""
+        seq, pages = self.waiting[0], self.block_manager
+        hits = pages.find_prefix(seq)
+        if not self._has_pages(seq, hits, budget):
             return False
+        for owner in filter(None, map(pages.owners.__getitem__, hits)):
+            self.num_shared[owner.row] += 1
+        num_shared = pages.num_held(hits)
+        pages.allocate(seq, hits)
         self.waiting.popleft()
         self.running[seq] = None
         seq.row = row = heappop(self.free_rows)
         seq.prefill_end = len(seq.token_ids)
         # With every token cached the last one is computed again, for its logits; its page is
         # shared, so it isn't stored.
-        num_cached = min(num_shared, seq.prefill_end - 1)
+        num_cached_tokens = len(hits) * pages.block_size
+        num_cached = min(num_cached_tokens, seq.prefill_end - 1)
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = num_cached
-        self.seqs[row], self.max_len[row], self.num_computed[row] = seq, seq.max_len, num_cached
+        self.seqs[row], self.max_len[row] = seq, seq.max_len
+        self.num_prompt_tokens[row], self.may_stop[row] = seq.num_prompt_tokens, bool(seq.stops)
+        self.num_computed[row], self.num_shared[row] = num_cached, num_shared
         self.empty_slots += self._num_empty(seq)
+        self.pages_to_come += self._num_to_come(seq)
         step.metrics.cached_tokens += num_cached
         step.input.starts.append(
             RowStart(
                 row=row,
-                num_cached_tokens=num_shared,
+                num_cached_tokens=num_cached_tokens,
                 params=seq.params,
                 seed=seq.seed,
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
@@ -215,11 +252,42 @@ class Scheduler:
         step.input.new_pages.add(row, 0, seq.block_table)
         return True
 
+    def _has_pages(self, seq: Sequence, hits: list[int], budget: int) -> bool:
+        """Whether a waiting sequence can run beside those that do, and nobody need be preempted
+        until they end, as far as that can be known (docs/decisions/0010)."""
+        pages = self.block_manager
+        num_new = pages.num_pages(len(seq.token_ids)) - pages.num_held(hits)
+        if num_new > pages.num_free:
+            return False
+        if num_new + self._num_to_come(seq) + self.pages_to_come <= pages.num_free:
+            return True  # even if nobody gives any back
+        rows = np.flatnonzero(self.max_len)
+        num_owned = -(-self.num_computed[rows] // pages.block_size) - self.num_shared[rows]
+        for owner in filter(None, map(pages.owners.__getitem__, hits)):
+            num_owned[rows == owner.row] -= 1
+        # Pages without an owner stay for those who share them.
+        num_staying = pages.num_blocks - pages.num_free - int(num_owned.sum())
+
+        num_tokens = np.append(self.num_computed[rows], len(seq.token_ids))
+        num_steps = expected_steps(
+            num_tokens,
+            np.append(self.num_prompt_tokens[rows], seq.num_prompt_tokens),
+            np.append(self.max_len[rows], seq.max_len),
+            np.append(self.may_stop[rows], bool(seq.stops)),
+            int(self.mean_output),
+        )
+        # While its prompt is computed in chunks, the others go on.
+        num_left = len(seq.token_ids) - len(hits) * pages.block_size - budget
+        num_steps[-1] += -(-max(num_left, 0) // (self.max_num_batched_tokens - len(rows)))
+        peak = peak_pages(num_tokens, num_steps, np.append(num_owned, num_new), pages.block_size)
+        return num_staying + peak <= pages.num_blocks or not self.running
+
     def _open_page(self, step: ScheduledStep, seq: Sequence) -> None:
         """One page more for a decode; the one before is full, and all its tokens have been read."""
         self._register(seq)
         page = self.block_manager.append(seq)
         step.input.new_pages.add(seq.row, len(seq.block_table) - 1, [page])
+        self.pages_to_come -= 1
         self.empty_slots += self.block_manager.block_size
 
     def _add_chunk(self, step: ScheduledStep, seq: Sequence, budget: int) -> int:
@@ -234,6 +302,12 @@ class Scheduler:
             self.decodes[seq.row] = end + 1 < seq.max_len
         self._register(seq)
         return end - start
+
+    def _num_to_come(self, seq: Sequence) -> int:
+        """Pages that a sequence will take after those of its known tokens."""
+        pages = self.block_manager
+        num_now = len(seq.block_table) or pages.num_pages(len(seq.token_ids))
+        return pages.num_pages(seq.max_len - 1) - num_now  # the last token is never stored
 
     def _register(self, seq: Sequence) -> None:
         self.block_manager.register(seq, int(self.num_computed[seq.row]))

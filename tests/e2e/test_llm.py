@@ -246,6 +246,16 @@ def test_requests_added_by_hand_go_on_while_generate_runs(llm):
     assert [seen["long"][-1]["token_ids"], progress[-1]["token_ids"]] == expected
 
 
+def test_a_batch_that_runs_longest_first_comes_back_in_order(tiny):
+    prompts = [[5 + i] * (1 + i % 3) for i in range(7)]
+    params = [greedy(n, ignore_eos=True) for n in (3, 9, 1, 12, 5, 9, 20)]
+    with load(tiny, max_num_seqs=2, num_gpu_blocks_override=64, kv_cache_memory_bytes=None) as llm:
+        expected = [tokens(llm, [p], q)[0] for p, q in zip(prompts, params, strict=True)]
+        steps = llm.llm_engine.metrics.steps
+        assert tokens(llm, prompts, params) == expected
+        assert llm.llm_engine.metrics.steps - steps <= 31  # 59 tokens, 2 at a time, and the seam
+
+
 def test_generate_makes_outputs_while_others_run(llm, monkeypatch):
     left, make_output = [], llm._output
 

@@ -10,7 +10,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints.watch import page_map, watch
 
 PROMPTS = [f"Tell me in a few plain words all that you know about {it}." for it in "abcdefgh"]
-PARAMS = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, stop_token_ids=[7])
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def small_llm(tiny):
 def watched(small_llm):
     """Its outputs, and what it printed: (numbers, reason, map) of each step."""
     printed = io.StringIO()
+    small_llm.llm_engine.scheduler.mean_output = 0  # admit too many, so that some are preempted
     with contextlib.redirect_stdout(printed):
         outputs = watch(small_llm, PROMPTS, PARAMS, color=False)
     lines = printed.getvalue().splitlines()

@@ -7,11 +7,18 @@ from nanovllm.engine import block_manager
 from nanovllm.engine.block_manager import BlockManager
 
 
+def allocate(manager, seq):
+    """Pages for all its tokens. Returns how many of the tokens were cached."""
+    hits = manager.find_prefix(seq)
+    manager.allocate(seq, hits)
+    return len(hits) * manager.block_size
+
+
 def compute(manager, tokens):
     """Allocate, compute and register a sequence of these tokens. Returns it and how many of them
     were cached."""
     seq = make_sequence(tokens)
-    num_cached = manager.allocate(seq)
+    num_cached = allocate(manager, seq)
     manager.register(seq, len(tokens))
     return seq, num_cached
 
@@ -24,7 +31,7 @@ def fill(manager, *contents):
 
 def num_cached(manager, tokens):
     """Cached tokens of a prompt, without allocating anything."""
-    return len(manager._find_prefix(make_sequence(tokens))) * manager.block_size
+    return len(manager.find_prefix(make_sequence(tokens))) * manager.block_size
 
 
 def test_the_longest_cached_prefix_is_shared():
@@ -48,7 +55,7 @@ def test_only_full_pages_with_the_whole_prefix_before_them_are_shared():
 def test_pages_are_shared_as_far_as_they_are_computed_and_known():
     manager = BlockManager(num_blocks=16, block_size=2)
     seq = make_sequence([1, 2, 3, 4, 5, 6])
-    manager.allocate(seq)
+    allocate(manager, seq)
     for num_computed, expected in ((1, 0), (3, 2), (4, 4), (6, 6)):
         manager.register(seq, num_computed)
         assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == expected
@@ -88,16 +95,16 @@ def test_the_last_pages_of_a_sequence_are_reused_before_its_first():
         assert num_cached(manager, long) == left
 
 
-def test_an_allocation_that_does_not_fit_changes_nothing():
+def test_hits_that_nobody_holds_are_free_pages():
     manager = BlockManager(num_blocks=4, block_size=2)
     fill(manager, [1, 2, 3, 4])
     compute(manager, [9])
     free = list(manager.free_blocks)
-    too_long = make_sequence([1, 2, 3, 4, 5, 6, 7])  # two of the three free pages are its own hits
-    assert manager.allocate(too_long) is None
-    assert (too_long.block_table, list(manager.free_blocks)) == ([], free)
-    assert sum(manager.ref_counts) == 1
-    assert manager.allocate(make_sequence([1, 2, 3, 4, 5])) == 4
+    seq = make_sequence([1, 2, 3, 4, 5])
+    hits = manager.find_prefix(seq)  # and finding them changes nothing
+    assert (len(hits), manager.num_held(hits), list(manager.free_blocks)) == (2, 0, free)
+    assert allocate(manager, seq) == 4
+    assert (manager.num_held(hits), manager.num_free) == (2, 0)
 
 
 def test_hits_that_others_hold_take_no_free_page():
@@ -111,10 +118,10 @@ def test_a_duplicate_of_a_cached_page_keeps_the_first_holder():
     manager = BlockManager(num_blocks=4, block_size=2)
     seqs = [make_sequence([1, 2]) for _ in range(2)]
     for seq in seqs:  # neither is registered when the other is allocated
-        manager.allocate(seq)
+        allocate(manager, seq)
     for seq in seqs:
         manager.register(seq, 2)
-    assert manager._find_prefix(make_sequence([1, 2])) == seqs[0].block_table
+    assert manager.find_prefix(make_sequence([1, 2])) == seqs[0].block_table
     for seq in seqs:
         manager.free(seq)
     assert num_cached(manager, [1, 2]) == 2
@@ -162,7 +169,7 @@ def test_a_collision_with_an_evicted_parent_is_no_hit(monkeypatch):
     manager = BlockManager(num_blocks=5, block_size=2)
     parent, child = make_sequence([1, 2]), make_sequence([1, 2, 9, 9])
     for seq in (parent, child):  # the child has a duplicate of the parent's page
-        manager.allocate(seq)
+        allocate(manager, seq)
     for seq in (parent, child):
         manager.register(seq, len(seq.token_ids))
     manager.free(parent)

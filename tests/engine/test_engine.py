@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from fake_worker import (
     EOS,
+    NEVER,
     assert_right,
     check_invariants,
     expected_tokens,
@@ -25,12 +26,20 @@ from nanovllm.sampling_params import SamplingParams
 both_depths = pytest.mark.parametrize("depth", [1, 2])
 
 
+PREEMPTING = dict(num_blocks=12, mean_output=0)
+
+
+def unpredictable(*prompts, **params):
+    return sequences(*prompts, stop_token_ids=[NEVER], **params)
+
+
 def sequences(*prompts, **params):
     return [make_sequence(prompt, str(i), **params) for i, prompt in enumerate(prompts)]
 
 
 def step_until(engine, condition):
     while not condition():
+        assert engine.has_unfinished
         take_step(engine)
         check_invariants(engine)
 
@@ -55,8 +64,8 @@ OPTIONS = {
     "roomy": {},
     "small budget": dict(max_num_batched_tokens=4),
     "one at a time": dict(max_num_seqs=1, max_num_batched_tokens=5),
-    "smallest cache": dict(num_blocks=12),
-    "pages of one token": dict(block_size=1, num_blocks=60),
+    "smallest cache": dict(num_blocks=12, mean_output=0),
+    "pages of one token": dict(block_size=1, num_blocks=60, mean_output=0),
     "no prefix caching": dict(enable_prefix_caching=False, num_blocks=20),
 }
 
@@ -67,7 +76,7 @@ OPTIONS = {
 def test_tokens_are_right(prompts, options, depth):
     engine = make_engine(depth=depth, **options)
     for _ in "cold", "warm":
-        seqs = sequences(*prompts, max_tokens=14)
+        seqs = unpredictable(*prompts, max_tokens=14)
         run(engine, *seqs)
         assert_right(*seqs)
         if not engine.scheduler.block_manager.enable_prefix_caching:
@@ -117,8 +126,8 @@ def test_generated_tokens_are_hit_by_the_next_turn(depth):
 
 
 def test_num_cached_tokens_is_that_of_the_first_admission():
-    engine = make_engine(num_blocks=12)
-    seqs = sequences([1] * 6, [2] * 6, max_tokens=30)
+    engine = make_engine(**PREEMPTING)
+    seqs = unpredictable([1] * 6, [2] * 6, max_tokens=30)
     run(engine, *seqs)
     assert engine.metrics.preemptions > 0 and engine.metrics.cached_tokens > 0
     assert [seq.num_cached_tokens for seq in seqs] == [0, 0]
@@ -166,8 +175,8 @@ def test_a_prompt_cut_by_the_budget_is_stopped_by_it_though_nobody_waits():
 
 
 def test_a_step_that_preempts_says_so():
-    engine = make_engine(num_blocks=5)
-    steps = metrics_of_steps(engine, *sequences([1] * 7, [2] * 7, max_tokens=6))
+    engine = make_engine(num_blocks=5, mean_output=0)
+    steps = metrics_of_steps(engine, *unpredictable([1] * 7, [2] * 7, max_tokens=6))
     [preempting] = [step for step in steps if step.preemptions]
     assert preempting.stopped_by == "preemption"
     assert (preempting.running, preempting.waiting, preempting.preemptions) == (1, 1, 1)
@@ -198,8 +207,8 @@ def test_a_shared_page_is_counted_once():
 
 @both_depths
 def test_a_small_cache_preempts_the_youngest_and_everyone_ends_right(depth):
-    engine = make_engine(num_blocks=12, depth=depth)
-    seqs = sequences(*[[i] * 5 for i in range(1, 6)], max_tokens=30)
+    engine = make_engine(**PREEMPTING, depth=depth)
+    seqs = unpredictable(*[[i] * 5 for i in range(1, 6)], max_tokens=30)
     ended = run(engine, *seqs)  # its invariants include that nobody runs before an older one
     assert_right(*seqs)
     assert engine.metrics.preemptions > 0
@@ -336,9 +345,11 @@ STATES_AT_DEPTHS = [
 
 @pytest.mark.parametrize("state, depth", STATES_AT_DEPTHS)
 def test_abort(state, depth):
-    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=6, num_blocks=13, depth=depth)
-    others = sequences([1] * 10, [4] * 3, max_tokens=36)
-    seq = make_sequence([2] * 11, "again", max_tokens=34)
+    engine = make_engine(
+        max_num_seqs=2, max_num_batched_tokens=6, num_blocks=13, mean_output=0, depth=depth
+    )
+    others = unpredictable([1] * 10, [4] * 3, max_tokens=36)
+    seq = make_sequence([2] * 11, "again", stop_token_ids=[NEVER], max_tokens=34)
     queue = [*others, seq] if state == "waiting" else [others[0], seq, others[1]]
     for each in queue:
         engine.add(each)
@@ -378,7 +389,7 @@ def test_every_token_is_reported_once_but_the_aborted_never():
 @pytest.mark.parametrize("stage", ["submit", "stored", "result"])
 def test_a_failed_step_leaves_the_engine_usable(stage, error, depth):
     for failing in range(10):
-        engine = make_engine(max_num_batched_tokens=8, num_blocks=12, depth=depth)
+        engine = make_engine(max_num_batched_tokens=8, **PREEMPTING, depth=depth)
         worker = engine.executor
 
         def fail_on(at, number, worker=worker, failing=failing):
@@ -387,7 +398,7 @@ def test_a_failed_step_leaves_the_engine_usable(stage, error, depth):
                 raise error("out of luck")
 
         worker.fail_on = fail_on
-        seqs = sequences([1] * 8, [2] * 20, [1] * 8, [3], max_tokens=12)
+        seqs = unpredictable([1] * 8, [2] * 20, [1] * 8, [3], max_tokens=12)
         for seq in seqs:
             engine.add(seq)
         with pytest.raises(error, match="out of luck"):
@@ -441,7 +452,7 @@ def interrupt(engine, line, delivered):
 def test_ctrl_c_at_any_line_of_a_step_leaves_the_engine_usable(depth):
     interrupted, line, wrong = True, 0, []
     while interrupted:
-        engine = make_engine(max_num_batched_tokens=8, num_blocks=13, depth=depth)
+        engine = make_engine(max_num_batched_tokens=8, num_blocks=13, mean_output=0, depth=depth)
         seqs = sequences([1] * 4, PROMPT, max_tokens=AT_OTHER + 2, stop_token_ids=[OTHER])
         seqs += [make_sequence([1] * 4, "short", max_tokens=2)]
         for seq in seqs:
@@ -464,8 +475,8 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_engine_usable(depth):
 def test_a_second_ctrl_c_while_cleaning_up_loses_nothing_either(depth, method):
     line, interrupted = 0, True
     while interrupted:
-        engine = make_engine(max_num_batched_tokens=8, num_blocks=13, depth=depth)
-        kept = sequences([1] * 4, [2] * 9, max_tokens=12)
+        engine = make_engine(max_num_batched_tokens=8, num_blocks=13, mean_output=0, depth=depth)
+        kept = unpredictable([1] * 4, [2] * 9, max_tokens=12)
         gone = make_sequence([3] * 7, "gone", max_tokens=12)
         for seq in (*kept, gone):
             engine.add(seq)
@@ -485,3 +496,73 @@ def test_a_second_ctrl_c_while_cleaning_up_loses_nothing_either(depth, method):
         assert set(delivered) - {gone} == set(kept)
         line += 1
     assert line > 5
+
+
+# Admission by the peak of what is to come
+
+
+def crowd(**params):
+    """Far more than 40 pages hold at a time: 60 requests of 8 + 4 to 39 tokens."""
+    return [
+        make_sequence([i, *range(7)], str(i), max_tokens=4 + i * 17 % 36, **params)
+        for i in range(60)
+    ]
+
+
+@both_depths
+def test_where_lengths_are_certain_nobody_is_preempted_and_the_cache_is_full(depth):
+    engine = make_engine(num_blocks=40, max_num_seqs=60, depth=depth)
+    seqs = crowd()
+    run(engine, *seqs)
+    assert_right(*seqs)
+    assert engine.metrics.preemptions == 0
+    assert engine.metrics.page_slots / (engine.metrics.steps * 40 * 4) > 0.7
+
+
+@both_depths
+def test_where_a_token_may_stop_them_fewer_are_preempted(depth):
+    preemptions = {}
+    for mean_output in 0, 16:
+        engine = make_engine(num_blocks=40, max_num_seqs=60, mean_output=mean_output, depth=depth)
+        seqs = crowd(ignore_eos=False)  # one token in 16 is EOS
+        run(engine, *seqs)
+        assert_right(*seqs)
+        preemptions[mean_output] = engine.metrics.preemptions
+    assert preemptions[16] < 0.7 * preemptions[0]
+
+
+@both_depths
+def test_the_mean_output_follows_those_that_ended(depth):
+    engine = make_engine(num_blocks=400, max_num_seqs=60, depth=depth)
+    seqs = [make_sequence([i % 16, i], str(i), max_tokens=5, ignore_eos=False) for i in range(300)]
+    run(engine, *seqs)
+    mean = sum(len(seq.output_token_ids) for seq in seqs) / len(seqs)
+    assert mean < engine.scheduler.mean_output < mean + 6
+    run(engine, *sequences([1], max_tokens=1))  # says nothing about those that may stop
+    assert engine.scheduler.mean_output < mean + 6
+
+
+def test_a_batch_with_too_few_rows_runs_longest_first():
+    num_steps = {}
+    for add_all in "add_batch", "add":
+        engine = make_engine(num_blocks=400, max_num_seqs=8)
+        seqs = crowd()
+        if add_all == "add_batch":
+            engine.add_batch(seqs)
+            lengths = [seq.max_len for seq in engine.scheduler.waiting]
+            assert lengths == sorted(lengths, reverse=True)
+        else:
+            for seq in seqs:
+                engine.add(seq)
+        run(engine)
+        assert_right(*seqs)
+        num_steps[add_all] = engine.metrics.steps
+    assert num_steps["add_batch"] < 0.92 * num_steps["add"]
+
+
+@pytest.mark.parametrize("options", [dict(max_num_seqs=60), dict(max_num_seqs=8, num_blocks=40)])
+def test_a_batch_that_fits_or_has_too_few_pages_keeps_its_order(options):
+    engine = make_engine(**options)
+    seqs = crowd()
+    engine.add_batch(seqs)
+    assert list(engine.scheduler.waiting) == seqs

@@ -10,6 +10,7 @@ from itertools import count
 
 import pytest
 from fake_worker import (
+    NEVER,
     FakeWorker,
     assert_idle,
     assert_right,
@@ -64,6 +65,7 @@ def engines(draw):
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 0, 1, 3, 10, 50])),
         enable_prefix_caching=draw(st.integers(0, 4)) > 0,
         depth=draw(st.integers(1, 2)),
+        mean_output=draw(st.sampled_from([0, 0, 8, 256])),
     )
 
 
@@ -76,7 +78,7 @@ REQUESTS = st.tuples(
     st.sampled_from([1, 3, 8, 16, None]),  # max_tokens
     st.sampled_from([0, 0, 0, 1, 4]),  # min_tokens
     st.sampled_from([True, True, False]),  # ignore_eos
-    st.sampled_from([None, None, None, [3, 4, 5]]),  # stop_token_ids
+    st.sampled_from([None, [NEVER], [NEVER], [3, 4, 5]]),  # stop_token_ids
     st.integers(0, 1),  # seed
 )
 NO_EVENTS = [("step", 0)] * 24
@@ -181,3 +183,27 @@ def test_colliding_hashes_never_give_wrong_tokens(engine, schedule, bits):
             lambda data, seed: 1 + real_hash(data, seed) % 2**bits,
         )
         Run(*engine).play(schedule)
+
+
+CERTAIN = st.lists(
+    st.tuples(
+        st.sampled_from(TEXTS),
+        st.integers(1, 39),  # prompt tokens
+        st.lists(st.integers(1, 2), max_size=3),
+        st.sampled_from([1, 3, 8, 16, 30]),  # max_tokens
+        st.integers(0, 6),  # steps until the next
+    ),
+    min_size=4,
+    max_size=24,
+)
+
+
+@fuzz(1000)
+@given(engines(), CERTAIN)
+def test_nobody_is_preempted_where_lengths_are_certain(engine, requests):
+    run = Run(*engine)
+    run.play([
+        ((text, length, tail, max_tokens, 0, True, None, 0), ("step", 0), num_steps)
+        for text, length, tail, max_tokens, num_steps in requests
+    ])  # fmt: skip
+    assert run.engine.metrics.preemptions == 0
