@@ -79,8 +79,10 @@ def setting(request, tmp_path_factory):
     dict(num_gpu_blocks_override=16, kv_cache_memory_bytes=None),  # preemptions
     dict(num_gpu_blocks_override=16, kv_cache_memory_bytes=None, async_scheduling=False),
 ], ids=str)  # fmt: skip
-def test_greedy_tokens_equal_transformers(setting, options):
+def test_greedy_tokens_equal_transformers(setting, options, request):
     folder, prompts, expected = setting
+    if "num_gpu_blocks_override" in options:
+        request.getfixturevalue("crowded")
     with load(folder, **options) as llm:
         assert generate(llm, prompts, greedy()) == expected
         assert generate(llm, prompts, greedy()) == expected  # every prefix in the cache

@@ -77,7 +77,7 @@ def test_prefix_cache_off_cold_warm_and_within_a_batch(setting, enabled):
     assert (metrics.cached_tokens > 0) == enabled
 
 
-def test_preemption(setting):
+def test_preemption(setting, crowded):
     folder, prompts, expected = setting
     cache = page_bytes(folder, 4) * 40  # one request of 128 tokens, and little more
     for prefix_caching in (True, False):
@@ -101,7 +101,7 @@ def test_batch_sizes_and_order(setting, max_num_seqs):
     assert rounds == [[expected[i] for i in order]]
 
 
-def test_overlap(setting):
+def test_overlap(setting, crowded):
     folder, prompts, expected = setting
     cache = page_bytes(folder, 4) * 40
     rounds, metrics = run(
