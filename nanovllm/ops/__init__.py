@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from nanovllm.ops import reference
-from nanovllm.ops.cpu import linear, pack_weight, packs_weights
+from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
     from nanovllm.batch import Attention
     from nanovllm.config import ModelConfig
 
 __all__ = [
-    "add_rms_norm",
     "default_block_size",
     "linear",
     "make_attention",
@@ -25,7 +24,6 @@ __all__ = [
     "qk_norm_rope_store",
     "rms_norm",
     "sample",
-    "silu_and_mul",
 ]
 
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -38,16 +36,16 @@ def _by_device(op: Op) -> Op:
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
-        from nanovllm.ops import triton_ops
+        from nanovllm.ops import triton_linear, triton_ops
 
-        return getattr(triton_ops, op.__name__)(x, *args, **kwargs)
+        kernels = triton_linear if op is reference.linear else triton_ops
+        return getattr(kernels, op.__name__)(x, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 rms_norm = _by_device(reference.rms_norm)
-add_rms_norm = _by_device(reference.add_rms_norm)
-silu_and_mul = _by_device(reference.silu_and_mul)
+linear = _by_device(reference.linear)
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference.sample)
 

@@ -12,6 +12,8 @@ import triton
 MAX_SHARED_BYTES = 99 * 1024
 MAX_HEAD_DIM = 256
 
+MAX_GEMV_ROWS = 4  # of the input; with more, cuBLAS is faster
+
 # Elements a program, the same on all GPUs.
 SILU_BLOCK = 1024
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
@@ -58,3 +60,24 @@ def attention_configs(head_dim: int, itemsize: int) -> tuple[AttentionConfig, At
             f"device='cpu' takes any"
         )
     return ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """One way to run the product of few rows with a weight.
+
+    Attributes:
+        block_n: outputs a program; gate and up count once.
+        block_k: inputs it reads at a time, one block after another.
+        num_warps: Triton's.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+def gemv_config(num_out: int, size: int, itemsize: int, gated: bool) -> GemvConfig:
+    """For a weight of [num_out, size] (twice as many rows if gated)."""
+    block_k = min(triton.next_power_of_2(size), 8192 // itemsize)
+    return GemvConfig(2 if gated else 4, block_k, 4)

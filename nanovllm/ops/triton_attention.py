@@ -13,9 +13,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.batch import ForwardBatch, KVLayer
 from nanovllm.ops.kernel_configs import AttentionConfig, attention_configs
+from nanovllm.ops.triton_ops import pdl_options
 from nanovllm.ops.work_list import ITEM_WIDTH, max_items, max_slots, work_list
 
 LOG2_E = 1.4426950408889634
@@ -132,7 +134,7 @@ def paged_attention_kernel(
     scale_log2, table_stride, page_stride, slot_stride, head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program i is item i // K for key/value head i % K; those beyond the list do nothing.
 
@@ -146,6 +148,8 @@ def paged_attention_kernel(
         arrivals: [slots, K] int32, zeros before and after.
         scale_log2: softmax scale * log2(e).
     """
+    if PDL:
+        gdc_launch_dependents()
     unit = tl.program_id(0)
     if unit >= tl.load(num_items) * NUM_KV_HEADS:
         return
@@ -171,6 +175,8 @@ def paged_attention_kernel(
     q_rows += head * GROUP + rows % GROUP
     q_offsets = q_rows[:, None] * HEAD_DIM + dims[None, :]  # [M, D]
     q_ok = row_ok[:, None] & dims_ok[None, :]
+    if PDL:
+        gdc_wait()  # so far it read the work list, which came before all kernels of the step
     q_tile = tl.load(q + q_offsets, mask=q_ok, other=0.0)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -300,6 +306,7 @@ class TritonAttention:
                 BLOCK_SIZE=kv.k.shape[1], BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
                 BLOCK_D=self.block_d, PRECISION=self.precision,
                 num_warps=config.num_warps, num_stages=config.num_stages,
+                **pdl_options(q.device),
             )  # fmt: skip
         return out
 

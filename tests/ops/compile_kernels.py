@@ -28,7 +28,8 @@ def record_launches() -> dict[str, tuple]:
     from kernel_calls import paged_case
 
     from nanovllm.batch import ForwardBatch, KVLayer
-    from nanovllm.ops import triton_ops
+    from nanovllm.ops import triton_linear, triton_ops
+    from nanovllm.ops.kernel_configs import MAX_GEMV_ROWS
 
     launches: dict[str, tuple] = {}
     label = ""
@@ -57,9 +58,15 @@ def record_launches() -> dict[str, tuple]:
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
         triton_ops.rms_norm(x, x[0], 1e-6)
-        label = f"{dtype} add"
-        triton_ops.add_rms_norm(x, x, x[0], 1e-6)
         triton_ops.silu_and_mul(x)
+        weight = torch.zeros(64, 4096, dtype=dtype)
+        for rows in (1, MAX_GEMV_ROWS):
+            few = torch.zeros(rows, 4096, dtype=dtype)
+            label = f"{dtype}, {rows} rows"
+            triton_linear.linear(few, weight, norm=(x[0], 1e-6), gated=True)
+            label += ", added"
+            triton_linear.linear(few, weight, residual=few[:, :64].contiguous())
+        label = str(dtype)
         kv = KVLayer(*torch.zeros(2, 4, 16, 8, 128, dtype=dtype))
         batch = ForwardBatch(
             token_ids=None, positions=torch.zeros(2, dtype=torch.int64),

@@ -21,7 +21,8 @@ from kernel_calls import (
 from nanovllm.batch import ForwardBatch, KVLayer
 from nanovllm.config import RopeConfig
 from nanovllm.layers.rope import Rope
-from nanovllm.ops import reference, triton_ops
+from nanovllm.ops import reference, triton_linear, triton_ops
+from nanovllm.ops.kernel_configs import MAX_GEMV_ROWS
 from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -100,7 +101,7 @@ def test_attention_on_a_gpu(case, compiled_ahead):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 48), (7, 1024), (5, 5120), (33, 100)])
 def test_norms_and_silu(device, dtype, shape):
-    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    x, other = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[1], device=device).to(dtype)
 
     def norm(x):
@@ -109,13 +110,45 @@ def test_norms_and_silu(device, dtype, shape):
 
     out = triton_ops.rms_norm(x, weight, 1e-6)
     assert relative_error(out, norm(x)) < tolerance(dtype)
-    out, total = triton_ops.add_rms_norm(x, residual, weight, 1e-6)
-    assert relative_error(total, x.double() + residual.double()) < tolerance(dtype)
-    assert relative_error(out, norm(total)) < tolerance(dtype)
 
-    gate, up = x.double().repeat(1, 3), residual.double().repeat(1, 3)
+    gate, up = x.double().repeat(1, 3), other.double().repeat(1, 3)
     out = triton_ops.silu_and_mul(torch.cat((gate, up), -1).to(dtype))
     assert relative_error(out, gate * gate.sigmoid() * up) < tolerance(dtype)
+
+
+# Products
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size, num_out", [(48, 7), (1024, 96), (5000, 33), (3072, 64)])
+@pytest.mark.parametrize(
+    "norm, gated, add, has_bias",
+    [(1, 0, 0, 0), (0, 0, 1, 0), (1, 1, 0, 0), (0, 0, 0, 1), (1, 1, 1, 1), (0, 0, 1, 1)],
+)
+def test_linear(device, dtype, size, num_out, norm, gated, add, has_bias):
+    def tensor(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    weight = tensor(num_out * (1 + gated), size) / size**0.5
+    bias = tensor(len(weight)) if has_bias else None
+    norm_weight = tensor(size)
+    for rows in (0, 1, 2, 3, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 70):
+        x, residual = tensor(rows, size), tensor(rows, num_out)
+        exact = x.double()
+        if norm:
+            exact = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm_weight
+        exact = exact @ weight.double().T + (bias if has_bias else 0)
+        if gated:
+            gate, up = exact.chunk(2, -1)
+            exact = gate * gate.sigmoid() * up
+        exact = exact + residual if add else exact
+        parts = (norm_weight, 1e-6) if norm else None
+        out = triton_linear.linear(x, weight, bias, parts, bool(gated), residual if add else None)
+        assert out.shape == (rows, num_out) and out.dtype == dtype
+        # Not fused it is rounded after the norm, the product and the gate.
+        assert rows == 0 or relative_error(out, exact) < (1 + norm + gated) * tolerance(dtype)
+        assert not add or out is residual
 
 
 # Query and key norms, RoPE, store
