@@ -12,8 +12,6 @@ import triton
 MAX_SHARED_BYTES = 99 * 1024
 MAX_HEAD_DIM = 256
 
-MAX_GEMV_ROWS = 4  # of the input; with more, cuBLAS is faster
-
 # Elements a program, the same on all GPUs.
 SILU_BLOCK = 1024
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
@@ -77,7 +75,15 @@ class GemvConfig:
     num_warps: int
 
 
-def gemv_config(num_out: int, size: int, itemsize: int, gated: bool) -> GemvConfig:
-    """For a weight of [num_out, size] (twice as many rows if gated)."""
-    block_k = min(triton.next_power_of_2(size), 8192 // itemsize)
-    return GemvConfig(2 if gated else 4, block_k, 4)
+def max_gemv_rows(num_weights: int) -> int:
+    """Input rows up to which the kernel is faster than cuBLAS and kernels for norm and gate."""
+    return 4 if num_weights <= 2**24 else 1
+
+
+def gemv_config(size: int, itemsize: int, gated: bool) -> GemvConfig:
+    """For inputs of `size` elements. As many bytes are on their way with one warp for short rows of
+    a weight as with eight for long ones."""
+    block_n = 2 if gated else 4
+    if size <= 1024:
+        return GemvConfig(block_n, min(triton.next_power_of_2(size), 1024 // itemsize), 1)
+    return GemvConfig(block_n, 4096 // itemsize, 4 if gated else 8)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import MAX_GEMV_ROWS, gemv_config
+from nanovllm.ops.kernel_configs import gemv_config, max_gemv_rows
 from nanovllm.ops.triton_ops import pdl_options, rms_norm, silu_and_mul
 
 
@@ -89,7 +89,7 @@ def linear(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As reference.linear."""
-    if 0 < len(x) <= MAX_GEMV_ROWS:
+    if 0 < len(x) <= max_gemv_rows(weight.numel()):
         return _gemv(x, weight, bias, norm, gated, residual)
     if norm is not None:
         x = rms_norm(x, *norm)
@@ -113,7 +113,7 @@ def _gemv(
     num_out = len(weight) // 2 if gated else len(weight)
     out = x.new_empty(num_rows, num_out) if residual is None else residual
     norm_weight, eps = norm or (x, 0.0)
-    config = gemv_config(num_out, size, x.element_size(), gated)
+    config = gemv_config(size, x.element_size(), gated)
     gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
         out, x, weight, x if bias is None else bias, norm_weight, eps,
         ROWS=num_rows, PADDED_ROWS=triton.next_power_of_2(num_rows), N=num_out, K=size,
