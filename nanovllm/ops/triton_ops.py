@@ -89,9 +89,6 @@ def qk_norm_rope_store_kernel(
     HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's heads, HEADS a program, each as its two halves [HEADS, HALF]."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, HALF)
@@ -101,6 +98,20 @@ def qk_norm_rope_store_kernel(
     num_heads_in: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     dims_ok = dims < HEAD_DIM // 2
     ok = (head < num_heads_in)[:, None] & dims_ok[None, :]
+    slot = tl.load(slot_mapping + token)
+    angles = rope_table + tl.load(positions + token) * HEAD_DIM + dims
+    cos = tl.load(angles, mask=dims_ok, other=0.0)[None, :]
+    sin = tl.load(angles + HEAD_DIM // 2, mask=dims_ok, other=0.0)[None, :]
+    if NORM:
+        qa = tl.load(q_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
+        qb = tl.load(q_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
+        ka = tl.load(k_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
+        kb = tl.load(k_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
+        weight_a = tl.where(is_q[:, None], qa, ka)
+        weight_b = tl.where(is_q[:, None], qb.to(tl.float32), kb.to(tl.float32))
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     offsets = head[:, None] * HEAD_DIM + dims[None, :]
     source = qkv + token * num_heads_in * HEAD_DIM + offsets
     a_in = tl.load(source, mask=ok, other=0.0)
@@ -108,25 +119,15 @@ def qk_norm_rope_store_kernel(
     a, b = a_in.to(tl.float32), b_in.to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
-        qa = tl.load(q_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
-        qb = tl.load(q_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
-        ka = tl.load(k_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
-        kb = tl.load(k_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
-        a = (a * scale).to(a_in.dtype).to(tl.float32) * tl.where(is_q[:, None], qa, ka)
-        b = (b * scale).to(a_in.dtype).to(tl.float32) * tl.where(
-            is_q[:, None], qb.to(tl.float32), kb.to(tl.float32)
-        )
+        a = (a * scale).to(a_in.dtype).to(tl.float32) * weight_a
+        b = (b * scale).to(a_in.dtype).to(tl.float32) * weight_b
         a, b = a.to(a_in.dtype).to(tl.float32), b.to(a_in.dtype).to(tl.float32)
-    angles = rope_table + tl.load(positions + token) * HEAD_DIM + dims
-    cos = tl.load(angles, mask=dims_ok, other=0.0)[None, :]
-    sin = tl.load(angles + HEAD_DIM // 2, mask=dims_ok, other=0.0)[None, :]
     a_out = tl.where(is_v[:, None], a_in, (a * cos - b * sin).to(a_in.dtype))
     b_out = tl.where(is_v[:, None], b_in, (b * cos + a * sin).to(a_in.dtype))
 
     to_q = q_out + token * NUM_HEADS * HEAD_DIM + offsets
     tl.store(to_q, a_out, mask=ok & is_q[:, None])
     tl.store(to_q + HEAD_DIM // 2, b_out, mask=ok & is_q[:, None])
-    slot = tl.load(slot_mapping + token)
     if slot >= 0:
         in_cache = slot * NUM_KV_HEADS * HEAD_DIM + offsets
         to_k = k_cache + in_cache - NUM_HEADS * HEAD_DIM
