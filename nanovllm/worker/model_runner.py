@@ -67,8 +67,9 @@ class ModelRunner:
         self._check_memory(cache_bytes=0)
         self.block_size = config.block_size or ops.default_block_size(config.attention_backend)
         self.attention = ops.make_attention(
-            config.attention_backend, model_config, self.block_size, self.dtype, device
-        )
+            config.attention_backend, model_config, self.block_size, self.dtype, device,
+            max_num_seqs,
+        )  # fmt: skip
         self.uploader = Uploader(device)
         self.sampler = Sampler(max_num_seqs + 1, model_config.vocab_size, self.uploader)
         self.graphs: DecodeGraphs | None = None

@@ -35,7 +35,7 @@ def test_every_key_once_within_the_bounds(seed):
 
     slots = items[items[:, 6] >= 0, 6]
     assert sorted(slots) == list(range(len(slots)))
-    assert len(slots) <= max_slots(num_kv_heads, num_units)
+    assert len(slots) <= max_slots(tile_tokens, num_kv_heads, num_units)
 
     tiles = {}
     for row, token, num_tokens, position, start, end, slot, first_slot, parts in items.tolist():
