@@ -49,8 +49,9 @@ SLOT = tl.constexpr(6)
 FIRST_SLOT = tl.constexpr(7)
 NUM_PARTS = tl.constexpr(8)
 PREFIX_SLOT = tl.constexpr(9)
-PREFIX_STRIDE = tl.constexpr(10)
-PREFIX_PARTS = tl.constexpr(11)
+PREFIX_TOKEN = tl.constexpr(10)
+PREFIX_TOKENS = tl.constexpr(11)
+PREFIX_PARTS = tl.constexpr(12)
 WIDTH = tl.constexpr(ITEM_WIDTH)
 
 
@@ -122,17 +123,20 @@ def _attend_block(
 
 
 @triton.jit
+def _first_row(slot, head, num_tokens, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """Of a head's partial result. A tile's result takes a slot for each of its tokens, and in them
+    its heads' rows lie one after another."""
+    return slot.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head * num_tokens * GROUP
+
+
+@triton.jit
 def _merge(
-    partial, stats, first_rows, num_parts, part_stride, row_ok, dims,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    m, total, acc, partial, stats, first_part, num_parts, part_stride, rows, row_ok, dims,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The softmax-weighted sum of partial results, by their log-sum-exps; as a partial result. It
-    is that of no keys where there are no parts."""
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    """Adds a tile's other partial results to one: a sum weighted by their softmaxes' sums."""
     for part in range(num_parts):
-        row = first_rows + part * part_stride
+        row = first_part + part * part_stride + rows
         # .cg: past this multiprocessor's own cache, which does not see others' writes.
         m_part = tl.load(stats + row * 2, mask=row_ok, other=float("-inf"), cache_modifier=".cg")
         total_part = tl.load(stats + row * 2 + 1, mask=row_ok, other=0.0, cache_modifier=".cg")
@@ -167,16 +171,15 @@ def paged_attention_kernel(
         items: [items, WIDTH] int32; num_items: [1] int32, how many count.
         shared_tokens: None, or the items are of shared keys, and their query tokens are indices of
             these, [shared tokens] int32, the query tokens of the batch.
-        partial: [slots, H, BLOCK_D] float32, sums of values.
-        stats: [slots, H, 2] float32, maximum and sum of the softmax.
+        partial: [slots * H, BLOCK_D] float32, sums of values; _first_row says whose.
+        stats: [slots * H, 2] float32, maximum and sum of the softmax.
         arrivals: [slots, K] int32, zeros before and after.
         scale_log2: softmax scale * log2(e).
-        HAS_PREFIXES: some items go on where shared keys end.
+        HAS_PREFIXES: there are decodes whose first keys are shared, and have been attended to.
     """
     unit = tl.program_id(0)
     if unit >= tl.load(num_items) * NUM_KV_HEADS:
         return
-    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     PAD_D: tl.constexpr = BLOCK_D != HEAD_DIM
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -194,27 +197,19 @@ def paged_attention_kernel(
     v_head = v_cache + head.to(tl.int64) * head_stride
 
     # Row r is query head r % GROUP of the group, at token r // GROUP of the tile.
-    query_heads = head * GROUP + rows % GROUP
-    slot_rows = rows // GROUP * NUM_HEADS + query_heads
     if shared_tokens is None:
-        q_rows = token.to(tl.int64) * NUM_HEADS + slot_rows
+        q_rows = (token + rows // GROUP).to(tl.int64) * (NUM_KV_HEADS * GROUP)
     else:
         tokens = tl.load(shared_tokens + token + rows // GROUP, mask=row_ok, other=0)
-        q_rows = tokens.to(tl.int64) * NUM_HEADS + query_heads
+        q_rows = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP)
+    q_rows += head * GROUP + rows % GROUP
     q_offsets = q_rows[:, None] * HEAD_DIM + dims[None, :]  # [M, D]
     q_ok = row_ok[:, None] & dims_ok[None, :]
     q_tile = tl.load(q + q_offsets, mask=q_ok, other=0.0)
 
-    if HAS_PREFIXES:
-        m, total, acc = _merge(
-            partial, stats, tl.load(item + PREFIX_SLOT).to(tl.int64) * NUM_HEADS + slot_rows,
-            tl.load(item + PREFIX_PARTS), tl.load(item + PREFIX_STRIDE) * NUM_HEADS,
-            row_ok, dims, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-    else:
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_position = position + rows // GROUP
     # Blocks that every row sees whole, then those with a mask.
     seen_by_all = tl.maximum(tl.minimum(key_end, position + 1) - key_start, 0)
@@ -233,23 +228,38 @@ def paged_attention_kernel(
         )  # fmt: skip
 
     if slot >= 0:
-        part_rows = slot.to(tl.int64) * NUM_HEADS + slot_rows
+        num_tokens = tl.load(item + NUM_TOKENS)
+        part_rows = _first_row(slot, head, num_tokens, NUM_KV_HEADS, GROUP) + rows
         tl.store(stats + part_rows * 2, m, mask=row_ok)
         tl.store(stats + part_rows * 2 + 1, total, mask=row_ok)
         tl.store(partial + part_rows[:, None] * BLOCK_D + dims[None, :], acc, mask=row_ok[:, None])
         if shared_tokens is None:
-            first_slot = tl.load(item + FIRST_SLOT).to(tl.int64)
+            first_slot = tl.load(item + FIRST_SLOT)
             num_parts = tl.load(item + NUM_PARTS)
             arrival = arrivals + first_slot * NUM_KV_HEADS + head
             tl.debug_barrier()  # every warp has stored its share before one thread says so
             if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
-                _, total, acc = _merge(
-                    partial, stats, first_slot * NUM_HEADS + slot_rows, num_parts,
-                    tl.load(item + NUM_TOKENS) * NUM_HEADS, row_ok, dims, BLOCK_M, BLOCK_D,
+                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK_M], tl.float32)
+                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                m, total, acc = _merge(
+                    m, total, acc, partial, stats,
+                    _first_row(first_slot, head, num_tokens, NUM_KV_HEADS, GROUP), num_parts,
+                    num_tokens * (NUM_KV_HEADS * GROUP), rows, row_ok, dims, BLOCK_D,
                 )  # fmt: skip
                 tl.store(arrival, 0)
                 slot = -1
     if slot < 0:
+        if HAS_PREFIXES:
+            prefix_tokens = tl.load(item + PREFIX_TOKENS)
+            prefix = _first_row(
+                tl.load(item + PREFIX_SLOT), head, prefix_tokens, NUM_KV_HEADS, GROUP
+            )
+            m, total, acc = _merge(
+                m, total, acc, partial, stats, prefix + tl.load(item + PREFIX_TOKEN) * GROUP,
+                tl.load(item + PREFIX_PARTS), prefix_tokens * (NUM_KV_HEADS * GROUP),
+                rows, row_ok, dims, BLOCK_D,
+            )  # fmt: skip
         tl.store(out + q_offsets, acc / total[:, None], mask=q_ok)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
-ITEM_WIDTH = 12
+ITEM_WIDTH = 13
 
 
 class Prefixes(NamedTuple):
@@ -18,14 +18,15 @@ class Prefixes(NamedTuple):
 
     Attributes:
         num_keys: the first so many keys.
-        slots: of the first part's result.
-        strides: slots from one part to the next.
-        num_parts: parts.
+        first_slot: of the tile that they are in, as of an item.
+        token: their place among the tile's query tokens.
+        num_tokens, num_parts: of the tile.
     """
 
     num_keys: np.ndarray
-    slots: np.ndarray
-    strides: np.ndarray
+    first_slot: np.ndarray
+    token: np.ndarray
+    num_tokens: np.ndarray
     num_parts: np.ndarray
 
 
@@ -81,12 +82,11 @@ def work_list(
         2 its query tokens
         3 the first one's position in its sequence; of shared keys the last key
         4, 5 the part's first key, and the end of its keys
-        6 slot for the first query token's partial result, the others' follow; -1: the item has all
-          keys, there is nothing to merge
-        7 slot of the tile's first part
+        6 the first slot of the partial result, which takes one for each query token; -1: the item
+          has all keys, there is nothing to merge
+        7 the first slot of the tile's first part; those of the others follow
         8 the tile's parts
-        9, 10, 11 of a part that goes on where a prefix ends: the slot of the prefix's first part,
-          slots from one part to the next, parts; 0 for all others
+        9 to 12 of a sequence with a prefix: first_slot, token, num_tokens and num_parts of Prefixes
     """
     is_shared = shared_from is not None
     num_tiles = _ceil_div(query_lens, tile_tokens)
@@ -125,9 +125,8 @@ def work_list(
     items[:, 7] = first_slot[tile]
     items[:, 8] = num_parts[tile]
     if prefixes:
-        columns = (prefixes.slots, prefixes.strides, prefixes.num_parts)
-        for column, values in enumerate(columns, start=9):
-            items[:, column] = np.where(part == 0, values[seq][tile], 0)
+        for column, values in enumerate(prefixes[1:], start=9):
+            items[:, column] = values[seq][tile]
     return items[np.argsort(key_start - key_end, kind="stable")]
 
 
@@ -139,13 +138,14 @@ def prefixes_of(items: np.ndarray, members: np.ndarray, num_seqs: int) -> Prefix
         members: the decodes that are the items' query tokens.
         num_seqs: of the step.
     """
-    prefixes = Prefixes(*np.zeros((4, num_seqs), np.int64))
+    prefixes = Prefixes(*np.zeros((5, num_seqs), np.int64))
     tiles = items[items[:, 6] == items[:, 7]]  # their first parts
     tile, token = _repeat(tiles[:, 2])
     seqs = members[tiles[tile, 1] + token]
     prefixes.num_keys[seqs] = tiles[tile, 3] + 1
-    prefixes.slots[seqs] = tiles[tile, 7] + token
-    prefixes.strides[seqs] = tiles[tile, 2]
+    prefixes.first_slot[seqs] = tiles[tile, 7]
+    prefixes.token[seqs] = token
+    prefixes.num_tokens[seqs] = tiles[tile, 2]
     prefixes.num_parts[seqs] = tiles[tile, 8]
     return prefixes
 
