@@ -29,7 +29,7 @@ class Groups(NamedTuple):
     gain: int
 
 
-NOBODY = Groups(*np.zeros((3, 0), np.int64), gain=0)
+NOBODY = Groups(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), 0)
 
 
 def gain_of(size: int, num_keys: int, tile_tokens: int, group: int) -> int:

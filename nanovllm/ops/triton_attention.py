@@ -30,6 +30,7 @@ from nanovllm.ops.shared_prefix import find_groups, max_tiles
 from nanovllm.ops.work_list import (
     ITEM_WIDTH,
     Prefixes,
+    Sizes,
     max_items,
     max_shared_slots,
     max_slots,
@@ -299,13 +300,8 @@ class TritonAttention:
         self.short, self.long = attention_configs(head_dim, dtype.itemsize)
         self.shared = replace(self.long, programs_per_sm=SHARED_PROGRAMS_PER_SM)
         # Those of shared keys come behind those that each launch uses anew.
-        self.shared_from = max(
-            max_slots(self._tile_tokens(config), num_kv_heads, self._num_units(config))
-            for config in (self.short, self.long)
-        )
-        num_slots = self.shared_from + max_shared_slots(
-            max_decodes, self._tile_tokens(self.shared), num_kv_heads, self._num_units(self.shared)
-        )
+        self.shared_from = max(max_slots(self._sizes(config)) for config in (self.short, self.long))
+        num_slots = self.shared_from + max_shared_slots(max_decodes, self._sizes(self.shared))
         self.partial = torch.empty(num_slots * num_heads * self.block_d, device=device)
         self.stats = torch.empty(num_slots * num_heads * 2, device=device)
         self.arrivals = torch.zeros(
@@ -334,7 +330,7 @@ class TritonAttention:
                 query_start[:-1][seqs],
                 query_lens[seqs],
                 context_lens[seqs],
-                **self._sizes(config),
+                self._sizes(config),
                 prefixes=Prefixes(*(a[seqs] for a in prefixes)) if prefixes else None,
             )
             arrays |= self._item_arrays(name, config, items, graph_size)
@@ -366,7 +362,7 @@ class TritonAttention:
             first_member,
             groups.sizes,
             groups.num_pages * self.block_size,
-            **self._sizes(self.shared),
+            self._sizes(self.shared),
             shared_from=self.shared_from,
         )
         tokens = groups.members.astype(np.int32)
@@ -411,20 +407,17 @@ class TritonAttention:
         need."""
         num_items = np.array([len(items)], np.int32)
         if num_tiles is not None:
-            room = max_items(num_tiles, self.num_kv_heads, self._num_units(config))
+            room = max_items(num_tiles, self._sizes(config))
             items = np.concatenate((items, np.zeros((room - len(items), ITEM_WIDTH), np.int32)))
         return {f"{name}_items": items, f"num_{name}_items": num_items}
 
-    def _sizes(self, config: AttentionConfig) -> dict[str, int]:
-        return dict(
-            tile_tokens=self._tile_tokens(config),
-            num_kv_heads=self.num_kv_heads,
-            num_units=self._num_units(config),
-            min_keys=config.min_keys,
+    def _sizes(self, config: AttentionConfig) -> Sizes:
+        return Sizes(
+            self._tile_tokens(config),
+            self.num_kv_heads,
+            self.num_sms * config.programs_per_sm,
+            config.min_keys,
         )
-
-    def _num_units(self, config: AttentionConfig) -> int:
-        return self.num_sms * config.programs_per_sm
 
     def _block_m(self, config: AttentionConfig) -> int:
         return max(config.block_m, triton.next_power_of_2(self.group))

@@ -12,6 +12,28 @@ IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 ITEM_WIDTH = 13
 
 
+class Sizes(NamedTuple):
+    """What work is divided by.
+
+    Attributes:
+        tile_tokens: query tokens a tile.
+        num_kv_heads: programs an item is run by.
+        num_units: programs that keep the device busy; tiles are split to get so many.
+        min_keys: a part has a multiple of so many keys, but for a tile's last.
+    """
+
+    tile_tokens: int
+    num_kv_heads: int
+    num_units: int
+    min_keys: int
+
+    @property
+    def num_extra(self) -> int:
+        """Items beyond one for each tile at most: an even share, by work_list's own bound on the
+        size of a part."""
+        return self.num_units // self.num_kv_heads
+
+
 class Prefixes(NamedTuple):
     """Keys that other items attend to for a sequence's query tokens, and where the results are.
     All are [S], and 0 where there are none.
@@ -30,22 +52,21 @@ class Prefixes(NamedTuple):
     num_parts: np.ndarray
 
 
-def max_items(num_tiles: int, num_kv_heads: int, num_units: int) -> int:
-    """Items that work_list makes at most: an even share more than the tiles, by its own bound on
-    the size of a part."""
-    return num_tiles + num_units // num_kv_heads
+def max_items(num_tiles: int, sizes: Sizes) -> int:
+    """Items that work_list makes at most."""
+    return num_tiles + sizes.num_extra
 
 
-def max_slots(tile_tokens: int, num_kv_heads: int, num_units: int) -> int:
+def max_slots(sizes: Sizes) -> int:
     """Slots for partial results that work_list uses at most. A tile that is split has more keys
     than an even share, so there are at most units / heads of them, and one part more each."""
-    return tile_tokens * max(1, 2 * (num_units // num_kv_heads))
+    return sizes.tile_tokens * max(1, 2 * sizes.num_extra)
 
 
-def max_shared_slots(num_decodes: int, tile_tokens: int, num_kv_heads: int, num_units: int) -> int:
-    """Slots that work_list uses at most for shared keys: one for each decode, and for each part
-    beyond a tile's first as many as a tile has tokens."""
-    return num_decodes + tile_tokens * (num_units // num_kv_heads)
+def max_shared_slots(num_decodes: int, sizes: Sizes) -> int:
+    """Slots that work_list uses at most for shared keys: one for each decode, and a tile's for each
+    part beyond the first."""
+    return num_decodes + sizes.tile_tokens * sizes.num_extra
 
 
 def work_list(
@@ -53,11 +74,8 @@ def work_list(
     query_start: np.ndarray,
     query_lens: np.ndarray,
     context_lens: np.ndarray,
+    sizes: Sizes,
     *,
-    tile_tokens: int,
-    num_kv_heads: int,
-    num_units: int,
-    min_keys: int,
     prefixes: Prefixes | None = None,
     shared_from: int | None = None,
 ) -> np.ndarray:
@@ -67,10 +85,6 @@ def work_list(
         rows: [S] of the block tables.
         query_start: [S] each sequence's first query token in the batch.
         query_lens, context_lens: [S].
-        tile_tokens: query tokens a tile.
-        num_kv_heads: programs an item is run by.
-        num_units: programs that keep the device busy; tiles are split to get so many.
-        min_keys: a part has a multiple of so many keys, but for a tile's last.
         prefixes: keys that are left out, because others attend to them.
         shared_from: not None: these are such others. A sequence is a group of decodes, a query
             token one of them, and all of them see all keys; every part has a partial result, the
@@ -88,6 +102,7 @@ def work_list(
         8 the tile's parts
         9 to 12 of a sequence with a prefix: first_slot, token, num_tokens and num_parts of Prefixes
     """
+    tile_tokens, num_kv_heads, num_units, min_keys = sizes
     is_shared = shared_from is not None
     num_tiles = _ceil_div(query_lens, tile_tokens)
     seq, tile_of_seq = _repeat(num_tiles)
