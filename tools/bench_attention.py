@@ -133,7 +133,7 @@ def main() -> None:
     print(f"{'':45}{'ours':>14}{'flash-attn':>14}")
     for case in cases():
         ours = TritonAttention(
-            case.heads, case.kv_heads, case.head_dim, torch.bfloat16, CUDA, num_sms
+            case.heads, case.kv_heads, case.head_dim, 16, torch.bfloat16, CUDA, num_sms, 512
         )
         theirs = ""
         if flash_attention.flash_attn is not None:

@@ -61,6 +61,7 @@ def make_attention(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    max_decodes: int,
 ) -> "Attention":
     """The attention backend of a model on a device.
 
@@ -70,6 +71,7 @@ def make_attention(
         config: the model's sizes.
         block_size: tokens a page.
         dtype: of queries and cache.
+        max_decodes: of a step.
 
     Raises:
         ValueError: it does not run there; says what does.
@@ -89,6 +91,6 @@ def make_attention(
         from nanovllm.ops.triton_attention import TritonAttention
 
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        sizes = (config.num_heads, config.num_kv_heads, config.head_dim)
-        return TritonAttention(*sizes, dtype=dtype, device=device, num_sms=num_sms)
+        sizes = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
+        return TritonAttention(*sizes, dtype, device, num_sms, max_decodes)
     return reference.TorchAttention()

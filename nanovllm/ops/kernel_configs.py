@@ -17,6 +17,12 @@ SILU_BLOCK = 1024
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 VOCAB_BLOCK = 4096  # of sampling
 
+# Keys that decodes share are attended to with the configuration for chunks, but as many programs as
+# fit at a time: every further part is one more partial result for each decode.
+SHARED_PROGRAMS_PER_SM = 2
+# They have a launch of their own in each layer, which must save some microseconds of reading.
+MIN_GAIN_BYTES = 32 * 2**20
+
 
 @dataclass(frozen=True)
 class AttentionConfig:

@@ -2,7 +2,7 @@
 batch sizes and replayed with a single launch.
 
 model_runner.py makes them and decides when one is used. A batch of a size in between is padded;
-what differs from step to step is data in a buffer that the graphs read.
+what differs from step to step is data in memory that the graph reads.
 """
 
 from bisect import bisect_left
@@ -42,57 +42,73 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*sizes, max_num_seqs]
 
 
+Decode = Callable[[dict[str, torch.Tensor]], DecodeOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph, the memory on the device that it reads, and what it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor
+    output: DecodeOutput
+
+
 class DecodeGraphs:
-    """The graphs of one model, cache and row state.
+    """The graphs of one model, cache and row state: one for each size, and one more for each size
+    at which decodes turn out to share a prefix.
 
     Args:
         sizes: batch sizes, ascending.
-        make_arrays: what is uploaded for a harmless step, by size; shapes depend on the size alone.
-        decode: the step itself, on uploaded tensors; operations on the device alone.
         uploader: to the device.
     """
 
-    def __init__(
-        self,
-        sizes: list[int],
-        make_arrays: Callable[[int], dict[str, np.ndarray]],
-        decode: Callable[[dict[str, torch.Tensor]], DecodeOutput],
-        uploader: Uploader,
-    ):
+    def __init__(self, sizes: list[int], uploader: Uploader):
         self.sizes = sizes
         self.uploader = uploader
-        _, num_bytes = layout(make_arrays(sizes[-1]))
-        self.inputs = torch.empty(num_bytes, dtype=torch.uint8, device=uploader.device)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(uploader.device)
-        # The largest first: the others find room in its memory.
-        for size in reversed(sizes):
-            tensors = uploader.upload(make_arrays(size), out=self.inputs)
-            decode(tensors)  # kernels are compiled and loaded outside of the capture
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.current_stream().synchronize()
-            platform.drop_workspaces()
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool, capture_error_mode="thread_local")
-                try:
-                    output = decode(tensors)
-                except BaseException:
-                    with suppress(RuntimeError):  # it would hide what was wrong
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-            self.graphs[size] = graph, output
-        platform.drop_workspaces()
+        self.graphs: dict[tuple[tuple[str, tuple[int, ...]], ...], Captured] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(uploader.device)
 
     def padded_size(self, num_decodes: int) -> int:
         """The smallest captured size for a batch."""
         return self.sizes[bisect_left(self.sizes, num_decodes)]
 
-    def replay(self, size: int, arrays: dict[str, np.ndarray]) -> DecodeOutput:
-        """Run the graph of a size on what make_arrays would make of a step. The output is
-        overwritten by the next replay."""
-        self.uploader.upload(arrays, out=self.inputs)
-        graph, output = self.graphs[size]
-        graph.replay()
+    def run(self, arrays: dict[str, np.ndarray], decode: Decode) -> DecodeOutput:
+        """Run a step by the graph for arrays of these shapes, which is captured after the first
+        such step. The output is overwritten by the next one.
+
+        Args:
+            arrays: what is uploaded for the step.
+            decode: the step itself, on uploaded tensors; operations on the device alone.
+        """
+        shapes = tuple((name, array.shape) for name, array in arrays.items())
+        captured = self.graphs.get(shapes)
+        if captured is not None:
+            self.uploader.upload(arrays, out=captured.inputs)
+            captured.graph.replay()
+            return captured.output
+        _, num_bytes = layout(arrays)
+        inputs = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
+        tensors = self.uploader.upload(arrays, out=inputs)
+        output = decode(tensors)  # kernels are compiled and loaded outside of the capture
+        self.graphs[shapes] = self._capture(tensors, inputs, decode)
         return output
+
+    def _capture(
+        self, tensors: dict[str, torch.Tensor], inputs: torch.Tensor, decode: Decode
+    ) -> Captured:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        platform.drop_workspaces()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                output = decode(tensors)
+            except BaseException:
+                with suppress(RuntimeError):  # it would hide what was wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        platform.drop_workspaces()
+        return Captured(graph, inputs, output)

@@ -67,8 +67,9 @@ class ModelRunner:
         self._check_memory(cache_bytes=0)
         self.block_size = config.block_size or ops.default_block_size(config.attention_backend)
         self.attention = ops.make_attention(
-            config.attention_backend, model_config, self.block_size, self.dtype, device
-        )
+            config.attention_backend, model_config, self.block_size, self.dtype, device,
+            max_num_seqs,
+        )  # fmt: skip
         self.uploader = Uploader(device)
         self.sampler = Sampler(max_num_seqs + 1, model_config.vocab_size, self.uploader)
         self.graphs: DecodeGraphs | None = None
@@ -134,7 +135,7 @@ class ModelRunner:
     def _replay(self, graphs: DecodeGraphs, step: StepInput) -> torch.Tensor:
         num_decodes = len(step.rows)
         size = graphs.padded_size(num_decodes)
-        output = graphs.replay(size, self._decode_arrays(step, size))
+        output = graphs.run(self._decode_arrays(step, size), self._decode)
         draws = _draws(step)
         if self.sampler.is_plain(*draws):
             return output.token_ids[:num_decodes]
@@ -210,7 +211,7 @@ class ModelRunner:
 
     def _measured_graph_bytes(self, lasting: int) -> int:
         """Graphs share their memory, so the largest costs most, and each of the others about what
-        the second costs."""
+        the second costs; and those for shared prefixes, which come later, as much again."""
         assert self.memory is not None
         *others, largest = graph_sizes(self.max_num_seqs)
         graphs = self._capture([largest])
@@ -221,7 +222,7 @@ class ModelRunner:
         graphs = self._capture([others[-1], largest])
         second = max(0, self.memory.used() - lasting - first)
         del graphs
-        return first + len(others) * second
+        return first + (2 * len(others) + 1) * second
 
     def _run_largest_step(self, max_model_len: int) -> None:
         """As many tokens as a step may have, as many rows of logits, and every warper."""
@@ -242,9 +243,10 @@ class ModelRunner:
         row = self.inputs.padding_row
         warm_up = StepInput(num_decodes=1)
         warm_up.add(row, 0, query_len=1, samples=True)
-        return DecodeGraphs(
-            sizes, lambda size: self._decode_arrays(warm_up, size), self._decode, self.uploader
-        )
+        graphs = DecodeGraphs(sizes, self.uploader)
+        for size in reversed(sizes):  # the largest first: the others find room in its memory
+            graphs.run(self._decode_arrays(warm_up, size), self._decode)
+        return graphs
 
     def _decode_arrays(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
         draws = self.sampler.arrays(*_draws(step), num_padded=size - len(step.rows))

@@ -25,7 +25,7 @@ def test_sizes_go_up_to_max_num_seqs_with_little_padding(max_num_seqs):
 
 @pytest.mark.parametrize("size", [1, 8, 40])
 def test_a_graphs_arrays_have_the_shapes_of_its_size(size):
-    attention = TritonAttention(8, 2, 64, torch.bfloat16, CPU, num_sms=132)
+    attention = TritonAttention(8, 2, 64, 16, torch.bfloat16, CPU, num_sms=132, max_decodes=40)
     inputs = InputBuilder(40, 300, 16, attention, Uploader(CPU))
     rng = np.random.default_rng(0)
     shapes = set()

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -34,7 +35,8 @@ def record_launches() -> dict[str, tuple]:
     label = ""
 
     def note(kernel, *args, grid, warmup, **kwargs):
-        launches[f"{kernel.__name__} {label}"] = (kernel, args, kwargs)
+        part = "" if kwargs.get("HAS_PREFIXES") is not True else " behind a prefix"
+        launches[f"{kernel.__name__} {label}{part}"] = (kernel, args, kwargs)
 
     triton.JITFunction.run = note
     cpu = torch.device("cpu")
@@ -53,6 +55,13 @@ def record_launches() -> dict[str, tuple]:
             label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries of {query_len}"
             q, kv, batch = paged_case([query_len], [300], 4, 2, head_dim, block_size, dtype, cpu)
             batch.attention.attend(q, kv, batch, 1.0)
+        label = f"head_dim {head_dim} {dtype} pages of {block_size}, shared keys"
+        lens, groups = [4 * block_size + 9] * 64, [(np.arange(64), 4)]
+        q, kv, batch = paged_case(
+            [1] * 64, lens, 4, 2, head_dim, block_size, dtype, cpu, groups=groups
+        )
+        assert "shared_items" in batch.attention_arrays
+        batch.attention.attend(q, kv, batch, 1.0)
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
@@ -87,7 +96,7 @@ def compile_launch(kernel, args, kwargs, capability: int):
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
-        if kernel.params[i].is_constexpr:
+        if kernel.params[i].is_constexpr or value is None:
             signature[name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
