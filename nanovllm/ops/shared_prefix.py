@@ -69,9 +69,11 @@ def find_groups(
     if not (alike[1:] & alike[:-1]).any():
         return NOBODY  # no three begin with the same page
     sharers = order[alike[1:] | alike[:-1]]
+    num_pages = (context_lens[sharers] - 1) // block_size
+    if not num_pages.any():
+        return NOBODY
     # Rows that share much shall be neighbours. Any order is right; in one by few pages, ever
     # further apart, they nearly always are.
-    num_pages = (context_lens[sharers] - 1) // block_size
     depths = 2 ** np.arange(int(num_pages.max()).bit_length()) - 1
     places = rows[sharers] * block_tables.shape[1] + depths[::-1, None]
     sharers = sharers[np.lexsort(block_tables.reshape(-1).take(places))]

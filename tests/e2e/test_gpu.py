@@ -124,6 +124,46 @@ def test_graphs_equal_eager_at_every_batch_size(setting):
             assert generate(graphed, prompts[:size], greedy(6)) == expected[:size], size
 
 
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(async_scheduling=False),
+    dict(enforce_eager=True),
+    dict(max_num_batched_tokens=40),  # chunks beside decodes that share
+    dict(block_size=64),
+], ids=str)  # fmt: skip
+def test_tokens_are_the_same_when_a_shared_prefix_is_read_once(setting, options):
+    folder, *_ = setting
+    rng = random.Random(4)
+    documents = [[rng.randrange(128) for _ in range(n)] for n in (130, 70, 16)]
+    prompts = [
+        rng.choice(documents) + [rng.randrange(128) for _ in range(rng.randrange(1, 40))]
+        for _ in range(60)
+    ]
+    params = [greedy(rng.randrange(1, 30)) for _ in prompts]
+    with load(folder, max_num_seqs=40, **options) as llm:
+        attention = llm.llm_engine.executor.runner.attention
+        attention.min_gain_bytes = 1 << 60
+        expected = generate(llm, prompts, params)
+        attention.min_gain_bytes = 0
+        shared_items = count_calls(attention, "_shared", lambda result: bool(result[0]))
+        for _ in range(2):  # the second time by graphs
+            assert generate(llm, prompts, params) == expected
+        assert sum(shared_items) > 10
+
+
+def count_calls(owner, name, what):
+    """What a method's results are to `what`, from now on."""
+    method, seen = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        result = method(*args, **kwargs)
+        seen.append(what(result))
+        return result
+
+    setattr(owner, name, call)
+    return seen
+
+
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 10])
 def test_any_max_num_seqs_and_sequences_of_full_length(setting, max_num_seqs):
     folder, prompts, expected = setting

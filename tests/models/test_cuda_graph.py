@@ -28,18 +28,23 @@ def test_a_graphs_arrays_have_the_shapes_of_its_size(size):
     attention = TritonAttention(8, 2, 64, 16, torch.bfloat16, CPU, num_sms=132, max_decodes=40)
     inputs = InputBuilder(40, 300, 16, attention, Uploader(CPU))
     rng = np.random.default_rng(0)
-    shapes = set()
+    shapes = {False: set(), True: set()}
     for num_decodes in {1, (size + 1) // 2, size}:
         for longest in (2, 400, 4000):
-            step = StepInput(num_decodes=num_decodes)
-            for row in rng.permutation(40)[:num_decodes].tolist():
-                step.add(row, int(rng.integers(1, longest)), 1, samples=True)
-            arrays = inputs.arrays(step, graph_size=size)
-            shapes.add(tuple((name, a.shape, a.dtype) for name, a in arrays.items()))
-            assert (arrays["rows"][num_decodes:] == inputs.padding_row).all()
-            assert (arrays["slot_mapping"][num_decodes:] == -1).all()
-            assert arrays["num_short_items"][0] <= len(arrays["short_items"])
-    assert len(shapes) == 1
+            # Tables of zeros: all rows share all of their pages, if that counts.
+            for attention.min_gain_bytes in (0, 1 << 60):
+                step = StepInput(num_decodes=num_decodes)
+                for row in rng.permutation(40)[:num_decodes].tolist():
+                    step.add(row, int(rng.integers(1, longest)), 1, samples=True)
+                arrays = inputs.arrays(step, graph_size=size)
+                shares = "shared_items" in arrays
+                shapes[shares].add(tuple((name, a.shape, a.dtype) for name, a in arrays.items()))
+                assert (arrays["rows"][num_decodes:] == inputs.padding_row).all()
+                assert (arrays["slot_mapping"][num_decodes:] == -1).all()
+                for name in ("short", "shared") if shares else ("short",):
+                    assert arrays[f"num_{name}_items"][0] <= len(arrays[f"{name}_items"])
+    assert len(shapes[False]) == 1
+    assert len(shapes[True]) == (size > 2)
 
 
 def test_packed_arrays_come_back_as_they_were():
