@@ -136,21 +136,25 @@ def _merge(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile's other partial results to one: a sum weighted by their softmaxes' sums."""
-    for part in range(num_parts):
-        row = first_part + part * part_stride + rows
-        # .cg: past this multiprocessor's own cache, which does not see others' writes.
-        m_part = tl.load(stats + row * 2, mask=row_ok, other=float("-inf"), cache_modifier=".cg")
-        total_part = tl.load(stats + row * 2 + 1, mask=row_ok, other=0.0, cache_modifier=".cg")
-        acc_part = tl.load(
-            partial + row[:, None] * BLOCK_D + dims[None, :],
-            mask=row_ok[:, None], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        m_new = tl.maximum(m, m_part)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
-        total = total * old + total_part * new
-        acc = acc * old[:, None] + acc_part * new[:, None]
-        m = m_new
+    # Small tiles load several parts at once: their loads do not wait for each other.
+    AT_ONCE: tl.constexpr = 4 if acc.shape[0] <= 16 else 1
+    for first in range(0, num_parts, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            ok = row_ok & (first + i < num_parts)
+            row = first_part + (first + i) * part_stride + rows
+            # .cg: past this multiprocessor's own cache, which does not see others' writes.
+            m_part = tl.load(stats + row * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            total_part = tl.load(stats + row * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+            acc_part = tl.load(
+                partial + row[:, None] * BLOCK_D + dims[None, :],
+                mask=ok[:, None], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            m_new = tl.maximum(m, m_part)
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
+            total = total * old + total_part * new
+            acc = acc * old[:, None] + acc_part * new[:, None]
+            m = m_new
     return m, total, acc
 
 
