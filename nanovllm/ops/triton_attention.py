@@ -140,7 +140,8 @@ def _merge(
     AT_ONCE: tl.constexpr = 4 if acc.shape[0] <= 16 else 1
     for first in range(0, num_parts, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            ok = row_ok & (first + i < num_parts)
+            is_part = tl.full(rows.shape, first + i, tl.int32) < num_parts  # the last are none
+            ok = row_ok & is_part
             row = first_part + (first + i) * part_stride + rows
             # .cg: past this multiprocessor's own cache, which does not see others' writes.
             m_part = tl.load(stats + row * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
