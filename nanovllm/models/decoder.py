@@ -45,8 +45,8 @@ class Decoder(nn.Module):
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
         x = self.embed_tokens(batch.token_ids)  # [T, hidden]
-        for i, layer in enumerate(self.layers):
-            x = layer(x, batch, kv.layer(i))
+        for layer, pages in zip(self.layers, kv.layers, strict=False):
+            x = layer(x, batch, pages)
         return self.norm(x)
 
 

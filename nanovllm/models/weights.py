@@ -47,29 +47,8 @@ def pack_weights(model: CausalLM) -> None:
             module.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
-    """Give a built model memory on `device` and fill it from the folder's safetensors files.
-
-    Raises:
-        ValueError: a file or tensor is missing, surplus, misshapen or broken; names it.
-    """
-    files = _checkpoint_files(folder)
-    _materialize(model, device)
-    _fill(model, files)
-
-
-def fill_dummy_weights(model: CausalLM, device: torch.device, seed: int) -> None:
-    """Give a built model memory on `device` and random weights, for benchmarks."""
-    _materialize(model, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for param in model.parameters():
-        if param.dim() == 1:  # norms; biases as well, where any value will do
-            param.fill_(1.0)
-        else:
-            param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)
-
-
-def _materialize(model: nn.Module, device: torch.device) -> None:
+def allocate(model: CausalLM, device: torch.device) -> None:
+    """Give a built model memory on `device`; its weights are anything."""
     on_device: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
@@ -79,6 +58,25 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, on_device[param])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
+
+
+def load_weights(model: CausalLM, folder: Path) -> None:
+    """Fill an allocated model from the folder's safetensors files.
+
+    Raises:
+        ValueError: a file or tensor is missing, surplus, misshapen or broken; names it.
+    """
+    _fill(model, _checkpoint_files(folder))
+
+
+def fill_dummy_weights(model: CausalLM, seed: int) -> None:
+    """Give an allocated model random weights, for benchmarks."""
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    for param in model.parameters():
+        if param.dim() == 1:  # norms; biases as well, where any value will do
+            param.fill_(1.0)
+        else:
+            param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

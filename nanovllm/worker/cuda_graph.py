@@ -33,16 +33,18 @@ class DecodeOutput:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes to capture, ascending, max_num_seqs the last: so far apart that few decodes
-    are padding and few graphs are needed."""
+    """The batch sizes to capture, ascending, max_num_seqs the last: so far apart that few graphs
+    are needed, and so close that padding costs little. Up to 64 rows a product takes as long as its
+    weight is read; from there its tiles are as wide as the steps, a quarter of a power of two."""
     sizes, size = [], 1
     while size < max_num_seqs:
         sizes.append(size)
-        size += size if size < 8 else 8 if size < 64 else 2 ** (size.bit_length() - 4)
+        size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
     return [*sizes, max_num_seqs]
 
 
 Decode = Callable[[dict[str, torch.Tensor]], DecodeOutput]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class DecodeGraphs:
     def __init__(self, sizes: list[int], uploader: Uploader):
         self.sizes = sizes
         self.uploader = uploader
-        self.graphs: dict[tuple[tuple[str, tuple[int, ...]], ...], Captured] = {}
+        self.graphs: dict[Shapes, Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(uploader.device)
 
@@ -82,22 +84,22 @@ class DecodeGraphs:
             arrays: what is uploaded for the step.
             decode: the step itself, on uploaded tensors; operations on the device alone.
         """
-        shapes = tuple((name, array.shape) for name, array in arrays.items())
-        captured = self.graphs.get(shapes)
-        if captured is not None:
-            self.uploader.upload(arrays, out=captured.inputs)
-            captured.graph.replay()
-            return captured.output
+        captured = self.graphs.get(_shapes(arrays))
+        if captured is None:
+            return self.capture(arrays, decode, warm_up=decode)
+        self.uploader.upload(arrays, out=captured.inputs)
+        captured.graph.replay()
+        return captured.output
+
+    def capture(
+        self, arrays: dict[str, np.ndarray], decode: Decode, warm_up: Decode
+    ) -> DecodeOutput:
+        """Capture the graph for arrays of these shapes. Returns what warm_up does, which has run
+        all kernels of `decode` on them: they are compiled and loaded outside of the capture."""
         _, num_bytes = layout(arrays)
         inputs = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
         tensors = self.uploader.upload(arrays, out=inputs)
-        output = decode(tensors)  # kernels are compiled and loaded outside of the capture
-        self.graphs[shapes] = self._capture(tensors, inputs, decode)
-        return output
-
-    def _capture(
-        self, tensors: dict[str, torch.Tensor], inputs: torch.Tensor, decode: Decode
-    ) -> Captured:
+        warmed = warm_up(tensors)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
         platform.drop_workspaces()
@@ -111,4 +113,9 @@ class DecodeGraphs:
                 raise
             graph.capture_end()
         platform.drop_workspaces()
-        return Captured(graph, inputs, output)
+        self.graphs[_shapes(arrays)] = Captured(graph, inputs, output)
+        return warmed
+
+
+def _shapes(arrays: dict[str, np.ndarray]) -> Shapes:
+    return tuple((name, array.shape) for name, array in arrays.items())

@@ -3,6 +3,10 @@
 executor.py makes one and hands it StepInputs; inputs.py and sampler.py hold the rows' state.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -10,7 +14,9 @@ from nanovllm import ops, platform
 from nanovllm.batch import KVCache
 from nanovllm.checkpoint import resolve_folder
 from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.metrics import Laps
 from nanovllm.models.weights import (
+    allocate,
     build_model,
     fill_dummy_weights,
     load_weights,
@@ -30,6 +36,8 @@ from nanovllm.worker.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -61,6 +69,7 @@ class ModelRunner:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype, device)
         check_model_len(config.max_model_len, model_config.max_position_embeddings)
+        laps = Laps()
         self.memory = GPUMemory(device, config.gpu_memory_utilization) if self.is_gpu else None
         # A model without memory is cheap; this one is only asked how large its weights are.
         self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype), device)
@@ -81,20 +90,29 @@ class ModelRunner:
             self.plan = self._plan_cache(cache_bytes)
             self._check_memory(self.plan.num_tokens * self._bytes_per_token)
             max_positions = self.plan.max_model_len
-        self._load(max_positions)
+        laps.end("device")
+        self.model = build_model(model_config, max_positions, self.dtype)
+        allocate(self.model, device)
+        laps.end("model")
         try:
+            with self._compiled_ahead(max_positions, laps):
+                self._load()
+                laps.end("weights")
             if cache_bytes is None:
                 self.plan = self._plan_cache(self._measured_cache_bytes(max_positions))
             self.kv, self.inputs = self._make_cache(self.plan.num_blocks, self.plan.max_blocks)
             if self.is_gpu:
                 self._run_largest_step(self.plan.max_model_len)
+            laps.end("cache")
             if self.uses_graphs:
                 self.graphs = self._capture(graph_sizes(max_num_seqs))
+                laps.end("CUDA graphs")
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"GPU memory is too small to try the largest step: {error}. {SMALLER_STEP}, or "
                 f"lower kv_cache_memory_bytes (or num_gpu_blocks_override)"
             ) from None
+        logger.info("the worker's start: %s", laps)
 
     @property
     def is_gpu(self) -> bool:
@@ -178,14 +196,41 @@ class ModelRunner:
             **({"remedy": "gpu_memory_utilization"} if by_share else {}),
         )
 
-    def _load(self, max_positions: int) -> None:
-        self.model = build_model(self.model_config, max_positions, self.dtype)
+    def _load(self) -> None:
         if self.config.load_format == "dummy":
-            fill_dummy_weights(self.model, self.device, self.config.seed)
+            fill_dummy_weights(self.model, self.config.seed)
         else:
             folder = resolve_folder(self.config.model, self.config.revision, with_weights=True)
-            load_weights(self.model, folder, self.device)
+            load_weights(self.model, folder)
         pack_weights(self.model)
+
+    @contextmanager
+    def _compiled_ahead(self, max_model_len: int, laps: Laps) -> Iterator[None]:
+        """On a GPU, threads compile the kernels while what is within it runs; then they are there.
+
+        Which ones? Those that the first layer launches, on weights that are anything yet, in the
+        largest step and in a decode of each size."""
+        if not self.is_gpu:
+            yield
+            return
+        from nanovllm.ops.compile_ahead import KernelCompiler
+
+        compiler = KernelCompiler(self.device)
+        try:
+            self.kv, self.inputs = self._make_trial_cache(max_model_len)
+            self.kv = self.kv.first_layer
+            with compiler.instead_of_launches(), torch.inference_mode():
+                self._run_largest_step(max_model_len)
+                for size in graph_sizes(self.max_num_seqs):
+                    self.inputs.last_tokens.zero_()  # nobody has drawn any
+                    self._decode(self.uploader.upload(self._warm_up_arrays(size)))
+            del self.kv, self.inputs
+            laps.end("trial without kernels")
+            yield
+            compiler.wait()
+            laps.end(f"{len(compiler.compiled)} kernels")
+        finally:
+            compiler.close()
 
     def _make_cache(self, num_blocks: int, max_blocks: int) -> tuple[KVCache, InputBuilder]:
         config = self.model_config
@@ -198,12 +243,16 @@ class ModelRunner:
         )
         return kv, inputs
 
+    def _make_trial_cache(self, max_model_len: int) -> tuple[KVCache, InputBuilder]:
+        """One page."""
+        return self._make_cache(1, -(-max_model_len // self.block_size))
+
     @torch.inference_mode()
     def _measured_cache_bytes(self, max_model_len: int) -> int:
         """What the budget leaves for the cache when the largest step has been run, and graphs have
         been captured, on a cache of one page."""
         assert self.memory is not None
-        self.kv, self.inputs = self._make_cache(1, -(-max_model_len // self.block_size))
+        self.kv, self.inputs = self._make_trial_cache(max_model_len)
         self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
         lasting = self.memory.used()
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -246,23 +295,31 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _capture(self, sizes: list[int]) -> DecodeGraphs:
-        row = self.inputs.padding_row
-        warm_up = StepInput(num_decodes=1)
-        warm_up.add(row, 0, query_len=1, samples=True)
         graphs = DecodeGraphs(sizes, self.uploader)
+        first_layer = self.kv.first_layer
         for size in reversed(sizes):  # the largest first: the others find room in its memory
-            graphs.run(self._decode_arrays(warm_up, size), self._decode)
+            graphs.capture(
+                self._warm_up_arrays(size),
+                self._decode,
+                warm_up=lambda tensors: self._decode(tensors, first_layer),
+            )
         return graphs
+
+    def _warm_up_arrays(self, size: int) -> dict[str, np.ndarray]:
+        """A decode of a graph's size that nobody asked for."""
+        step = StepInput(num_decodes=1)
+        step.add(self.inputs.padding_row, 0, query_len=1, samples=True)
+        return self._decode_arrays(step, size)
 
     def _decode_arrays(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
         draws = self.sampler.arrays(*_draws(step), num_padded=size - len(step.rows))
         return {**self.inputs.arrays(step, graph_size=size), **draws}
 
-    def _decode(self, tensors: dict[str, torch.Tensor]) -> DecodeOutput:
+    def _decode(self, tensors: dict[str, torch.Tensor], kv: KVCache | None = None) -> DecodeOutput:
         """A decode step, drawn by temperature alone, without a look at the host."""
         size = len(tensors["rows"])
         batch = self.inputs.batch(tensors, max_query_len=1, num_decodes=size)
-        hidden = self.model(batch, self.kv)
+        hidden = self.model(batch, kv or self.kv)
         logits = self.model.logits(hidden)
         token_ids = ops.sample(logits, tensors["temperature"], tensors["noise_keys"])
         self.inputs.keep_sampled(tensors["rows"], token_ids)

@@ -18,9 +18,9 @@ CPU = torch.device("cpu")
 def test_sizes_go_up_to_max_num_seqs_with_little_padding(max_num_seqs):
     sizes = graph_sizes(max_num_seqs)
     assert sizes == sorted(set(sizes)) and sizes[-1] == max_num_seqs
-    assert len(sizes) <= 70
+    assert len(sizes) <= 40
     for smaller, size in zip([0, *sizes], sizes, strict=False):
-        assert size - smaller <= max(8, size / 8)
+        assert size - smaller <= max(8, size / 4)
 
 
 @pytest.mark.parametrize("size", [1, 8, 40])
