@@ -30,38 +30,35 @@ class KernelCompiler:
         self.pool = ThreadPoolExecutor(
             os.cpu_count(), "nanovllm-compile", torch.cuda.set_device, (device,)
         )
-        self.compiled: dict[tuple[Any, str], Future[None]] = {}
+        self.noted: set[tuple[Any, str]] = set()
 
     @contextmanager
-    def instead_of_launches(self) -> Iterator[None]:
+    def instead_of_launches(self) -> Iterator[list[Future[None]]]:
         """Within it, kernels that this thread launches for the first time are not run but handed to
-        the threads; what they should have written is anything."""
+        the threads; what they should have written is anything. Gives what has to end until they are
+        compiled."""
         thread, former = threading.get_ident(), knobs.runtime.jit_cache_hook
+        futures: list[Future[None]] = []
 
         def hook(**launch: Any) -> bool | None:
             # Triton asks before it compiles; True tells it not to, and not to launch either.
             if launch["is_manual_warmup"] or threading.get_ident() != thread:
                 return former(**launch) if former else None
             kernel, compile = launch["fn"].jit_function, launch["compile"]
-            if (kernel, launch["key"]) not in self.compiled:
-                self.compiled[kernel, launch["key"]] = self.pool.submit(
-                    _compile, kernel, compile["specialization_data"]
-                )
+            if (kernel, launch["key"]) not in self.noted:
+                self.noted.add((kernel, launch["key"]))
+                futures.append(self.pool.submit(_compile, kernel, compile["specialization_data"]))
             return True
 
         knobs.runtime.jit_cache_hook = hook
         try:
-            yield
+            yield futures
         finally:
             knobs.runtime.jit_cache_hook = former
 
-    def wait(self) -> None:
-        """Until all kernels are compiled."""
-        for future in self.compiled.values():
-            future.result()
-
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        """Take no more; what has been handed over is still compiled."""
+        self.pool.shutdown(wait=False)
 
 
 def _compile(kernel: Any, specialization_data: str) -> None:

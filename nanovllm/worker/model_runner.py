@@ -5,13 +5,16 @@ executor.py makes one and hands it StepInputs; inputs.py and sampler.py hold the
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
+from importlib import import_module
+from threading import Thread
 
 import numpy as np
 import torch
 
 from nanovllm import ops, platform
-from nanovllm.batch import KVCache
+from nanovllm.batch import Attention, KVCache
 from nanovllm.checkpoint import resolve_folder
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.metrics import Laps
@@ -70,15 +73,14 @@ class ModelRunner:
         self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype, device)
         check_model_len(config.max_model_len, model_config.max_position_embeddings)
         laps = Laps()
+        if self.is_gpu:  # while the driver starts
+            Thread(target=import_module, args=("triton",)).start()
         self.memory = GPUMemory(device, config.gpu_memory_utilization) if self.is_gpu else None
         # A model without memory is cheap; this one is only asked how large its weights are.
         self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype), device)
         self._check_memory(cache_bytes=0)
         self.block_size = config.block_size or ops.default_block_size(config.attention_backend)
-        self.attention = ops.make_attention(
-            config.attention_backend, model_config, self.block_size, self.dtype, device,
-            max_num_seqs,
-        )  # fmt: skip
+        self.attention = self._make_attention()
         self.uploader = Uploader(device)
         self.sampler = Sampler(max_num_seqs + 1, model_config.vocab_size, self.uploader)
         self.graphs: DecodeGraphs | None = None
@@ -209,7 +211,8 @@ class ModelRunner:
         """On a GPU, threads compile the kernels while what is within it runs; then they are there.
 
         Which ones? Those that the first layer launches, on weights that are anything yet, in the
-        largest step and in a decode of each size."""
+        largest step and in a decode of each graph's size. Those of odd batches follow when the
+        engine may be running already."""
         if not self.is_gpu:
             yield
             return
@@ -219,18 +222,31 @@ class ModelRunner:
         try:
             self.kv, self.inputs = self._make_trial_cache(max_model_len)
             self.kv = self.kv.first_layer
-            with compiler.instead_of_launches(), torch.inference_mode():
+            with compiler.instead_of_launches() as compiling, torch.inference_mode():
                 self._run_largest_step(max_model_len)
                 for size in graph_sizes(self.max_num_seqs):
-                    self.inputs.last_tokens.zero_()  # nobody has drawn any
-                    self._decode(self.uploader.upload(self._warm_up_arrays(size)))
+                    self._try_decode(self._warm_up_arrays(size))
+            with compiler.instead_of_launches(), torch.inference_mode():
+                # All rows' tables are zeros: a prefix that they share, if it is long enough.
+                sharing = StepInput(num_decodes=self.max_num_seqs)
+                for row in range(self.max_num_seqs):
+                    sharing.add(row, max_model_len - 1, query_len=1, samples=True)
+                self._try_decode(self._decode_arrays(sharing, self.max_num_seqs))
+                for size in range(1, min(8, self.max_num_seqs)):  # few rows have own kernels
+                    self._try_decode(self._warm_up_arrays(size))
             del self.kv, self.inputs
+            # Where other engines' kernels ran, and some did not, it is in no state to go on.
+            self.attention = self._make_attention()
             laps.end("trial without kernels")
             yield
-            compiler.wait()
-            laps.end(f"{len(compiler.compiled)} kernels")
+            wait(compiling)
+            laps.end(f"{len(compiling)} kernels")
         finally:
             compiler.close()
+
+    def _try_decode(self, arrays: dict[str, np.ndarray]) -> None:
+        self.inputs.last_tokens.zero_()  # nobody has drawn any
+        self._decode(self.uploader.upload(arrays))
 
     def _make_cache(self, num_blocks: int, max_blocks: int) -> tuple[KVCache, InputBuilder]:
         config = self.model_config
@@ -242,6 +258,16 @@ class ModelRunner:
             self.max_num_seqs, max_blocks, self.block_size, self.attention, self.uploader
         )
         return kv, inputs
+
+    def _make_attention(self) -> Attention:
+        return ops.make_attention(
+            self.config.attention_backend,
+            self.model_config,
+            self.block_size,
+            self.dtype,
+            self.device,
+            self.max_num_seqs,
+        )
 
     def _make_trial_cache(self, max_model_len: int) -> tuple[KVCache, InputBuilder]:
         """One page."""

@@ -207,6 +207,22 @@ def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
         assert generate(llm, prompts, greedy()) == expected
 
 
+def test_full_batches_compile_nothing(tiny, monkeypatch):
+    from triton import knobs
+
+    compiled = []
+
+    def note(**launch):
+        if not launch["is_manual_warmup"]:
+            compiled.append(launch["repr"])
+
+    with load(tiny) as llm:
+        monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+        generate(llm, [[5] * 40], greedy())
+        generate(llm, [[6] * 20] * 8, greedy())
+        assert compiled == []
+
+
 # Memory
 
 
