@@ -1,12 +1,14 @@
 """All that crosses from the engine to the worker and back, and the protocol it crosses by.
 
 The worker keeps a row of state for each running sequence: its block table, its last sampled token,
-its sampling parameters. A StepInput carries only what changes, so a step of plain decodes is a list
-of row numbers. It is plain Python: it can go to another process.
+its sampling parameters. A StepInput carries only what changes, so a step of plain decodes is an
+array of row numbers and one of positions. It can go to another process.
 """
 
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -33,43 +35,100 @@ class RowStart:
     min_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Known tokens that a sequence computes.
+
+    Attributes:
+        row: its row.
+        position: of the first token.
+        token_ids: the tokens.
+        samples: whether they are its last known ones, so that the next one is sampled.
+    """
+
+    row: int
+    position: int
+    token_ids: list[int]
+    samples: bool
+
+
+@dataclass(slots=True)
+class NewPages:
+    """Pages that block tables grow by; three lists of one length.
+
+    Attributes:
+        rows: whose table.
+        indices: the place in it.
+        pages: the page.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+
+    def add(self, row: int, first: int, pages: list[int]) -> None:
+        """Put pages into a row's table, from index `first` on."""
+        self.rows += [row] * len(pages)
+        self.indices += range(first, first + len(pages))
+        self.pages += pages
+
+
+def _no_rows() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
 @dataclass(slots=True)
 class StepInput:
-    """One step. `rows`, `positions`, `query_lens` and `samples` run over its sequences, the decodes
-    first.
+    """One step: decodes first, then chunks.
 
     Attributes:
         starts: rows that begin a new sequence with this step.
-        new_pages: (row, first index in its block table, pages), for tables that grow with this
-            step.
-        rows: the row of each sequence that runs.
-        positions: the position of its first query token.
-        query_lens: its number of query tokens.
-        samples: whether its last query token is its last token, so that the next one is sampled.
-        num_decodes: the first so many sequences feed the token last sampled for their row, which
-            only the worker knows.
-        token_ids: the query tokens of all others, one sequence after another.
+        new_pages: the pages that this step needs beside those that its rows have.
+        decode_rows: [decodes] int64. Each feeds the token last sampled for it, which only the
+            worker knows, and samples the next one.
+        decode_positions: [decodes] int64, of the tokens that are fed.
+        chunks: all others.
     """
 
     starts: list[RowStart] = field(default_factory=list)
-    new_pages: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    query_lens: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
-    num_decodes: int = 0
-    token_ids: list[int] = field(default_factory=list)
+    new_pages: NewPages = field(default_factory=NewPages)
+    decode_rows: np.ndarray = field(default_factory=_no_rows)
+    decode_positions: np.ndarray = field(default_factory=_no_rows)
+    chunks: list[Chunk] = field(default_factory=list)
 
-    def add(self, row: int, position: int, query_len: int, samples: bool) -> None:
-        self.rows.append(row)
-        self.positions.append(position)
-        self.query_lens.append(query_len)
-        self.samples.append(samples)
+    # Columns over all sequences of the step, decodes first.
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self.decode_rows)
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._column(self.decode_rows, [chunk.row for chunk in self.chunks])
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Of each sequence's first query token."""
+        return self._column(self.decode_positions, [chunk.position for chunk in self.chunks])
+
+    @property
+    def query_lens(self) -> np.ndarray:
+        ones = np.ones(self.num_decodes, np.int64)
+        return self._column(ones, [len(chunk.token_ids) for chunk in self.chunks])
+
+    @property
+    def samples(self) -> np.ndarray:
+        """Whether the token after a sequence's last query token is sampled."""
+        trues = np.ones(self.num_decodes, bool)
+        return self._column(trues, [chunk.samples for chunk in self.chunks])
+
+    def _column(self, decodes: np.ndarray, chunks: list) -> np.ndarray:
+        return np.concatenate((decodes, np.array(chunks, decodes.dtype))) if chunks else decodes
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The sampled tokens of a step, one for each sequence that samples, in the step's order."""
+    """The sampled tokens of a step: those of the decodes, then those of the chunks that sample."""
 
     token_ids: list[int]
 

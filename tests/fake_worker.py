@@ -65,6 +65,7 @@ class Query:
     row: Row
     position: int
     tokens: list[int]
+    samples: bool
 
     @property
     def end(self) -> int:
@@ -121,36 +122,34 @@ class FakeWorker:
         self._check_writers(step, queries)
         self._store(queries)
         self.fail_on("stored", number)
-        return Pending(self, number, StepOutput(self._sample(step, queries)))
+        return Pending(self, number, StepOutput(self._sample(queries)))
 
     def _check_shape(self, step: StepInput) -> None:
-        n = step.num_decodes
-        assert step.rows and sum(step.query_lens) <= self.max_num_batched_tokens
-        assert len(set(step.rows)) == len(step.rows) <= self.max_num_seqs
-        assert len(step.positions) == len(step.query_lens) == len(step.samples) == len(step.rows)
-        assert set(step.query_lens[:n]) <= {1} and all(step.samples[:n])
-        assert min(step.query_lens) > 0 and sum(step.query_lens[n:]) == len(step.token_ids)
-        assert {start.row for start in step.starts} <= set(step.rows)
+        rows, lens = step.rows.tolist(), step.query_lens.tolist()
+        assert rows and min(lens) > 0 and sum(lens) <= self.max_num_batched_tokens
+        assert len(set(rows)) == len(rows) <= self.max_num_seqs
+        assert len(step.decode_positions) == len(step.decode_rows)
+        assert {start.row for start in step.starts} <= {chunk.row for chunk in step.chunks}
 
     def _start_rows(self, step: StepInput) -> None:
         for start in step.starts:
             assert 0 <= start.row < self.max_num_seqs
             self.rows[start.row] = Row(start)
-        for row, first, pages in step.new_pages:
+        new = step.new_pages
+        for row, index, page in zip(new.rows, new.indices, new.pages, strict=True):
             table = self.rows[row].block_table
-            assert first == len(table) and all(0 <= page < self.num_blocks for page in pages)
-            table += pages
+            assert index == len(table) and 0 <= page < self.num_blocks
+            table.append(page)
 
     def _queries(self, step: StepInput) -> list[Query]:
-        queries, read = [], 0
-        for i, row in enumerate(map(self.rows.__getitem__, step.rows)):
-            if i < step.num_decodes:
-                assert row.last_token is not None, "a decode in a row that has not sampled"
-                tokens = [row.last_token]
-            else:
-                tokens = step.token_ids[read : read + step.query_lens[i]]
-                read += len(tokens)
-            queries.append(Query(row, step.positions[i], tokens))
+        queries = []
+        for number, position in zip(step.decode_rows, step.decode_positions.tolist(), strict=True):
+            row = self.rows[number]
+            assert row.last_token is not None, "a decode in a row that has not sampled"
+            queries.append(Query(row, position, [row.last_token], samples=True))
+        for chunk in step.chunks:
+            row = self.rows[chunk.row]
+            queries.append(Query(row, chunk.position, chunk.token_ids, chunk.samples))
         return queries
 
     def _check_writers(self, step: StepInput, queries: list[Query]) -> None:
@@ -183,9 +182,9 @@ class FakeWorker:
             self.contexts[slot] = hashes[id(query)][position]
         self.num_stored += len(stored)
 
-    def _sample(self, step: StepInput, queries: list[Query]) -> list[int]:
+    def _sample(self, queries: list[Query]) -> list[int]:
         output = []
-        for query, samples in zip(queries, step.samples, strict=True):
+        for query in queries:
             row, context = query.row, self._read(query)
             assert context[query.position :] == query.tokens, "a shared page holds other tokens"
             hashes = context_hashes(context)
@@ -193,7 +192,7 @@ class FakeWorker:
                 assert self.contexts[self._slot(row, position)] == hashes[position], (
                     f"position {position} reads keys and values of another context"
                 )
-            if samples:
+            if query.samples:
                 forbidden = row.start.stop_token_ids if query.end < row.start.min_len else ()
                 row.last_token = draw(hashes[-1], row.start.seed, forbidden, self.vocab)
                 output.append(row.last_token)
@@ -292,6 +291,20 @@ def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
             assert (seq.output_token_ids, seq.finish_reason) == (tokens, reason)
 
 
+def num_computed(engine: Engine, seq: Sequence) -> int:
+    """0 where it holds nothing."""
+    return int(engine.scheduler.num_computed[seq.row]) if seq.row >= 0 else 0
+
+
+def is_prefilling(engine: Engine, seq: Sequence) -> bool:
+    return num_computed(engine, seq) < seq.prefill_end
+
+
+def decoding(engine: Engine) -> list[Sequence]:
+    """Those that the next step decodes."""
+    return engine.scheduler.seqs[engine.scheduler.decodes].tolist()
+
+
 def check_invariants(engine: Engine) -> None:
     """What holds between any two steps; a failed one is mended when the next begins."""
     if engine.dirty:
@@ -311,7 +324,7 @@ def check_invariants(engine: Engine) -> None:
     has_content = [manager.contents[page] is not None for page in manager.free_blocks]
     assert has_content == sorted(has_content)
     # The prefix cache finds exactly the pages that have content.
-    keyed = [(key.hash, page) for page, key in enumerate(manager.contents) if key]
+    keyed = [(key[0], page) for page, key in enumerate(manager.contents) if key]
     assert sorted(keyed) == sorted(manager.cached.items())
     assert manager.enable_prefix_caching or not keyed
 
@@ -327,18 +340,20 @@ def check_invariants(engine: Engine) -> None:
 
     # Nobody holds more pages than its tokens need.
     for seq in running:
-        num_tokens = max(seq.num_computed, seq.prefill_end)
+        num_tokens = max(num_computed(engine, seq), seq.prefill_end)
         assert len(seq.block_table) == -(-num_tokens // manager.block_size)
 
     # A page is as full as its fullest holder's; what is left is counted as empty.
     size, filled = manager.block_size, {}
     for seq in running:
         for i, page in enumerate(seq.block_table):
-            tokens = min(max(seq.num_computed - i * size, 0), size)
+            tokens = min(max(num_computed(engine, seq) - i * size, 0), size)
             filled[page] = max(filled.get(page, 0), tokens)
     assert scheduler.empty_slots == len(filled) * size - sum(filled.values())
 
     rows = [seq.row for seq in running]
+    assert [scheduler.seqs[row] for row in rows] == list(running)
+    assert set(decoding(engine)) <= set(running)
     assert sorted(rows + scheduler.free_rows) == list(range(scheduler.max_num_seqs))
     assert len(engine.pending) <= engine.depth
     # First come, first served: nobody runs before an older one, across preemptions and failures.

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from nanovllm import LLM
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart, StepInput
+from nanovllm.step import Chunk, RowStart, StepInput
 
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
 LLAMA3_ROPE = {
@@ -84,11 +84,10 @@ def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
     logits = []
     for start in range(0, len(token_ids), chunk):
         query = token_ids[start : start + chunk]
-        step = StepInput(token_ids=query)
-        step.add(row=0, position=start, query_len=len(query), samples=True)
+        step = StepInput(chunks=[Chunk(0, start, query, samples=True)])
         if start == 0:
             step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0))
-            step.new_pages.append((0, 0, pages))
+            step.new_pages.add(0, 0, pages)
         batch, _ = runner.inputs.build(step)
         logits.append(runner.model.logits(runner.model(batch, runner.kv)))
     return torch.cat(logits)

@@ -5,29 +5,17 @@ The scheduler asks for pages and gives them back; the worker only ever sees page
 the scheme: Kwon et al. 2023 (PagedAttention) and vLLM's automatic prefix caching.
 """
 
-from array import array
 from collections import OrderedDict
-from typing import NamedTuple
+from struct import Struct
 
 from xxhash import xxh3_64_intdigest
 
 from nanovllm.engine.sequence import Sequence
 
-
-class HashedBlock(NamedTuple):
-    """A full page's tokens, and a hash that chains over all pages before it."""
-
-    hash: int
-    tokens: bytes
-
-
-class Content(NamedTuple):
-    """What a cached page holds. A hit must agree in all of it, so contents whose hashes collide are
-    never taken for each other."""
-
-    hash: int
-    parent: int  # the serial number of the page before it; 0: it is a first page
-    tokens: bytes
+# What a cached page holds: a hash that chains over all pages before it; the serial number of the
+# page before it (0: it is a first page); its tokens. A hit must agree in all three, so contents
+# whose hashes collide are never taken for each other.
+Content = tuple[int, int, bytes]
 
 
 class BlockManager:
@@ -44,6 +32,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.pack_tokens = Struct(f"{block_size}i").pack
         self.ref_counts = [0] * num_blocks
         self.contents: list[Content | None] = [None] * num_blocks
         self.serials = [0] * num_blocks  # of each content, never used twice
@@ -55,10 +44,6 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         return len(self.free_blocks)
-
-    def needs_page(self, seq: Sequence) -> bool:
-        """Whether the next token of a decoding sequence opens a new page."""
-        return seq.num_computed == len(seq.block_table) * self.block_size
 
     def allocate(self, seq: Sequence) -> int | None:
         """Give a sequence the pages for all its known tokens, those of its longest cached prefix
@@ -85,17 +70,17 @@ class BlockManager:
         seq.block_table.append(block)
         return block
 
-    def register(self, seq: Sequence) -> None:
+    def register(self, seq: Sequence, num_computed: int) -> None:
         """Offer the sequence's full pages to the prefix cache, as far as their tokens are known and
         are computed by the steps submitted so far. Steps run in order and store a batch's keys and
         values before they attend, so a page may be hit from this very step on."""
         if not self.enable_prefix_caching:
             return
-        num_full = min(seq.num_computed, len(seq.token_ids)) // self.block_size
+        num_full = min(num_computed, len(seq.token_ids)) // self.block_size
         while seq.num_registered < num_full:
             block = seq.block_table[seq.num_registered]
             key, tokens = self._hashed(seq, seq.num_registered)
-            content = Content(key, seq.cached_parent, tokens)
+            content = (key, seq.cached_parent, tokens)
             holder = self.cached.get(key)
             if holder is None or self.contents[holder] != content:
                 if holder is not None:  # a collision, or its parent is gone: the newest stays
@@ -127,7 +112,7 @@ class BlockManager:
         block, _ = self.free_blocks.popitem(last=False)
         content = self.contents[block]
         if content is not None:
-            del self.cached[content.hash]
+            del self.cached[content[0]]
             self.contents[block] = None
         self.ref_counts[block] = 1
         return block
@@ -146,11 +131,12 @@ class BlockManager:
             parent = self.serials[block]
         return hits
 
-    def _hashed(self, seq: Sequence, index: int) -> HashedBlock:
+    def _hashed(self, seq: Sequence, index: int) -> tuple[int, bytes]:
+        """The chained hash and the tokens of a full page."""
         hashed, size = seq.hashed_blocks, self.block_size
         while len(hashed) <= index:
             start = len(hashed) * size
-            tokens = array("i", seq.token_ids[start : start + size]).tobytes()
-            seed = hashed[-1].hash if hashed else 0
-            hashed.append(HashedBlock(xxh3_64_intdigest(tokens, seed=seed), tokens))
+            tokens = self.pack_tokens(*seq.token_ids[start : start + size])
+            seed = hashed[-1][0] if hashed else 0
+            hashed.append((xxh3_64_intdigest(tokens, seed=seed), tokens))
         return hashed[index]

@@ -122,19 +122,19 @@ class Engine:
 
     def _process(self, step: ScheduledStep, output: StepOutput) -> None:
         now = time.monotonic()
-        finished: list[Sequence] = []
+        advanced, finished = self.advanced, []
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
-            if seq.finished:
+            if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
-            self.advanced[seq] = None
-            seq.num_pending -= 1
+            advanced[seq] = None
             seq.token_ids.append(token_id)
-            seq.check_stop()
-            if seq.metrics.first_token_time is None:
-                seq.metrics.first_token_time = now
-            if seq.finished:
+            if token_id in seq.stops or len(seq.token_ids) >= seq.max_len:
+                seq.check_stop()
                 seq.metrics.finished_time = now
                 finished.append(seq)
+        for seq in step.sampled[step.input.num_decodes :]:
+            if seq.metrics.first_token_time is None:
+                seq.metrics.first_token_time = now
         if finished:
             self.scheduler.finish(finished)
             for seq in finished:

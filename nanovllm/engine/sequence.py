@@ -22,16 +22,16 @@ class TextState:
 
 class Sequence:
     """A sequence runs while it has tokens that are not computed: prefill, decode, prefix hits and
-    the resumption after a preemption differ only in how many.
+    the resumption after a preemption differ only in how many. How many are computed changes in
+    every step, so the scheduler keeps it, in a column over all rows.
 
     Attributes:
         token_ids: known tokens, prompt first.
-        num_pending: tokens sampled by steps whose results are not read yet; they follow token_ids.
-        num_computed: tokens whose keys and values are stored, or will be by the steps submitted so
-            far.
+        row: of the scheduler's columns and the worker's state while it runs, else -1.
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
         max_len: prompt and generated tokens at most.
+        stops: tokens that end it.
         block_table: its pages, in order of position.
         hashed_blocks: tokens and hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -46,8 +46,6 @@ class Sequence:
         "max_len",
         "metrics",
         "num_cached_tokens",
-        "num_computed",
-        "num_pending",
         "num_prompt_tokens",
         "num_registered",
         "params",
@@ -58,6 +56,7 @@ class Sequence:
         "seed",
         "stop_reason",
         "stop_token_ids",
+        "stops",
         "text",
         "token_ids",
     )
@@ -82,6 +81,7 @@ class Sequence:
         self.seed = seed
         self.eos_token_ids = eos_token_ids
         self.stop_token_ids = tuple(params.stop_token_ids or ())
+        self.stops = {*(() if params.ignore_eos else eos_token_ids), *self.stop_token_ids}
         self.max_len = max_model_len
         if params.max_tokens is not None:
             self.max_len = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
@@ -99,25 +99,11 @@ class Sequence:
         """Forget everything but the tokens: what it held in the cache and on the worker is gone."""
         self.row = -1
         self.block_table: list[int] = []
-        self.num_computed = self.num_pending = self.prefill_end = 0
-        self.num_registered = self.cached_parent = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids) + self.num_pending
+        self.prefill_end = self.num_registered = self.cached_parent = 0
 
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.num_computed < self.prefill_end
-
-    @property
-    def wants_decode(self) -> bool:
-        """Past its prefill and not known to end by length with the tokens already in flight."""
-        return self.num_computed >= self.prefill_end and self.num_tokens < self.max_len
 
     @property
     def finished(self) -> bool:
@@ -126,9 +112,9 @@ class Sequence:
     def check_stop(self) -> None:
         """Set finish_reason if the last token ends the sequence."""
         token = self.token_ids[-1]
-        if token in self.eos_token_ids and not self.params.ignore_eos:
+        if token in self.stops:
             self.finish_reason = "stop"
-        elif token in self.stop_token_ids:
-            self.finish_reason, self.stop_reason = "stop", token
+            if self.params.ignore_eos or token not in self.eos_token_ids:
+                self.stop_reason = token
         elif len(self.token_ids) >= self.max_len:
             self.finish_reason = "length"

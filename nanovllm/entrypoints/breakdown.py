@@ -152,7 +152,7 @@ def _watched(engine: "Engine", steps: list[Step], shared_len: int, on_gpu: bool)
                 time.time_ns(),
                 sequences=len(step.rows),
                 decodes=step.num_decodes,
-                prefill_tokens=len(step.token_ids),
+                prefill_tokens=sum(len(chunk.token_ids) for chunk in step.chunks),
                 graph_size=executor.runner.graph_size(step),
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
@@ -178,16 +178,15 @@ def _watched(engine: "Engine", steps: list[Step], shared_len: int, on_gpu: bool)
 
 def work_of(step: "StepInput", shared_len: int) -> Work:
     """What the step computes; its first `shared_len` keys are the same for all sequences."""
-    ends = [start + n for start, n in zip(step.positions, step.query_lens, strict=True)]
-    chunks = list(zip(step.positions, ends, strict=True))[step.num_decodes :]
-    contexts = ends[: step.num_decodes]
+    contexts = (step.decode_positions + 1).tolist()
+    chunks = [(chunk.position, chunk.position + len(chunk.token_ids)) for chunk in step.chunks]
     keys_read = [*contexts, *(start for start, _ in chunks)]
     sharing = sum(n >= shared_len for n in keys_read)
     return Work(
-        new_tokens=sum(step.query_lens),
+        new_tokens=len(contexts) + sum(end - start for start, end in chunks),
         pairs=sum(contexts) + sum((end**2 - start**2) / 2 for start, end in chunks),
         keys_read=sum(keys_read) - shared_len * max(0, sharing - 1),
-        sampled=sum(step.samples),
+        sampled=len(contexts) + sum(chunk.samples for chunk in step.chunks),
     )
 
 

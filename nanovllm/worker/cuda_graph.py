@@ -49,10 +49,12 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A graph, the memory on the device that it reads, and what it leaves."""
+    """A graph, the memory on the device that it reads and where in it each array lies, and what it
+    leaves."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
+    offsets: dict[str, int]
     output: DecodeOutput
 
 
@@ -87,7 +89,7 @@ class DecodeGraphs:
         captured = self.graphs.get(_shapes(arrays))
         if captured is None:
             return self.capture(arrays, decode, warm_up=decode)
-        self.uploader.upload(arrays, out=captured.inputs)
+        self.uploader.copy(arrays, captured.offsets, captured.inputs)
         captured.graph.replay()
         return captured.output
 
@@ -96,7 +98,7 @@ class DecodeGraphs:
     ) -> DecodeOutput:
         """Capture the graph for arrays of these shapes. Returns what warm_up does, which has run
         all kernels of `decode` on them: they are compiled and loaded outside of the capture."""
-        _, num_bytes = layout(arrays)
+        offsets, num_bytes = layout(arrays)
         inputs = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
         tensors = self.uploader.upload(arrays, out=inputs)
         warmed = warm_up(tensors)
@@ -113,7 +115,7 @@ class DecodeGraphs:
                 raise
             graph.capture_end()
         platform.drop_workspaces()
-        self.graphs[_shapes(arrays)] = Captured(graph, inputs, output)
+        self.graphs[_shapes(arrays)] = Captured(graph, inputs, offsets, output)
         return warmed
 
 

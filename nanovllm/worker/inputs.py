@@ -44,56 +44,69 @@ class InputBuilder:
     def build(self, step: StepInput) -> tuple[ForwardBatch, torch.Tensor]:
         """The step's batch, in new memory, and the rows that sample, [n] int64."""
         tensors = self.uploader.upload(self.arrays(step))
-        batch = self.batch(tensors, max(step.query_lens), step.num_decodes)
+        batch = self.batch(tensors, int(step.query_lens.max()), step.num_decodes)
         return batch, tensors["sampled_rows"]
 
-    def arrays(self, step: StepInput, graph_size: int | None = None) -> dict[str, np.ndarray]:
-        """Bring the rows up to date; what the step's batch is made of, for the device.
-
-        Args:
-            graph_size: None, or the number of decodes that a CUDA graph was captured for: the
-                step's are padded to it, and shapes depend on it alone.
-        """
+    def arrays(self, step: StepInput) -> dict[str, np.ndarray]:
+        """Bring the rows up to date; what the step's batch is made of, for the device."""
         self._update_tables(step)
-        rows = np.array(step.rows)
-        query_lens = np.array(step.query_lens)
-        first_positions = np.array(step.positions)
+        rows, query_lens, first_positions = step.rows, step.query_lens, step.positions
         query_start = np.concatenate(([0], query_lens.cumsum()))
         context_lens = first_positions + query_lens
-
         # Per token: its sequence, its position, its slot.
         seqs = np.repeat(np.arange(len(rows)), query_lens)
         positions = np.arange(query_start[-1]) + (first_positions - query_start[:-1])[seqs]
-        pages = self.host_tables[rows[seqs], positions // self.block_size].astype(np.int64)
-        slots = pages * self.block_size + positions % self.block_size
+        slots = self._slots(rows[seqs], positions)
         slots[positions < self.num_cached_tokens[rows[seqs]]] = -1
-        arrays = self.attention.host_arrays(
-            self.host_tables,
-            rows,
-            query_start,
-            query_lens,
-            context_lens,
-            step.num_decodes,
-            graph_size,
-        )
-        if graph_size is not None:  # decodes: a token each
-            missing = graph_size - len(rows)
-            rows = np.append(rows, np.full(missing, self.padding_row))
-            positions = np.append(positions, np.zeros(missing, np.int64))
-            slots = np.append(slots, np.full(missing, -1))
-            context_lens = np.append(context_lens, np.ones(missing, np.int64))
-            query_start = np.arange(graph_size + 1)
-        else:
-            arrays["known_tokens"] = np.array(step.token_ids, np.int64)
-            arrays["logits_indices"] = query_start[1:][step.samples] - 1
-            arrays["sampled_rows"] = rows[step.samples]
+        known_tokens = [token for chunk in step.chunks for token in chunk.token_ids]
         return {
             "rows": rows,
             "positions": positions,
             "slot_mapping": slots,
             "query_start": query_start.astype(np.int32),
             "context_lens": context_lens.astype(np.int32),
-            **arrays,
+            "known_tokens": np.array(known_tokens, np.int64),
+            "logits_indices": query_start[1:][step.samples] - 1,
+            "sampled_rows": rows[step.samples],
+            **self.attention.host_arrays(
+                self.host_tables,
+                rows,
+                query_start,
+                query_lens,
+                context_lens,
+                step.num_decodes,
+                None,
+            ),
+        }
+
+    def decode_arrays(self, step: StepInput, graph_size: int) -> dict[str, np.ndarray]:
+        """The same for a step of decodes and the CUDA graph that was captured for so many: they are
+        padded to it, and shapes depend on it alone."""
+        self._update_tables(step)
+        n = step.num_decodes
+        rows = np.full(graph_size, self.padding_row)
+        rows[:n] = step.decode_rows
+        positions = np.zeros(graph_size, np.int64)
+        positions[:n] = step.decode_positions
+        slots = self._slots(rows, positions)
+        slots[n:] = -1
+        query_start = np.arange(graph_size + 1)
+        context_lens = positions + 1
+        return {
+            "rows": rows,
+            "positions": positions,
+            "slot_mapping": slots,
+            "query_start": query_start.astype(np.int32),
+            "context_lens": context_lens.astype(np.int32),
+            **self.attention.host_arrays(
+                self.host_tables,
+                step.decode_rows,
+                query_start[: n + 1],
+                np.ones(n, np.int64),
+                context_lens[:n],
+                n,
+                graph_size,
+            ),
         }
 
     def batch(
@@ -122,21 +135,25 @@ class InputBuilder:
         """Remember the sampled tokens: the rows' next decodes feed on them."""
         self.last_tokens[rows] = token_ids
 
+    def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where keys and values of these tokens lie."""
+        index, offset = np.divmod(positions, self.block_size)
+        return self.host_tables[rows, index] * np.int64(self.block_size) + offset
+
     def _update_tables(self, step: StepInput) -> None:
         for start in step.starts:
             self.num_cached_tokens[start.row] = start.num_cached_tokens
             self.host_tables[start.row] = 0
-        for row, first, pages in step.new_pages:
-            self.host_tables[row, first : first + len(pages)] = pages
-        if self.block_tables.device.type == "cpu" or not step.new_pages:
+        new = step.new_pages
+        if not new.pages:
+            return
+        rows, indices, pages = np.array(new.rows), np.array(new.indices), np.array(new.pages)
+        self.host_tables[rows, indices] = pages
+        if self.block_tables.device.type == "cpu":
             return
         # A new sequence's row keeps pages of the former one behind its own: no kernel reads there.
-        width = self.host_tables.shape[1]
         changes = self.uploader.upload({
-            "index": np.concatenate([
-                np.arange(row * width + first, row * width + first + len(pages))
-                for row, first, pages in step.new_pages
-            ]),
-            "pages": np.concatenate([pages for _, _, pages in step.new_pages]).astype(np.int32),
+            "index": rows * self.host_tables.shape[1] + indices,
+            "pages": pages.astype(np.int32),
         })  # fmt: skip
         self.block_tables.view(-1)[changes["index"]] = changes["pages"]

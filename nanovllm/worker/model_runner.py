@@ -27,7 +27,7 @@ from nanovllm.models.weights import (
     weight_bytes,
 )
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart, StepInput
+from nanovllm.step import Chunk, RowStart, StepInput
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
     CachePlan,
@@ -146,7 +146,7 @@ class ModelRunner:
             return self._replay(self.graphs, graph_size, step)
         batch, sampled_rows = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
-        if not any(step.samples):
+        if not step.samples.any():
             return torch.empty(0, dtype=torch.int64)
         logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
         token_ids = self.sampler.sample(logits, *_draws(step))
@@ -155,12 +155,12 @@ class ModelRunner:
 
     def graph_size(self, step: StepInput) -> int | None:
         """The size of the CUDA graph that the step replays; None: it runs without."""
-        if self.graphs is None or step.num_decodes < len(step.rows):
+        if self.graphs is None or step.chunks:
             return None
         return self.graphs.padded_size(step.num_decodes)
 
     def _replay(self, graphs: DecodeGraphs, size: int, step: StepInput) -> torch.Tensor:
-        num_decodes = len(step.rows)
+        num_decodes = step.num_decodes
         output = graphs.run(self._decode_arrays(step, size), self._decode)
         draws = _draws(step)
         if self.sampler.is_plain(*draws):
@@ -228,9 +228,10 @@ class ModelRunner:
                     self._try_decode(self._warm_up_arrays(size))
             with compiler.instead_of_launches(), torch.inference_mode():
                 # All rows' tables are zeros: a prefix that they share, if it is long enough.
-                sharing = StepInput(num_decodes=self.max_num_seqs)
-                for row in range(self.max_num_seqs):
-                    sharing.add(row, max_model_len - 1, query_len=1, samples=True)
+                rows = np.arange(self.max_num_seqs)
+                sharing = StepInput(
+                    decode_rows=rows, decode_positions=np.full_like(rows, max_model_len - 1)
+                )
                 self._try_decode(self._decode_arrays(sharing, self.max_num_seqs))
                 for size in range(1, min(8, self.max_num_seqs)):  # few rows have own kernels
                     self._try_decode(self._warm_up_arrays(size))
@@ -312,11 +313,11 @@ class ModelRunner:
         query_lens = [min(max_model_len, num_tokens // num_seqs)] * num_seqs
         query_lens[0] = min(max_model_len, num_tokens - sum(query_lens[1:]))
         params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1)
-        step = StepInput(token_ids=[0] * sum(query_lens))
+        step = StepInput()
         for row, query_len in enumerate(query_lens):
             # Cached to the end: the one page there is is read, and nothing is stored.
             step.starts.append(RowStart(row, max_model_len, params, 0, (), 0))
-            step.add(row, 0, query_len, samples=True)
+            step.chunks.append(Chunk(row, 0, [0] * query_len, samples=True))
         self.run(step)
 
     @torch.inference_mode()
@@ -333,13 +334,13 @@ class ModelRunner:
 
     def _warm_up_arrays(self, size: int) -> dict[str, np.ndarray]:
         """A decode of a graph's size that nobody asked for."""
-        step = StepInput(num_decodes=1)
-        step.add(self.inputs.padding_row, 0, query_len=1, samples=True)
+        row = np.array([self.inputs.padding_row])
+        step = StepInput(decode_rows=row, decode_positions=np.zeros_like(row))
         return self._decode_arrays(step, size)
 
     def _decode_arrays(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
-        draws = self.sampler.arrays(*_draws(step), num_padded=size - len(step.rows))
-        return {**self.inputs.arrays(step, graph_size=size), **draws}
+        arrays = self.inputs.decode_arrays(step, size)
+        return {**arrays, **self.sampler.arrays(arrays["rows"], arrays["positions"] + 1)}
 
     def _decode(self, tensors: dict[str, torch.Tensor], kv: KVCache | None = None) -> DecodeOutput:
         """A decode step, drawn by temperature alone, without a look at the host."""
@@ -368,6 +369,5 @@ class ModelRunner:
 
 def _draws(step: StepInput) -> tuple[np.ndarray, np.ndarray]:
     """The row of each token that the step samples, and the place that it takes."""
-    samples = np.array(step.samples)
-    positions = np.array(step.positions) + np.array(step.query_lens)
-    return np.array(step.rows)[samples], positions[samples]
+    samples = step.samples
+    return step.rows[samples], (step.positions + step.query_lens)[samples]

@@ -13,7 +13,8 @@ from nanovllm.worker.upload import Uploader
 
 
 class Sampler:
-    """Keeps the rows' sampling parameters.
+    """Keeps the rows' sampling parameters, in columns. Temperature 0 takes the most likely token;
+    that is also what a row does that was never started.
 
     Args:
         num_rows: rows that there are.
@@ -24,48 +25,43 @@ class Sampler:
     def __init__(self, num_rows: int, vocab_size: int, uploader: Uploader):
         self.vocab_size = vocab_size
         self.uploader = uploader
-        self.greedy = np.ones(num_rows, bool)
-        self.temperature = np.ones(num_rows, np.float32)
+        self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.full(num_rows, vocab_size, np.int64)
         self.top_p = np.ones(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
+        self.warps = np.zeros(num_rows, bool)  # draws by more than temperature
         self.seed = np.zeros(num_rows, np.uint64)
-        self.min_len = np.zeros(num_rows, np.int64)
+        self.min_len = np.zeros(num_rows, np.int64)  # no stop tokens before it
         self.stop_token_ids: list[tuple[int, ...]] = [()] * num_rows
 
     def start_row(self, start: RowStart) -> None:
         row, params = start.row, start.params
-        self.greedy[row] = params.is_greedy
-        self.temperature[row] = params.temperature
+        self.temperature[row] = 0 if params.is_greedy else params.temperature
         self.top_k[row] = (
             min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size
         )
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
+        self.warps[row] = bool(self._limits(np.array([row])))
         self.seed[row] = start.seed
-        self.min_len[row] = start.min_len
+        self.min_len[row] = start.min_len if start.stop_token_ids else 0
         self.stop_token_ids[row] = start.stop_token_ids
 
-    def arrays(
-        self, rows: np.ndarray, positions: np.ndarray, num_padded: int = 0
-    ) -> dict[str, np.ndarray]:
-        """Temperature (0 takes the most likely token) and noise of each row's draw, for the device.
+    def arrays(self, rows: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Temperature and noise of each row's draw, for the device.
 
         Args:
             rows: [n].
             positions: [n], the place that each drawn token takes in its sequence.
-            num_padded: rows to add that nobody asks for.
         """
-        temperature = np.where(self.greedy[rows], np.float32(0), self.temperature[rows])
-        keys = noise_keys(self.seed[rows], positions)
         return {
-            "temperature": np.pad(temperature, (0, num_padded)),
-            "noise_keys": np.pad(keys, ((0, num_padded), (0, 0))),
+            "temperature": self.temperature[rows],
+            "noise_keys": noise_keys(self.seed[rows], positions),
         }
 
     def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
         """Whether temperature and noise are all that the rows' draws depend on."""
-        return not (self._limits(rows) or self._too_early(rows, positions).size)
+        return not (self.warps[rows].any() or (positions < self.min_len[rows]).any())
 
     def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Draw a token for each row.
@@ -96,7 +92,7 @@ class Sampler:
 
     def _limits(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The warpers that a row asks for; the others are left out, as two of them cost a sort."""
-        random = rows[~self.greedy[rows]]
+        random = rows[self.temperature[rows] > 0]
         limits = {}
         if (self.top_k[random] < self.vocab_size).any():
             limits["top_k"] = self.top_k[rows]
@@ -117,10 +113,8 @@ def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
     Returns: [n, 2] int64.
     """
-    with np.errstate(over="ignore"):
-        x = seeds + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    keys = np.stack((x >> np.uint64(32), x & np.uint64(0xFFFFFFFF)), axis=1)
-    return keys.astype(np.int64)
+    x: np.ndarray = seeds + (positions.astype(np.uint64) + 1) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x ^ (x >> 31)
+    return np.stack((x >> 32, x & 0xFFFFFFFF), axis=1).astype(np.int64)

@@ -35,16 +35,20 @@ class Uploader:
         if self.device.type == "cpu":
             return {name: torch.from_numpy(array) for name, array in arrays.items()}
         offsets, size = layout(arrays)
-        host = self._take_pinned(size)
-        packed = host.numpy()
-        for name, array in arrays.items():
-            packed[offsets[name] : offsets[name] + array.nbytes] = _bytes(array)
         if out is None:
             out = torch.empty(size, dtype=torch.uint8, device=self.device)
-        out[:size].copy_(host[:size], non_blocking=True)
+        self.copy(arrays, offsets, out[:size])
+        return views(out, arrays, offsets)
+
+    def copy(
+        self, arrays: dict[str, np.ndarray], offsets: dict[str, int], out: torch.Tensor
+    ) -> None:
+        """The arrays into memory on a GPU, where `layout` says; for those who know it already."""
+        host = self._take_pinned(len(out))
+        pack(arrays, offsets, host.numpy())
+        out.copy_(host[: len(out)], non_blocking=True)
         event = self.copied[self.turn] = torch.cuda.Event()
         event.record()
-        return views(out, arrays, offsets)
 
     def _take_pinned(self, size: int) -> torch.Tensor:
         self.turn = (self.turn + 1) % RING
@@ -66,6 +70,15 @@ def layout(arrays: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:
     return offsets, size
 
 
+def pack(arrays: dict[str, np.ndarray], offsets: dict[str, int], buffer: np.ndarray) -> None:
+    """Copy arrays into a buffer of bytes. (numpy's views would cost more than the copies.)"""
+    memory = buffer.data
+    for name, array in arrays.items():
+        if array.size:
+            source = np.ascontiguousarray(array).data.cast("B")
+            memory[offsets[name] : offsets[name] + len(source)] = source
+
+
 def views(
     buffer: torch.Tensor, arrays: dict[str, np.ndarray], offsets: dict[str, int]
 ) -> dict[str, torch.Tensor]:
@@ -76,7 +89,3 @@ def views(
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
         tensors[name] = part.view(dtype).view(array.shape)
     return tensors
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanovllm import SamplingParams
 from nanovllm.entrypoints import breakdown
 from nanovllm.entrypoints.breakdown import Event, Step, Work
-from nanovllm.step import StepInput
+from nanovllm.step import Chunk, StepInput
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,11 +107,11 @@ def test_a_cpus_operators_have_the_time_of_those_they_call():
 
 
 def test_the_work_of_a_step_by_hand():
-    step = StepInput(num_decodes=2, token_ids=[1, 2, 3, 4])
-    step.add(row=0, position=9, query_len=1, samples=True)
-    step.add(row=1, position=4, query_len=1, samples=True)
-    step.add(row=2, position=6, query_len=3, samples=False)
-    step.add(row=3, position=0, query_len=1, samples=True)
+    step = StepInput(
+        decode_rows=np.array([0, 1]),
+        decode_positions=np.array([9, 4]),
+        chunks=[Chunk(2, 6, [1, 2, 3], samples=False), Chunk(3, 0, [4], samples=True)],
+    )
     # Decodes see 10 and 5 keys; the chunk's tokens 6 and half of their own; the other half a key.
     pairs = 10 + 5 + (81 - 36) / 2 + 0.5
     assert breakdown.work_of(step, 0) == Work(6, pairs, keys_read=10 + 5 + 6, sampled=3)

@@ -12,8 +12,7 @@ def compute(manager, tokens):
     were cached."""
     seq = make_sequence(tokens)
     num_cached = manager.allocate(seq)
-    seq.num_computed = len(tokens)
-    manager.register(seq)
+    manager.register(seq, len(tokens))
     return seq, num_cached
 
 
@@ -50,15 +49,14 @@ def test_pages_are_shared_as_far_as_they_are_computed_and_known():
     manager = BlockManager(num_blocks=16, block_size=2)
     seq = make_sequence([1, 2, 3, 4, 5, 6])
     manager.allocate(seq)
-    for seq.num_computed, expected in ((1, 0), (3, 2), (4, 4), (6, 6)):
-        manager.register(seq)
+    for num_computed, expected in ((1, 0), (3, 2), (4, 4), (6, 6)):
+        manager.register(seq, num_computed)
         assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == expected
     manager.append(seq)
-    seq.num_computed = 8  # decodes whose tokens are still on the device
-    manager.register(seq)
+    manager.register(seq, 8)  # decodes whose tokens are still on the device
     assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == 6
     seq.token_ids += [7, 8]
-    manager.register(seq)
+    manager.register(seq, 8)
     assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == 8
 
 
@@ -115,8 +113,7 @@ def test_a_duplicate_of_a_cached_page_keeps_the_first_holder():
     for seq in seqs:  # neither is registered when the other is allocated
         manager.allocate(seq)
     for seq in seqs:
-        seq.num_computed = 2
-        manager.register(seq)
+        manager.register(seq, 2)
     assert manager._find_prefix(make_sequence([1, 2])) == seqs[0].block_table
     for seq in seqs:
         manager.free(seq)
@@ -167,8 +164,7 @@ def test_a_collision_with_an_evicted_parent_is_no_hit(monkeypatch):
     for seq in (parent, child):  # the child has a duplicate of the parent's page
         manager.allocate(seq)
     for seq in (parent, child):
-        seq.num_computed = len(seq.token_ids)
-        manager.register(seq)
+        manager.register(seq, len(seq.token_ids))
     manager.free(parent)
     others, _ = compute(manager, [5, 5, 6, 6, 8, 8])  # evicts the parent's page
     manager.free(others)
@@ -177,4 +173,4 @@ def test_a_collision_with_an_evicted_parent_is_no_hit(monkeypatch):
 
 
 def page_bytes(tokens):
-    return BlockManager(1, len(tokens))._hashed(make_sequence(tokens), 0).tokens
+    return BlockManager(1, len(tokens))._hashed(make_sequence(tokens), 0)[1]

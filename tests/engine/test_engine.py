@@ -11,8 +11,10 @@ from fake_worker import (
     assert_right,
     check_invariants,
     expected_tokens,
+    is_prefilling,
     make_engine,
     make_sequence,
+    num_computed,
     run,
     take_step,
 )
@@ -89,7 +91,7 @@ def test_requests_of_one_step_share_what_it_computes():
     seqs = sequences([1] * 8, [1] * 8, [1] * 9, max_tokens=3)
     run(engine, *seqs)
     assert_right(*seqs)
-    assert engine.executor.steps[0].query_lens == [8, 1, 1]
+    assert engine.executor.steps[0].query_lens.tolist() == [8, 1, 1]
     assert [seq.num_cached_tokens for seq in seqs] == [0, 7, 8]
 
 
@@ -228,14 +230,14 @@ def test_a_long_prompt_does_not_stop_decodes(depth):
     engine = make_engine(max_num_seqs=2, max_num_batched_tokens=4, depth=depth)
     decoding, long = sequences([1, 2], [3] * 40, max_tokens=40)
     engine.add(decoding)
-    step_until(engine, lambda: decoding.num_computed > 2)
+    step_until(engine, lambda: num_computed(engine, decoding) > 2)
     num_steps = len(engine.executor.steps)
     engine.add(long)
     step_until(engine, lambda: long.output_token_ids)
     steps = engine.executor.steps[num_steps:]
     assert len(steps) >= 40 // 3 and {step.query_lens[0] for step in steps} == {1}
     assert all(step.num_decodes >= 1 for step in steps)
-    assert {sum(step.query_lens) for step in steps[:13]} == {4}  # the budget, used up
+    assert {step.query_lens.sum() for step in steps[:13]} == {4}  # the budget, used up
     run(engine)
     assert_right(decoding, long)
 
@@ -317,8 +319,10 @@ def test_no_stop_token_is_drawn_before_min_tokens(min_tokens, depth):
 STATES = {
     "unscheduled": lambda engine, seq: True,
     "waiting": lambda engine, seq: len(engine.scheduler.running) == 2 and seq.row < 0,
-    "prefilling": lambda engine, seq: seq.num_computed > 0 and seq.is_prefilling,
-    "in flight": lambda engine, seq: seq.num_pending and not seq.output_token_ids,
+    "prefilling": lambda engine, seq: num_computed(engine, seq) > 0 and is_prefilling(engine, seq),
+    "in flight": lambda engine, seq: (
+        0 < num_computed(engine, seq) == seq.prefill_end and not seq.output_token_ids
+    ),
     "decoding": lambda engine, seq: len(seq.output_token_ids) == 3,
     "preempted": lambda engine, seq: seq.output_token_ids and seq.row < 0,
 }

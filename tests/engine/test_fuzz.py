@@ -14,6 +14,7 @@ from fake_worker import (
     assert_idle,
     assert_right,
     check_invariants,
+    decoding,
     make_engine,
     make_sequence,
     take_step,
@@ -136,8 +137,7 @@ class Run:
 
     def step(self, times=1):
         for _ in range(times):
-            running = [] if self.engine.dirty else self.engine.scheduler.running
-            decoding = [seq for seq in running if seq.wants_decode]
+            decodes = [] if self.engine.dirty else decoding(self.engine)
             num_steps = len(self.worker.steps)
             try:
                 self.delivered += [seq for seq in take_step(self.engine) if seq.finished]
@@ -145,13 +145,13 @@ class Run:
                 assert not self.failure.armed
             else:
                 if len(self.worker.steps) > num_steps:
-                    self.check_all_decoded(decoding)
+                    self.check_all_decoded(decodes)
             check_invariants(self.engine)
 
-    def check_all_decoded(self, decoding):
+    def check_all_decoded(self, decodes):
         num_decodes = self.worker.steps[-1].num_decodes
-        preempted = sum(seq.row < 0 and not seq.finished for seq in decoding)
-        assert len(decoding) - preempted <= num_decodes <= len(decoding)
+        preempted = sum(seq.row < 0 and not seq.finished for seq in decodes)
+        assert len(decodes) - preempted <= num_decodes <= len(decodes)
 
     def abort(self, back):
         seq = self.seqs[-min(back, len(self.seqs))]

@@ -9,7 +9,7 @@ from nanovllm.ops.triton_attention import TritonAttention
 from nanovllm.step import StepInput
 from nanovllm.worker.cuda_graph import graph_sizes
 from nanovllm.worker.inputs import InputBuilder
-from nanovllm.worker.upload import ALIGNMENT, Uploader, layout, views
+from nanovllm.worker.upload import ALIGNMENT, Uploader, layout, pack, views
 
 CPU = torch.device("cpu")
 
@@ -33,10 +33,11 @@ def test_a_graphs_arrays_have_the_shapes_of_its_size(size):
         for longest in (2, 400, 4000):
             # Tables of zeros: all rows share all of their pages, if that counts.
             for attention.min_gain_bytes in (0, 1 << 60):
-                step = StepInput(num_decodes=num_decodes)
-                for row in rng.permutation(40)[:num_decodes].tolist():
-                    step.add(row, int(rng.integers(1, longest)), 1, samples=True)
-                arrays = inputs.arrays(step, graph_size=size)
+                step = StepInput(
+                    decode_rows=rng.permutation(40)[:num_decodes],
+                    decode_positions=rng.integers(1, longest, num_decodes),
+                )
+                arrays = inputs.decode_arrays(step, size)
                 shares = "shared_items" in arrays
                 shapes[shares].add(tuple((name, a.shape, a.dtype) for name, a in arrays.items()))
                 assert (arrays["rows"][num_decodes:] == inputs.padding_row).all()
@@ -52,13 +53,12 @@ def test_packed_arrays_come_back_as_they_were():
         "a": np.arange(7, dtype=np.int32),
         "b": np.zeros((0, 9), np.int32),
         "c": np.random.default_rng(0).random((3, 5)).astype(np.float32),
-        "d": np.arange(4).reshape(2, 2),
+        "d": np.arange(4).reshape(2, 2).T,
     }
     offsets, size = layout(arrays)
     assert all(offset % ALIGNMENT == 0 for offset in offsets.values())
     buffer = torch.zeros(size, dtype=torch.uint8)
-    for name, view in views(buffer, arrays, offsets).items():
-        view.copy_(torch.from_numpy(arrays[name]))
+    pack(arrays, offsets, buffer.numpy())
     for name, view in views(buffer, arrays, offsets).items():
         assert (
             np.array_equal(view.numpy(), arrays[name]) and view.numpy().dtype == arrays[name].dtype

@@ -3,6 +3,7 @@ ones: what it is handed is what it needs."""
 
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from nanovllm.batch import KVLayer
 from nanovllm.ops import flash_attention, reference
 from nanovllm.ops.flash_attention import FlashAttention
-from nanovllm.step import StepInput
+from nanovllm.step import Chunk, StepInput
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.upload import Uploader
 
@@ -67,12 +68,16 @@ def test_it_attends_as_the_reference(monkeypatch, num_decodes, query_lens, conte
     monkeypatch.setattr(flash_attention, "flash_attn", package)
     attention = FlashAttention(HEAD_DIM, torch.bfloat16, BLOCK_SIZE)
     inputs = InputBuilder(8, 4, BLOCK_SIZE, attention, Uploader(CPU))
-    step = StepInput(num_decodes=num_decodes, token_ids=[0] * (sum(query_lens) - num_decodes))
+    firsts = [context - query for query, context in zip(query_lens, context_lens, strict=True)]
+    step = StepInput(
+        decode_rows=np.arange(num_decodes), decode_positions=np.array(firsts[:num_decodes], int)
+    )
     pages = torch.randperm(40).tolist()
     for row, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         count = -(-context_len // BLOCK_SIZE)
-        step.new_pages.append((row, 0, [pages.pop() for _ in range(count)]))
-        step.add(row, context_len - query_len, query_len, samples=True)
+        step.new_pages.add(row, 0, [pages.pop() for _ in range(count)])
+        if row >= num_decodes:
+            step.chunks.append(Chunk(row, firsts[row], [0] * query_len, samples=True))
     batch, _ = inputs.build(step)
     kv = KVLayer(*torch.randn(2, 40, BLOCK_SIZE, KV_HEADS, HEAD_DIM))
     q = torch.randn(sum(query_lens), HEADS, HEAD_DIM)

@@ -1,0 +1,125 @@
+"""What a step of plain decodes costs the CPU in microseconds, without a model, without a GPU.
+
+python tools/bench_host.py [SEQUENCES ...]
+
+"engine" is Engine.step over an executor that does nothing: scheduling, pages, stop checks. "worker"
+is what ModelRunner does on the host before it launches a CUDA graph: rows, slots, the attention's
+work list, draws, and packing them for the upload. Contexts are 100 to 500 tokens, sampled with
+temperature; the overlapping engine (depth 2). Each number is the mean over the block of 16 steps
+(so each sequence opens one page) that took least.
+"""
+
+import sys
+import time
+
+import numpy as np
+import torch
+
+from nanovllm.engine.engine import Engine
+from nanovllm.engine.sequence import Sequence
+from nanovllm.ops.triton_attention import TritonAttention
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.step import StepInput, StepOutput
+from nanovllm.worker.inputs import InputBuilder
+from nanovllm.worker.sampler import Sampler
+from nanovllm.worker.upload import Uploader, layout, pack
+
+BLOCK_SIZE = 16
+NUM_STEPS = 320
+
+
+class Done:
+    def __init__(self, step: StepInput):
+        self.output = StepOutput([7] * int(step.samples.sum()))
+
+    def result(self) -> StepOutput:
+        return self.output
+
+
+class NullExecutor:
+    def submit(self, step: StepInput) -> Done:
+        return Done(step)
+
+    def close(self) -> None:
+        pass
+
+
+class HostExecutor(NullExecutor):
+    """The host's part of ModelRunner._replay, timed."""
+
+    def __init__(self, max_num_seqs: int):
+        device = torch.device("cpu")
+        attention = TritonAttention(16, 8, 128, torch.bfloat16, device, num_sms=132)
+        uploader = Uploader(device)
+        self.size = max_num_seqs
+        self.inputs = InputBuilder(max_num_seqs, 256, BLOCK_SIZE, attention, uploader)
+        self.sampler = Sampler(max_num_seqs + 1, 151936, uploader)
+        self.offsets: dict[str, int] = {}
+        self.buffer = np.empty(1 << 22, np.uint8)
+        self.seconds: list[float] = []
+
+    def submit(self, step: StepInput) -> Done:
+        for start in step.starts:
+            self.sampler.start_row(start)
+        if step.chunks:
+            self.inputs.arrays(step)
+        else:
+            start_time = time.perf_counter()
+            self._replay(step)
+            self.seconds.append(time.perf_counter() - start_time)
+        return super().submit(step)
+
+    def _replay(self, step: StepInput) -> None:
+        arrays = self.inputs.decode_arrays(step, self.size)
+        arrays |= self.sampler.arrays(arrays["rows"], arrays["positions"] + 1)
+        self.offsets = self.offsets or layout(arrays)[0]
+        pack(arrays, self.offsets, self.buffer)
+        self.sampler.is_plain(step.decode_rows, step.decode_positions + 1)
+
+
+def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
+    """An engine with that many sequences in the middle of their decodes."""
+    engine = Engine(
+        executor,
+        num_blocks=num_seqs * 40,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=max(16384, num_seqs),
+        depth=2,
+    )
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=NUM_STEPS + 64)
+    for i in range(num_seqs):
+        prompt = [(i * 7919 + j) % 1000 for j in range(100 + i % BLOCK_SIZE)]
+        engine.add(Sequence(str(i), prompt, params, seed=i, max_model_len=4096))
+    for _ in range(20):
+        engine.step()
+        engine.advanced.clear()
+    return engine
+
+
+def run(engine: Engine) -> list[float]:
+    seconds = []
+    for _ in range(NUM_STEPS):
+        start = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - start)
+        engine.advanced.clear()
+    return seconds
+
+
+def best_microseconds(seconds: list[float]) -> float:
+    blocks = np.array(seconds[: len(seconds) // 16 * 16]).reshape(-1, 16)
+    return float(blocks.mean(axis=1).min() * 1e6)
+
+
+def main() -> None:
+    for num_seqs in map(int, sys.argv[1:] or ["1", "16", "256", "1024"]):
+        engine = min(best_microseconds(run(make_engine(NullExecutor(), num_seqs))) for _ in "ab")
+        host = HostExecutor(num_seqs)
+        run(make_engine(host, num_seqs))
+        worker = best_microseconds(host.seconds)
+        print(f"{num_seqs:5} sequences: engine {engine:5.0f} us, worker {worker:5.0f} us")
+
+
+if __name__ == "__main__":
+    main()
