@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nanovllm.config import ModelConfig
 
 __all__ = [
+    "copy_pinned",
     "default_block_size",
     "linear",
     "make_attention",
@@ -48,6 +49,13 @@ rms_norm = _by_device(reference.rms_norm)
 linear = _by_device(reference.linear)
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference.sample)
+
+
+def copy_pinned(out: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between a GPU and page-locked memory, without waiting; a multiple of four bytes."""
+    from nanovllm.ops import triton_ops
+
+    triton_ops.copy(out, source)
 
 
 def default_block_size(attention_backend: str | None) -> int:

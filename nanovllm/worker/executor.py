@@ -5,7 +5,7 @@ import traceback
 
 import torch
 
-from nanovllm import platform
+from nanovllm import ops, platform
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.step import StepInput, StepOutput
 from nanovllm.worker.model_runner import ModelRunner
@@ -64,7 +64,7 @@ class SampledTokens:
         self.copied = None
         if token_ids.is_cuda:
             self.token_ids = torch.empty(len(token_ids), dtype=torch.int64, pin_memory=True)
-            self.token_ids.copy_(token_ids, non_blocking=True)
+            ops.copy_pinned(self.token_ids, token_ids)
             self.copied = torch.cuda.Event()
             self.copied.record()
 

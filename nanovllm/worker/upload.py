@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from nanovllm import ops
+
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
 RING = 16  # uploads until a page-locked buffer is used again: those of two steps and more
 
@@ -46,7 +48,7 @@ class Uploader:
         """The arrays into memory on a GPU, where `layout` says; for those who know it already."""
         host = self._take_pinned(len(out))
         pack(arrays, offsets, host.numpy())
-        out.copy_(host[: len(out)], non_blocking=True)
+        ops.copy_pinned(out, host[: len(out)])
         event = self.copied[self.turn] = torch.cuda.Event()
         event.record()
 

@@ -69,6 +69,7 @@ def record_launches() -> dict[str, tuple]:
         x = torch.zeros(2, 4096, dtype=dtype)
         triton_ops.rms_norm(x, x[0], 1e-6)
         triton_ops.silu_and_mul(x)
+        triton_ops.copy(x[0], x[1])
         weight = torch.zeros(64, 4096, dtype=dtype)
         for rows in (1, 4):
             few = torch.zeros(rows, 4096, dtype=dtype)
