@@ -5,7 +5,7 @@ Measured on an H200 (docs/log.md); every entry stays below the 99 KB of shared m
 program may have on the smallest GPUs of capability 8.0 and up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -56,14 +56,28 @@ ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
 }
 
 
-def attention_configs(head_dim: int, itemsize: int) -> tuple[AttentionConfig, AttentionConfig]:
-    """For short queries and for chunks. Raises ValueError for heads that no entry is for."""
+# For short queries of so many sequences that each multiprocessor gets 15 programs or more: smaller
+# blocks, since then many programs hide each other's waiting and short contexts fill whole blocks.
+CROWDS: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 32, 2, 3, 8, 128)}
+CROWD_PROGRAMS_PER_SM = 15
+
+
+def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig]:
+    """By name: for short queries, for those of a crowd of sequences, for chunks ("long"), and for
+    keys that decodes share. Raises ValueError for heads that no entry is for."""
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"on a GPU head_dim is at most {MAX_HEAD_DIM}, this model's is {head_dim}; "
             f"device='cpu' takes any"
         )
-    return ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]
+    key = itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize
+    short, long = ATTENTION[key]
+    return {
+        "shared": replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM),
+        "short": short,
+        "crowd": CROWDS.get(key, short),
+        "long": long,
+    }
 
 
 @dataclass(frozen=True)

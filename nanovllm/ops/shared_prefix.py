@@ -90,14 +90,16 @@ def _common_pages(block_tables: np.ndarray, rows: np.ndarray, limits: np.ndarray
     """How many first pages each row has in common with the next, up to a limit for each pair."""
     common = limits.copy()
     pairs = np.arange(len(limits))
-    for start in range(0, int(limits.max()), CHUNK):
-        end = min(start + CHUNK, int(limits.max()))
-        differ = block_tables[rows[pairs], start:end] != block_tables[rows[pairs + 1], start:end]
+    agree = np.full(len(limits), True)  # so far
+    longest = int(limits.max())
+    for start in range(0, longest, CHUNK):
+        pages = block_tables[rows, start : min(start + CHUNK, longest)]
+        differ = pages[1:] != pages[:-1]
         first = differ.argmax(1)
-        found = differ[np.arange(len(pairs)), first]
-        common[pairs[found]] = np.minimum(limits[pairs[found]], start + first[found])
-        pairs = pairs[~found & (limits[pairs] > end)]
-        if not len(pairs):
+        found = agree & differ[pairs, first]
+        common[found] = np.minimum(limits, start + first)[found]
+        agree &= ~found & (limits > start + CHUNK)
+        if not agree.any():
             break
     return common
 

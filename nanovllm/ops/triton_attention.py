@@ -12,8 +12,6 @@ Keys that several decodes share (shared_prefix.py finds them) are read by a laun
 others, in tiles of query rows of many sequences; a decode's own item goes on from the results.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 import triton
@@ -22,8 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.batch import ForwardBatch, KVLayer
 from nanovllm.ops.kernel_configs import (
+    CROWD_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
-    SHARED_PROGRAMS_PER_SM,
     AttentionConfig,
     attention_configs,
 )
@@ -138,21 +136,26 @@ def _merge(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile's other partial results to one: a sum weighted by their softmaxes' sums."""
-    for part in range(num_parts):
-        row = first_part + part * part_stride + rows
-        # .cg: past this multiprocessor's own cache, which does not see others' writes.
-        m_part = tl.load(stats + row * 2, mask=row_ok, other=float("-inf"), cache_modifier=".cg")
-        total_part = tl.load(stats + row * 2 + 1, mask=row_ok, other=0.0, cache_modifier=".cg")
-        acc_part = tl.load(
-            partial + row[:, None] * BLOCK_D + dims[None, :],
-            mask=row_ok[:, None], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        m_new = tl.maximum(m, m_part)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
-        total = total * old + total_part * new
-        acc = acc * old[:, None] + acc_part * new[:, None]
-        m = m_new
+    # Small tiles load several parts at once: their loads do not wait for each other.
+    AT_ONCE: tl.constexpr = 4 if acc.shape[0] <= 16 else 1
+    for first in range(0, num_parts, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            is_part = tl.full(rows.shape, first + i, tl.int32) < num_parts  # the last are none
+            ok = row_ok & is_part
+            row = first_part + (first + i) * part_stride + rows
+            # .cg: past this multiprocessor's own cache, which does not see others' writes.
+            m_part = tl.load(stats + row * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            total_part = tl.load(stats + row * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+            acc_part = tl.load(
+                partial + row[:, None] * BLOCK_D + dims[None, :],
+                mask=ok[:, None], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            m_new = tl.maximum(m, m_part)
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
+            total = total * old + total_part * new
+            acc = acc * old[:, None] + acc_part * new[:, None]
+            m = m_new
     return m, total, acc
 
 
@@ -304,11 +307,11 @@ class TritonAttention:
         self.key_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # for 16 bits: no effect
         self.num_sms = num_sms
-        self.short, self.long = attention_configs(head_dim, dtype.itemsize)
-        self.shared = replace(self.long, programs_per_sm=SHARED_PROGRAMS_PER_SM)
-        # Those of shared keys come behind those that each launch uses anew.
-        self.shared_from = max(max_slots(self._sizes(config)) for config in (self.short, self.long))
-        num_slots = self.shared_from + max_shared_slots(max_decodes, self._sizes(self.shared))
+        self.configs = attention_configs(head_dim, dtype.itemsize)
+        # Slots of shared keys come behind those that each launch uses anew.
+        self.shared_from = max(max_slots(self._sizes(config)) for config in self.configs.values())
+        shared_sizes = self._sizes(self.configs["shared"])
+        num_slots = self.shared_from + max_shared_slots(max_decodes, shared_sizes)
         self.partial = torch.empty(num_slots * num_heads * self.block_d, device=device)
         self.stats = torch.empty(num_slots * num_heads * 2, device=device)
         self.arrivals = torch.zeros(
@@ -328,10 +331,13 @@ class TritonAttention:
         """The step's work lists. A graph's has room for all that its decodes may need."""
         shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, graph_size)
         arrays = dict(shared)
-        short = query_lens <= self._tile_tokens(self.short)
-        for name, config, seqs in (("short", self.short, short), ("long", self.long, ~short)):
+        short = query_lens <= self._tile_tokens(self.configs["short"])
+        num_short = graph_size or np.count_nonzero(short)
+        is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
+        for name, seqs in (("crowd" if is_crowd else "short", short), ("long", ~short)):
             if not seqs.any():
                 continue
+            config = self.configs[name]
             items = work_list(
                 rows[seqs],
                 query_start[:-1][seqs],
@@ -353,12 +359,13 @@ class TritonAttention:
     ) -> tuple[dict[str, np.ndarray], Prefixes | None]:
         """The work list of the keys that decodes share, and what it leaves to the sequences;
         nothing where it would not pay."""
+        config = self.configs["shared"]
         groups = find_groups(
             block_tables,
             rows[:num_decodes],
             context_lens[:num_decodes],
             block_size=self.block_size,
-            tile_tokens=self._tile_tokens(self.shared),
+            tile_tokens=self._tile_tokens(config),
             group=self.group,
         )
         if groups.gain * self.key_bytes <= self.min_gain_bytes:
@@ -369,7 +376,7 @@ class TritonAttention:
             first_member,
             groups.sizes,
             groups.num_pages * self.block_size,
-            self._sizes(self.shared),
+            self._sizes(config),
             shared_from=self.shared_from,
         )
         tokens = groups.members.astype(np.int32)
@@ -378,7 +385,7 @@ class TritonAttention:
         num_tiles = None if graph_size is None else max_tiles(graph_size)
         arrays = {
             "shared_tokens": tokens,
-            **self._item_arrays("shared", self.shared, items, num_tiles),
+            **self._item_arrays("shared", config, items, num_tiles),
         }
         return arrays, prefixes_of(items, groups.members, len(rows))
 
@@ -388,7 +395,7 @@ class TritonAttention:
         """As reference.paged_attention."""
         out = torch.empty_like(q)
         arrays = batch.attention_arrays
-        for name, config in (("shared", self.shared), ("short", self.short), ("long", self.long)):
+        for name, config in self.configs.items():  # shared keys first
             items = arrays.get(f"{name}_items")
             if items is None:
                 continue
@@ -402,7 +409,7 @@ class TritonAttention:
                 NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=q.shape[-1],
                 BLOCK_SIZE=self.block_size, BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
                 BLOCK_D=self.block_d, PRECISION=self.precision,
-                HAS_PREFIXES=name == "short" and "shared_items" in arrays,
+                HAS_PREFIXES=name in ("short", "crowd") and "shared_items" in arrays,
                 num_warps=config.num_warps, num_stages=config.num_stages,
                 **pdl_options(q.device),
             )  # fmt: skip

@@ -141,8 +141,9 @@ class ModelRunner:
         the next step may overwrite them."""
         for start in step.starts:
             self.sampler.start_row(start)
-        if self.graphs and step.num_decodes == len(step.rows):
-            return self._replay(self.graphs, step)
+        graph_size = self.graph_size(step)
+        if self.graphs and graph_size:
+            return self._replay(self.graphs, graph_size, step)
         batch, sampled_rows = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
         if not any(step.samples):
@@ -152,9 +153,14 @@ class ModelRunner:
         self.inputs.keep_sampled(sampled_rows, token_ids)
         return token_ids
 
-    def _replay(self, graphs: DecodeGraphs, step: StepInput) -> torch.Tensor:
+    def graph_size(self, step: StepInput) -> int | None:
+        """The size of the CUDA graph that the step replays; None: it runs without."""
+        if self.graphs is None or step.num_decodes < len(step.rows):
+            return None
+        return self.graphs.padded_size(step.num_decodes)
+
+    def _replay(self, graphs: DecodeGraphs, size: int, step: StepInput) -> torch.Tensor:
         num_decodes = len(step.rows)
-        size = graphs.padded_size(num_decodes)
         output = graphs.run(self._decode_arrays(step, size), self._decode)
         draws = _draws(step)
         if self.sampler.is_plain(*draws):
