@@ -114,7 +114,8 @@ class ModelRunner:
                 f"GPU memory is too small to try the largest step: {error}. {SMALLER_STEP}, or "
                 f"lower kv_cache_memory_bytes (or num_gpu_blocks_override)"
             ) from None
-        logger.info("the worker's start: %s", laps)
+        if self.is_gpu:  # a CPU's start is its weights
+            logger.info("the worker's start: %s", laps)
 
     @property
     def is_gpu(self) -> bool:
