@@ -35,8 +35,8 @@ class KernelCompiler:
     @contextmanager
     def instead_of_launches(self) -> Iterator[list[Future[None]]]:
         """Within it, kernels that this thread launches for the first time are not run but handed to
-        the threads; what they should have written is anything. Gives what has to end until they are
-        compiled."""
+        the threads; what they should have written is anything. Once compiled they run. Gives what
+        has to end for all to be."""
         thread, former = threading.get_ident(), knobs.runtime.jit_cache_hook
         futures: list[Future[None]] = []
 

@@ -114,7 +114,8 @@ class ModelRunner:
                 f"GPU memory is too small to try the largest step: {error}. {SMALLER_STEP}, or "
                 f"lower kv_cache_memory_bytes (or num_gpu_blocks_override)"
             ) from None
-        logger.info("the worker's start: %s", laps)
+        if self.is_gpu:  # a CPU's start is its weights
+            logger.info("the worker's start: %s", laps)
 
     @property
     def is_gpu(self) -> bool:
@@ -223,6 +224,7 @@ class ModelRunner:
             self.kv, self.inputs = self._make_trial_cache(max_model_len)
             self.kv = self.kv.first_layer
             with compiler.instead_of_launches() as compiling, torch.inference_mode():
+                self._run_largest_step(max_model_len, num_seqs=1)  # long chunks take longest
                 self._run_largest_step(max_model_len)
                 for size in graph_sizes(self.max_num_seqs):
                     self._try_decode(self._warm_up_arrays(size))
@@ -236,7 +238,7 @@ class ModelRunner:
                 for size in range(1, min(8, self.max_num_seqs)):  # few rows have own kernels
                     self._try_decode(self._warm_up_arrays(size))
             del self.kv, self.inputs
-            # Where other engines' kernels ran, and some did not, it is in no state to go on.
+            # Kernels that were there already have run, others not: it is in no state to go on.
             self.attention = self._make_attention()
             laps.end("trial without kernels")
             yield
@@ -306,10 +308,11 @@ class ModelRunner:
         del graphs
         return first + (2 * len(others) + 1) * second
 
-    def _run_largest_step(self, max_model_len: int) -> None:
-        """As many tokens as a step may have, as many rows of logits, and every warper."""
+    def _run_largest_step(self, max_model_len: int, num_seqs: int | None = None) -> None:
+        """As many tokens as a step may have, as many rows of logits (or so many), and every
+        warper."""
         num_tokens = self.max_num_batched_tokens
-        num_seqs = min(self.max_num_seqs, num_tokens)
+        num_seqs = num_seqs or min(self.max_num_seqs, num_tokens)
         query_lens = [min(max_model_len, num_tokens // num_seqs)] * num_seqs
         query_lens[0] = min(max_model_len, num_tokens - sum(query_lens[1:]))
         params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1)
