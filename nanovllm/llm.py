@@ -118,23 +118,24 @@ class LLM:
             try:
                 for seq in seqs:
                     engine.add(seq)
-                self._run(engine, seqs, use_tqdm)
+                return self._run(engine, seqs, use_tqdm)
             except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
                 engine.abort(seqs)
                 raise
-            return [self._output(seq) for seq in seqs]
 
-    def _run(self, engine: Engine, seqs: list[Sequence], use_tqdm: bool) -> None:
+    def _run(self, engine: Engine, seqs: list[Sequence], use_tqdm: bool) -> list[RequestOutput]:
         """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
-        running = set(seqs)
+        running, outputs = set(seqs), {}
         with _Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
             while running:
-                engine.step()
-                for seq in running & engine.advanced.keys():
-                    del engine.advanced[seq]
-                    if seq.finished:
-                        running.remove(seq)
-                progress.show(num_finished=len(seqs) - len(running))
+                # Texts are decoded as requests end: a GPU runs the next step meanwhile.
+                for seq in running.intersection(engine.step()):
+                    running.remove(seq)
+                    outputs[seq] = self._output(seq)
+                progress.show(num_finished=len(outputs))
+        for seq in seqs:
+            engine.advanced.pop(seq, None)
+        return [outputs[seq] for seq in seqs]
 
     # One step at a time
 

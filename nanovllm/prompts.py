@@ -50,7 +50,8 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
         raise ValueError(
             "a text prompt needs a tokenizer: skip_tokenizer_init=True takes token ids"
         )
-    tokenized = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
+    options = {"return_attention_mask": False, "verbose": False}
+    tokenized = iter(tokenizer(texts, **options)["input_ids"] if texts else [])
     return [
         TokenizedPrompt(list(next(tokenized)), content) if isinstance(content, str) else content
         for content in contents

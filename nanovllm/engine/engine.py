@@ -85,10 +85,10 @@ class Engine:
             self.advanced.pop(seq, None)
         self.dirty = False
 
-    def step(self) -> None:
+    def step(self) -> list[Sequence]:
         """One round: submit a step if one can run, and read the oldest one when `depth` are in
         flight or none could be submitted. Sequences that got a token join `advanced`; those that
-        ended have a finish_reason.
+        ended have a finish_reason, and are returned for those who wait for nothing else.
 
         Raises what the executor raises. Unfinished requests then start over from their known tokens
         at the next call.
@@ -101,10 +101,12 @@ class Engine:
             self.pending.append((scheduled, self.executor.submit(scheduled.input)))
             self.metrics.add(scheduled.metrics)
         assert self.pending or not self.unfinished, "unfinished requests, and none can run"
+        finished: list[Sequence] = []
         if self.pending and (not scheduled or len(self.pending) == self.depth):
             step, handle = self.pending.popleft()
-            self._process(step, handle.result())
+            finished = self._process(step, handle.result())
         self.dirty = False
+        return finished
 
     def _recover(self) -> None:
         """After an exception, Ctrl-C too, which may come at any line, of this method as well: keep
@@ -120,7 +122,8 @@ class Engine:
         self.scheduler.restart(list(self.unfinished.values()))
         self.dirty = False
 
-    def _process(self, step: ScheduledStep, output: StepOutput) -> None:
+    def _process(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
+        """Append a step's tokens. Returns the sequences that they end."""
         now = time.monotonic()
         advanced, finished = self.advanced, []
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
@@ -139,3 +142,4 @@ class Engine:
             self.scheduler.finish(finished)
             for seq in finished:
                 del self.unfinished[seq.request_id]
+        return finished

@@ -246,6 +246,20 @@ def test_requests_added_by_hand_go_on_while_generate_runs(llm):
     assert [seen["long"][-1]["token_ids"], progress[-1]["token_ids"]] == expected
 
 
+def test_generate_makes_outputs_while_others_run(llm, monkeypatch):
+    left, make_output = [], llm._output
+
+    def output(seq):
+        left.append(len(llm.llm_engine.unfinished))
+        return make_output(seq)
+
+    monkeypatch.setattr(llm, "_output", output)
+    params = [greedy(n, ignore_eos=True) for n in (9, 2, 5)]
+    outs = llm.generate([TEXT] * 3, params, use_tqdm=False)
+    assert [len(out["token_ids"]) for out in outs] == [9, 2, 5]
+    assert left == [2, 1, 0]
+
+
 def test_abort_ends_one_request_and_spares_the_others(llm):
     expected = tokens(llm, TEXT, greedy(20))
     for name in ("gone", "waiting", "kept"):
