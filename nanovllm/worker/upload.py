@@ -7,6 +7,7 @@ from nanovllm import ops
 
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
 RING = 16  # uploads until a page-locked buffer is used again: those of two steps and more
+ROOM = 2**20  # bytes of a buffer at first: growing takes long, and may wait for the device
 
 
 class Uploader:
@@ -58,7 +59,7 @@ class Uploader:
         if event is not None:
             event.synchronize()
         if len(self.pinned[self.turn]) < size:
-            room = 1 << max(16, (size - 1).bit_length())
+            room = max(ROOM, 1 << (size - 1).bit_length())
             self.pinned[self.turn] = torch.empty(room, dtype=torch.uint8, pin_memory=True)
         return self.pinned[self.turn]
 
