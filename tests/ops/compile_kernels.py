@@ -51,11 +51,11 @@ def record_launches() -> dict[str, tuple]:
         (256, torch.float32, 64),
         (128, torch.bfloat16, 5),
     ]:
-        for query_len in (1, 200):
+        for query_len in (1, 200) if block_size == 16 else (1,):
             label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries of {query_len}"
             q, kv, batch = paged_case([query_len], [300], 4, 2, head_dim, block_size, dtype, cpu)
             batch.attention.attend(q, kv, batch, 1.0)
-        if block_size != 16:
+        if block_size != 16 or head_dim == 80:
             continue
         label = f"head_dim {head_dim} {dtype} pages of {block_size}, shared keys"
         lens, groups = [4 * block_size + 9] * 64, [(np.arange(64), 4)]
@@ -64,6 +64,10 @@ def record_launches() -> dict[str, tuple]:
         )
         assert "shared_items" in batch.attention_arrays
         batch.attention.attend(q, kv, batch, 1.0)
+    label = "a crowd"
+    q, kv, batch = paged_case([1] * 40, [50] * 40, 4, 2, 128, 16, torch.bfloat16, cpu, num_sms=1)
+    assert "crowd_items" in batch.attention_arrays
+    batch.attention.attend(q, kv, batch, 1.0)
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
@@ -96,6 +100,8 @@ def compile_launch(kernel, args, kwargs, capability: int):
     values = dict(zip(kernel.arg_names, args, strict=False)) | {
         name: value for name, value in kwargs.items() if name in kernel.arg_names
     }
+    if "PDL" in values:
+        values["PDL"] = capability >= 90
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
@@ -111,6 +117,7 @@ def compile_launch(kernel, args, kwargs, capability: int):
             if value % 16 == 0 and not kernel.params[i].do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    options["launch_pdl"] = values.get("PDL", False)
     return triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", capability, 32),
