@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
-        x = self.embed_tokens(batch.token_ids)  # [T, hidden]
+        x = self.embed_tokens(batch.token_ids)  # [T, hidden], new memory, which layers add to
         for layer, pages in zip(self.layers, kv.layers, strict=False):
             x = layer(x, batch, pages)
         return self.norm(x)

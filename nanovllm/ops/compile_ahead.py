@@ -18,6 +18,8 @@ from triton import knobs
 
 logger = logging.getLogger(__name__)
 
+_HOOK = threading.Lock()  # Triton has one for the whole process
+
 
 class KernelCompiler:
     """Threads that compile for one GPU.
@@ -37,6 +39,10 @@ class KernelCompiler:
         """Within it, kernels that this thread launches for the first time are not run but handed to
         the threads; what they should have written is anything. Once compiled they run. Gives what
         has to end for all to be."""
+        with _HOOK:
+            yield from self._instead_of_launches()
+
+    def _instead_of_launches(self) -> Iterator[list[Future[None]]]:
         thread, former = threading.get_ident(), knobs.runtime.jit_cache_hook
         futures: list[Future[None]] = []
 
@@ -56,9 +62,9 @@ class KernelCompiler:
         finally:
             knobs.runtime.jit_cache_hook = former
 
-    def close(self) -> None:
-        """Take no more; what has been handed over is still compiled."""
-        self.pool.shutdown(wait=False)
+    def close(self, cancel: bool) -> None:
+        """Take no more; what has been handed over is still compiled, unless it is cancelled."""
+        self.pool.shutdown(wait=False, cancel_futures=cancel)
 
 
 def _compile(kernel: Any, specialization_data: str) -> None:

@@ -96,9 +96,12 @@ class GemvConfig:
     num_warps: int
 
 
+MAX_GEMV_ROWS = 4
+
+
 def max_gemv_rows(num_weights: int) -> int:
     """Input rows up to which the kernel is faster than cuBLAS and kernels for norm and gate."""
-    return 4 if num_weights <= 2**24 else 1
+    return MAX_GEMV_ROWS if num_weights <= 2**24 else 1
 
 
 def gemv_config(size: int, itemsize: int, gated: bool) -> GemvConfig:

@@ -49,7 +49,7 @@ def linear(
         bias: [out] or None.
         norm: weight and eps of an RMSNorm that x goes through first.
         gated: the weight is gate and up, [2 * out, in]: the result is silu_and_mul of the product.
-        residual: [T, out], what the result is added to, in place.
+        residual: [T, out], what the result is added to, in place; not x itself.
 
     Returns: [T, out]; the residual if there is one.
     """

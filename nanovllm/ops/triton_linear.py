@@ -109,9 +109,11 @@ def _gemv(
     gated: bool,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
+    assert x.is_contiguous() and weight.is_contiguous()
     num_rows, size = x.shape
     num_out = len(weight) // 2 if gated else len(weight)
     out = x.new_empty(num_rows, num_out) if residual is None else residual
+    assert out.is_contiguous()
     norm_weight, eps = norm or (x, 0.0)
     config = gemv_config(size, x.element_size(), gated)
     gemv_kernel[(triton.cdiv(num_out, config.block_n),)](

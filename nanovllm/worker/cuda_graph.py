@@ -105,16 +105,18 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
         platform.drop_workspaces()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")
-            try:
-                output = decode(tensors)
-            except BaseException:
-                with suppress(RuntimeError):  # it would hide what was wrong
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        platform.drop_workspaces()
+        try:
+            with torch.cuda.stream(self.stream):
+                try:
+                    graph.capture_begin(self.pool, capture_error_mode="thread_local")
+                    output = decode(tensors)
+                except BaseException:
+                    with suppress(RuntimeError):  # it would hide what was wrong
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            platform.drop_workspaces()
         self.graphs[_shapes(arrays)] = Captured(graph, inputs, offsets, output)
         return warmed
 

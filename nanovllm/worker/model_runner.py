@@ -218,7 +218,10 @@ class ModelRunner:
             yield
             return
         from nanovllm.ops.compile_ahead import KernelCompiler
+        from nanovllm.ops.kernel_configs import MAX_GEMV_ROWS
 
+        # Copies run in the trial too: torch's own operations read the inputs.
+        self.uploader.upload({"compiled": np.zeros(1, np.int64)})
         compiler = KernelCompiler(self.device)
         try:
             self.kv, self.inputs = self._make_trial_cache(max_model_len)
@@ -228,14 +231,14 @@ class ModelRunner:
                 self._run_largest_step(max_model_len)
                 for size in graph_sizes(self.max_num_seqs):
                     self._try_decode(self._warm_up_arrays(size))
-            with compiler.instead_of_launches(), torch.inference_mode():
+            with compiler.instead_of_launches(), torch.inference_mode():  # nobody waits for these
                 # All rows' tables are zeros: a prefix that they share, if it is long enough.
                 rows = np.arange(self.max_num_seqs)
                 sharing = StepInput(
                     decode_rows=rows, decode_positions=np.full_like(rows, max_model_len - 1)
                 )
                 self._try_decode(self._decode_arrays(sharing, self.max_num_seqs))
-                for size in range(1, min(8, self.max_num_seqs)):  # few rows have own kernels
+                for size in range(1, min(MAX_GEMV_ROWS, self.max_num_seqs) + 1):
                     self._try_decode(self._warm_up_arrays(size))
             del self.kv, self.inputs
             # Kernels that were there already have run, others not: it is in no state to go on.
@@ -244,8 +247,10 @@ class ModelRunner:
             yield
             wait(compiling)
             laps.end(f"{len(compiling)} kernels")
-        finally:
-            compiler.close()
+        except BaseException:
+            compiler.close(cancel=True)
+            raise
+        compiler.close(cancel=False)
 
     def _try_decode(self, arrays: dict[str, np.ndarray]) -> None:
         self.inputs.last_tokens.zero_()  # nobody has drawn any

@@ -362,3 +362,14 @@ def test_a_missing_flash_attn_says_how_to_install_it(tiny, monkeypatch):
     monkeypatch.setattr(flash_attention, "flash_attn", None)
     with pytest.raises(ValueError, match="pip install"):
         load(tiny, attention_backend="FLASH_ATTN")
+
+
+def test_a_start_beside_used_memory(tiny, tmp_path, monkeypatch):
+    """What torch has cached on the GPU is not zeros, and kernels are not compiled yet."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    used = [torch.full((1 << 20,), -1, dtype=torch.int64, device="cuda") for _ in range(64)]
+    used += [torch.full((1 << 10,), -1, dtype=torch.int64, device="cuda") for _ in range(999)]
+    del used[1::2]
+    with LLM(str(tiny), device="cuda", gpu_memory_utilization=0.1) as llm:
+        [output] = llm.generate(["In the beginning"], greedy(), use_tqdm=False)
+        assert len(output["token_ids"]) == 20
