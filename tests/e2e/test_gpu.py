@@ -193,15 +193,15 @@ def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
     folder, prompts, expected = setting
     with load(folder) as llm:
         runner = llm.llm_engine.executor.runner
-        build, calls = runner.inputs.arrays, []
+        update, calls = runner.inputs._update_tables, []  # of every step, with graphs and without
 
-        def fail(*args, **kwargs):
+        def fail(step):
             calls.append(1)
             if len(calls) == 5:
                 raise KeyboardInterrupt
-            return build(*args, **kwargs)
+            update(step)
 
-        monkeypatch.setattr(runner.inputs, "arrays", fail)
+        monkeypatch.setattr(runner.inputs, "_update_tables", fail)
         with pytest.raises(KeyboardInterrupt):
             generate(llm, prompts, greedy())
         assert generate(llm, prompts, greedy()) == expected

@@ -9,6 +9,7 @@ from nanovllm.ops.triton_attention import TritonAttention
 # Query and context lengths by name.
 LENS = {
     "decodes": lambda rng: ([1] * 40, rng.integers(1, 900, 40)),
+    "crowd": lambda rng: ([1] * 300, rng.integers(1, 400, 300)),
     "one": lambda rng: ([1], [3000]),
     "skewed": lambda rng: ([1] * 30, [7000, *rng.integers(1, 200, 29)]),
     "chunks": lambda rng: ([700, 33, 128], [700, 500, 4000]),

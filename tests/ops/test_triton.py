@@ -119,12 +119,19 @@ def test_shared_prefixes_on_a_gpu(heads, kv_heads, head_dim, dtype, case):
     )
 
 
+@interpreted
+def test_a_crowd_interpreted():
+    lens = np.random.default_rng().integers(1, 90, 12)
+    batch = check_attention([1] * 12, lens, 4, 2, 128, 16, torch.bfloat16, CPU, num_sms=1)
+    assert "crowd_items" in batch.attention_arrays
+
+
 ATTENTION_CASES = pairwise(
     heads=[(16, 8), (32, 8), (32, 32), (14, 2), (9, 3), (24, 1)],
     head_dim=[64, 80, 96, 128, 256, 2, 50],
     block_size=[16, 32, 64, 128, 256, 48],
     dtype=[torch.bfloat16, torch.float16, torch.float32],
-    lens=["decodes", "one", "skewed", "chunks", "mixed"],
+    lens=["decodes", "crowd", "one", "skewed", "chunks", "mixed"],
 )
 
 
