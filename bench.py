@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.config import ModelConfig
-from nanovllm.entrypoints.breakdown import Work, measure, print_breakdown
+from tools.breakdown import Work, measure, print_breakdown
 
 TEMPERATURE = 0.6
 MAX_MODEL_LEN = 4096

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from nanovllm import SamplingParams
-from nanovllm.entrypoints import breakdown
-from nanovllm.entrypoints.breakdown import Event, Step, Work
 from nanovllm.step import Chunk, StepInput
+from tools import breakdown
+from tools.breakdown import Event, Step, Work
 
 ROOT = Path(__file__).parents[2]
 
