@@ -14,6 +14,8 @@ from nanovllm.batch import ForwardBatch, KVLayer
 from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK, VOCAB_BLOCK
 from nanovllm.ops.reference import keep_likely
 
+# In Triton 3.4 the functions are there, but do not compile.
+TRITON_HAS_PDL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 SORTED_LOGITS = 2**25  # rows whose logits are sorted at a time have so many
 
 
@@ -22,7 +24,9 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch options for programmatic dependent launch, which Hopper and newer GPUs have: a kernel
     starts while the one before it ends, and waits for its results with gdc_wait. Before the wait
     it may read weights and uploaded inputs only."""
-    if device.type == "cpu" or torch.cuda.get_device_capability(device) < (9, 0):
+    if not TRITON_HAS_PDL or device.type == "cpu":
+        return {"PDL": False}
+    if torch.cuda.get_device_capability(device) < (9, 0):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 

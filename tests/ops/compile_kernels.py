@@ -15,6 +15,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from nanovllm.ops.triton_ops import TRITON_HAS_PDL  # noqa: E402
+
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -101,7 +103,7 @@ def compile_launch(kernel, args, kwargs, capability: int):
         name: value for name, value in kwargs.items() if name in kernel.arg_names
     }
     if "PDL" in values:
-        values["PDL"] = capability >= 90
+        values["PDL"] = capability >= 90 and TRITON_HAS_PDL
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
