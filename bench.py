@@ -3,12 +3,15 @@
 python bench.py --workload readme --shape qwen3-0.6b
 python bench.py --workload cpu --engine nanovllm transformers vllm=ITS_VENV/bin/python
 python bench.py --model FOLDER --input-len 512 --output-len 128 --num-prompts 64
+python bench.py --workload readme --trace run.json.gz
 
 Each engine runs in a process of its own and with its defaults: import and construct it, generate a
 few tokens, then the workload twice; the better run counts. Weights are random unless --model names
 some; every request generates as many tokens as it must (ignore_eos). Nothing is installed here: an
 engine is one that the interpreter has, or the one given after "=" (for nanovllm, that interpreter's
 torch: the code is the one beside this file).
+
+--breakdown says where nanovllm's time went: it runs the workload once more, under torch's profiler.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.config import ModelConfig
+from tools.breakdown import Work, measure, print_breakdown
 
 TEMPERATURE = 0.6
 MAX_MODEL_LEN = 4096
@@ -157,59 +162,81 @@ def uniform_workload(input_len: int, output_len: int, num_prompts: int) -> Workl
 # What could be reached
 
 
-def ideal_seconds(
-    workload: Workload,
-    model: ModelConfig,
-    itemsize: int,
-    bandwidth: float,
-    flops: float,
-    warm: bool = False,
-) -> float:
-    """The time of a perfect engine: all prompts in one step, then all requests decode together; a
-    step takes as long as its bytes or its operations, whichever is longer.
-
-    A step reads the weights once, each request's keys and values once, and a shared prefix once.
+@dataclass(frozen=True)
+class Ideal:
+    """How long a perfect engine takes: as long as what it moves or what it computes, whichever is
+    longer. A step reads the weights once, each request's keys and values once, and a shared prefix
+    once.
 
     Args:
         itemsize: bytes a weight, key or value.
         bandwidth: bytes a second.
         flops: operations a second.
+    """
+
+    model: ModelConfig
+    itemsize: int
+    bandwidth: float
+    flops: float
+
+    def step(self, work: Work) -> float:
+        return self._seconds(self._products(work), self._attention(work))
+
+    def products(self, work: Work) -> float:
+        return self._seconds(self._products(work))
+
+    def attention(self, work: Work) -> float:
+        return self._seconds(self._attention(work))
+
+    def _seconds(self, *parts: tuple[float, float]) -> float:
+        moved, ops = map(sum, zip(*parts, strict=True))
+        return max(self.itemsize * moved / self.bandwidth, ops / self.flops)
+
+    def _products(self, work: Work) -> tuple[float, float]:
+        """Numbers read, and operations."""
+        model = self.model
+        q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        projections = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
+        layers, head = model.num_layers * projections, model.vocab_size * model.hidden_size
+        return layers + head, 2 * layers * work.new_tokens + 2 * head * work.sampled
+
+    def _attention(self, work: Work) -> tuple[float, float]:
+        model = self.model
+        pair_ops = 4 * model.num_layers * model.num_heads * model.head_dim
+        return model.kv_elements_per_token * work.keys_read, pair_ops * work.pairs
+
+
+def ideal_seconds(workload: Workload, ideal: Ideal, warm: bool = False) -> float:
+    """The time of a perfect engine: all prompts in one step, then all requests decode together.
+
+    Args:
         warm: the prefix cache holds all prompts that share a prefix.
     """
-    q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = model.hidden_size * (2 * q_size + 2 * kv_size)
-    layers = model.num_layers * (attention + 3 * model.hidden_size * model.intermediate_size)
-    head = model.vocab_size * model.hidden_size
-    pair_ops = 4 * model.num_layers * q_size  # of a query token and a key
-
-    def step(new_tokens: int, pairs: float, keys_read: int, sampled: int) -> float:
-        moved = itemsize * (layers + head + model.kv_elements_per_token * keys_read)
-        ops = 2 * layers * new_tokens + pair_ops * pairs + 2 * head * sampled
-        return max(moved / bandwidth, ops / flops)
-
     lens = [len(prompt) for prompt in workload.prompts]
     shared = workload.shared_len
     cached = [n - 1 if warm and shared else shared for n in lens]
     if not warm:
         cached[0] = 0  # somebody computes the shared prefix
-    seconds = step(
+    prefill = Work(
         new_tokens=sum(lens) - sum(cached),
         pairs=sum((n * n - c * c) / 2 for n, c in zip(lens, cached, strict=True)),
         keys_read=sum(cached) - shared * max(0, sum(c > 0 for c in cached) - 1),
         sampled=len(lens),
     )
+    seconds = ideal.step(prefill)
     for produced in range(1, max(workload.output_lens)):
         contexts = [
             n + produced
             for n, wanted in zip(lens, workload.output_lens, strict=True)
             if wanted > produced
         ]
-        seconds += step(
+        decode = Work(
             new_tokens=len(contexts),
             pairs=sum(contexts),
             keys_read=sum(contexts) - shared * (len(contexts) - 1),
             sampled=len(contexts),
         )
+        seconds += ideal.step(decode)
     return seconds
 
 
@@ -240,12 +267,14 @@ def measure_machine(job: dict[str, Any]) -> dict[str, float]:
     }
 
 
-# Engines. A loader imports and constructs one, and returns what generates and what to report.
+# Engines. A loader imports and constructs one, and returns what generates, what reports, and the
+# thing itself.
 
 Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
+Report = Callable[[], dict[str, Any]]
 
 
-def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Callable[[], dict[str, Any]]]:
+def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Report, Any]:
     """nanovllm and vLLM: the same calls."""
     engine = importlib.import_module(job["engine"])
     options = job["options"] | ({"load_format": "dummy"} if job["dummy_weights"] else {})
@@ -277,10 +306,10 @@ def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Callable[[], dict[str
             "kv_cache_waste": metrics.kv_cache_waste,
         }
 
-    return generate, report
+    return generate, report, llm
 
 
-def load_transformers(job: dict[str, Any]) -> tuple[Generate, Callable[[], dict[str, Any]]]:
+def load_transformers(job: dict[str, Any]) -> tuple[Generate, Report, Any]:
     """transformers' generate on static batches, prompts padded on the left; a batch runs until its
     longest answer ends."""
     import torch
@@ -319,15 +348,16 @@ def load_transformers(job: dict[str, Any]) -> tuple[Generate, Callable[[], dict[
             outputs += generate_batch(prompts[batch], output_lens[batch])
         return outputs
 
-    return generate, lambda: {"device": model.device.type, "dtype": model.dtype}
+    return generate, lambda: {"device": model.device.type, "dtype": model.dtype}, model
 
 
 def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
-    """Start time, the times of both runs, and what the engine reports of itself."""
+    """Start time, the times of both runs, what the engine reports of itself, and where the time of
+    a third run went if that is asked."""
     workload = Workload(**job["workload"])
     start = time.perf_counter()
     load = load_transformers if job["engine"] == "transformers" else load_vllm_like
-    generate, report = load(job)
+    generate, report, llm = load(job)
     start_seconds = time.perf_counter() - start
     generate([[1, 2, 3, 4]], [4])
     run_seconds = []
@@ -343,6 +373,15 @@ def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
 
         cards = map(torch.cuda.mem_get_info, range(torch.cuda.device_count()))
         result["gpu_bytes"] = sum(total - free for free, total in cards)
+    if job["breakdown"]:
+        result["peak_bytes"] = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+        prompts = workload.prompts_of_run(2, job["vocab_size"])
+        result["breakdown"] = measure(
+            llm.llm_engine,
+            lambda: generate(prompts, workload.output_lens),
+            workload.shared_len,
+            Path(job["trace"]) if job["trace"] else None,
+        )
     return {
         **result,
         "dtype": str(result["dtype"]).removeprefix("torch."),
@@ -355,6 +394,10 @@ def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
 # Processes. This file is started again for each job, perhaps by another interpreter.
 
 
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def child_main(folder: Path) -> None:
     job = json.loads(folder.joinpath("job.json").read_text())
     measure = measure_machine if job["engine"] == "machine" else measure_engine
@@ -363,7 +406,8 @@ def child_main(folder: Path) -> None:
 
 def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
     """Run a job in a new process with empty kernel caches. Returns its result with the peak memory
-    of the largest process in it; gpu_bytes is what GPUs hold at the end, whoever it is.
+    of the largest process in it, unless it has its own; gpu_bytes is what GPUs hold at the end,
+    whoever it is.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
@@ -391,8 +435,7 @@ def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
             causes = [line for line in lines[:-5] if "Error: " in line][:5]
             ending = f"{python} ended with {process.returncode}:"
             raise RuntimeError("\n".join([ending, *causes, *lines[-5:]]))
-        kib = 1 if sys.platform == "darwin" else 1024
-        return json.loads(result.read_text()) | {"peak_bytes": usage.ru_maxrss * kib}
+        return {"peak_bytes": peak_bytes(usage)} | json.loads(result.read_text())
 
 
 # The report
@@ -408,33 +451,36 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         "options": dict(args.option),
         "vocab_size": config.vocab_size,
         "max_model_len": args.max_model_len,
+        "trace": args.trace,
     }
     machines: dict[str, dict[str, float]] = {}
     engines: dict[str, dict[str, Any]] = {}
     for name, python in args.engine:
         print(f"{name} runs ...", file=sys.stderr)
         try:
-            engines[name] = result = run_job(job | {"engine": name}, python)
+            breakdown = args.breakdown and name == "nanovllm"
+            result = run_job(job | {"engine": name, "breakdown": breakdown}, python)
+            engines[name] = result
             rates = machine_rates(machines, result["device"], result["dtype"], python)
         except RuntimeError as error:
             print(f"{name} failed. {error}", file=sys.stderr)
             engines[name] = {"failed": True}
             continue
         seconds = min(result["run_seconds"])
-        ideal = ideal_seconds(
-            workload,
-            config,
-            ITEMSIZE[result["dtype"]],
-            rates["bandwidth"],
-            rates["flops"],
-            warm=seconds == result["run_seconds"][1],
-        )
+        ideal = Ideal(config, ITEMSIZE[result["dtype"]], **rates)
+        ideal_run = ideal_seconds(workload, ideal, warm=seconds == result["run_seconds"][1])
         result |= {
             "seconds": seconds,
             "tokens_per_second": workload.output_tokens / seconds,
-            "ideal_seconds": ideal,
-            "share_of_ideal": ideal / seconds,
+            "ideal_seconds": ideal_run,
+            "share_of_ideal": ideal_run / seconds,
         }
+        if breakdown:
+            works = [Work(*work) for work in result["breakdown"].pop("work")]
+            ideals = {"products": ideal.products, "attention": ideal.attention, "all": ideal.step}
+            result["breakdown"]["ideals"] = {
+                part: sum(map(seconds_of, works)) for part, seconds_of in ideals.items()
+            }
     return {
         "workload": args.workload_name,
         "requests": len(workload.prompts),
@@ -496,6 +542,9 @@ def print_table(report: dict[str, Any]) -> None:
     first = next(iter(speeds), None)
     for name in list(speeds)[1:]:
         print(f"{first} / {name}: {speeds[first] / speeds[name]:.2f}")
+    for result in report["engines"].values():
+        if "breakdown" in result:
+            print_breakdown(result["breakdown"], result["seconds"])
 
 
 # The command line
@@ -519,6 +568,13 @@ def engine_option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def trace_file(text: str) -> str:
+    path = Path(text).absolute()
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is no file that can be written")
+    return str(path)
 
 
 def positive(text: str) -> int:
@@ -561,11 +617,21 @@ def parse_args(folder: Path) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("auto", *ITEMSIZE), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--breakdown", action="store_true", help="say where nanovllm's time went")
+    parser.add_argument(
+        "--trace",
+        type=trace_file,
+        metavar="FILE",
+        help="the same, and a timeline for ui.perfetto.dev; gzipped if it ends in .gz",
+    )
     args = parser.parse_args()
     args.engine = args.engine or [engine_spec("nanovllm")]
     for flag, pairs in ("--engine", args.engine), ("--option", args.option):
         if len(dict(pairs)) < len(pairs):
             parser.error(f"{flag} names one twice")
+    args.breakdown |= args.trace is not None
+    if args.breakdown and "nanovllm" not in dict(args.engine):
+        parser.error("--breakdown and --trace see only into nanovllm, which --engine doesn't name")
 
     own_lens = (args.input_len, args.output_len, args.num_prompts)
     if any(own_lens) and args.workload:

@@ -54,13 +54,17 @@ class KVLayer:
 
 
 class KVCache:
-    """The pages of all layers, one tensor [layers, 2, blocks, block_size, kv_heads, head_dim]."""
+    """The pages of all layers, one tensor [layers, 2, blocks, block_size, kv_heads, head_dim]. A
+    model runs as many layers as its cache has."""
 
     def __init__(self, data: torch.Tensor):
         self.data = data
+        self.layers = [KVLayer(keys, values) for keys, values in data]
 
-    def layer(self, index: int) -> KVLayer:
-        return KVLayer(self.data[index, 0], self.data[index, 1])
+    @property
+    def first_layer(self) -> "KVCache":
+        """Enough to try what all layers do."""
+        return KVCache(self.data[:1])
 
 
 class Attention(Protocol):

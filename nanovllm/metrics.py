@@ -1,6 +1,7 @@
 """What the engine counts as it goes. The scheduler measures each step, the engine adds them up;
 progress bars, benchmarks, watchers and tests read."""
 
+import time
 from dataclasses import dataclass, field, fields
 
 
@@ -64,3 +65,19 @@ class EngineMetrics(Counts):
             setattr(self, count.name, getattr(self, count.name) + getattr(step, count.name))
         self.steps += 1
         self.last_step = step
+
+
+class Laps:
+    """Where the time goes: to whatever ends, since the one before it ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())

@@ -91,7 +91,7 @@ def _content(prompt: Any, name: str) -> str | TokenizedPrompt:
 
 def _checked_ids(value: Any, name: str) -> list[int]:
     if isinstance(value, Sequence):
-        if all(type(token) is int for token in value):
+        if set(map(type, value)) == {int}:
             return list(value)
         if all(isinstance(token, Integral) and not isinstance(token, bool) for token in value):
             return [int(token) for token in value]  # numpy's integers

@@ -2,7 +2,8 @@
 
     python tools/bench_attention.py
 
-Decodes are given in TB/s of keys and values read, causal prefill in TFLOP/s. Ours reads pages of 16
+Decodes are given in TB/s of keys and values read, causal prefill in TFLOP/s; decodes that share a
+prefix in microseconds, beside what they take when everybody reads it. Ours reads pages of 16
 tokens, flash-attn pages of 256, the smallest that it has. Keys are read from memory, not from the
 L2 cache: small cases go round several caches.
 """
@@ -29,6 +30,7 @@ class Case:
     heads: int
     kv_heads: int
     head_dim: int
+    num_shared_keys: int = 0
 
     @property
     def is_decode(self) -> bool:
@@ -36,10 +38,11 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(self.context_lens) * self.kv_heads * self.head_dim * 2 * 2
+        num_keys = sum(self.context_lens) - (len(self.context_lens) - 1) * self.num_shared_keys
+        return num_keys * self.kv_heads * self.head_dim * 2 * 2
 
     def rate(self, seconds: float) -> str:
-        if self.is_decode and len(self.query_lens) < 16:
+        if self.num_shared_keys or (self.is_decode and len(self.query_lens) < 16):
             return f"{seconds * 1e6:.1f} us"
         if self.is_decode:
             return f"{self.kv_bytes / seconds / 1e12:.2f} TB/s"
@@ -58,8 +61,14 @@ def cases() -> list[Case]:
         return Case(f"prefill {name}, {heads}/{kv_heads} heads of {head_dim}", lens, lens,
                     heads, kv_heads, head_dim)  # fmt: skip
 
+    def shared(num_seqs: int, num_keys: int) -> Case:
+        own = np.random.default_rng(1).integers(100, 201, num_seqs)
+        return Case(f"{num_seqs} share {num_keys}, 16/8 heads of 128", [1] * num_seqs,
+                    (num_keys + own).tolist(), 16, 8, 128, num_keys)  # fmt: skip
+
     mixed, skewed = rng.integers(200, 1501, 256).tolist(), rng.integers(100, 8001, 64).tolist()
     return [
+        *(shared(*sizes) for sizes in ((512, 2048), (64, 8192), (32, 1024), (8, 4096), (512, 64))),
         decodes("256 x 840", [840] * 256, 16, 8, 128),
         decodes("64 x 4096", [4096] * 64, 32, 8, 128),
         decodes("256 of 200 to 1500", mixed, 16, 8, 128),
@@ -82,6 +91,8 @@ def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
     pages = np.random.default_rng(0).permutation(int(num_pages.sum())).astype(np.int32)
     for row, end in enumerate(num_pages.cumsum()):
         tables[row, : num_pages[row]] = pages[end - num_pages[row] : end]
+    num_shared_pages = case.num_shared_keys // block_size
+    tables[:, :num_shared_pages] = tables[0, :num_shared_pages]
     shape = (2, len(pages), block_size, case.kv_heads, case.head_dim)
     num_caches = 1 + L2_BYTES // case.kv_bytes if case.is_decode else 1
     caches = [
@@ -133,12 +144,17 @@ def main() -> None:
     print(f"{'':45}{'ours':>14}{'flash-attn':>14}")
     for case in cases():
         ours = TritonAttention(
-            case.heads, case.kv_heads, case.head_dim, torch.bfloat16, CUDA, num_sms
+            case.heads, case.kv_heads, case.head_dim, 16, torch.bfloat16, CUDA, num_sms, 512
         )
         theirs = ""
         if flash_attention.flash_attn is not None:
             flash = flash_attention.FlashAttention(case.head_dim, torch.bfloat16, 256)
             theirs = case.rate(seconds_of(case, 256, flash))
+        if case.num_shared_keys:
+            ours.min_gain_bytes = 1 << 60
+            alone = case.rate(seconds_of(case, 16, ours))
+            print(f"{case.name + ', each alone':45}{alone:>14}{theirs:>14}", flush=True)
+            ours.min_gain_bytes = 0
         print(f"{case.name:45}{case.rate(seconds_of(case, 16, ours)):>14}{theirs:>14}", flush=True)
 
 

@@ -60,8 +60,10 @@ class Engine:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Its request id must be new, and it must fit in the cache alone."""
         assert seq.request_id not in self.unfinished
+        dirty, self.dirty = self.dirty, True
         self.unfinished[seq.request_id] = seq
         self.scheduler.add(seq)
+        self.dirty = dirty
 
     def add_batch(self, seqs: list[Sequence]) -> None:
         """Queue sequences that may run in any order."""

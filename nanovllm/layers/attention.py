@@ -41,9 +41,12 @@ class Attention(nn.Module):
         self.eps = config.rms_norm_eps
         self.scale = config.head_dim**-0.5
 
-    def forward(self, x: torch.Tensor, batch: ForwardBatch, kv: KVLayer) -> torch.Tensor:
-        qkv = self.qkv_proj(x)  # [T, (H + 2K) * D]
+    def forward(
+        self, x: torch.Tensor, norm: RMSNorm, batch: ForwardBatch, kv: KVLayer
+    ) -> torch.Tensor:
+        """x + attention(norm(x)), in place."""
+        qkv = self.qkv_proj(x, norm)  # [T, (H + 2K) * D]
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         q = ops.qk_norm_rope_store(qkv, norms, self.eps, self.rope.table, batch, kv)  # [T, H, D]
         out = batch.attention.attend(q, kv, batch, self.scale)  # [T, H, D]
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), residual=x)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm import ops
+from nanovllm.layers.norm import RMSNorm
 
 
 class Linear(nn.Module):
@@ -23,8 +24,17 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(sizes), in_features))
         self.bias = nn.Parameter(torch.empty(sum(sizes))) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def forward(
+        self,
+        x: torch.Tensor,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The product, with what stands before and after it: of norm(x), as silu(gate) * up, added
+        to `residual` in place."""
+        parts = None if norm is None else (norm.weight, norm.eps)
+        return ops.linear(x, self.weight, self.bias, parts, gated, residual)
 
 
 class Embedding(nn.Module):

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from nanovllm import ops
 from nanovllm.config import ModelConfig
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.norm import RMSNorm
 
 
 class GatedMLP(nn.Module):
@@ -22,5 +22,6 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, size, size, bias=bias)
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """x + MLP(norm(x)), in place."""
+        return self.down_proj(self.gate_up_proj(x, norm, gated=True), residual=x)

@@ -1,4 +1,4 @@
-"""RMSNorm, alone or with the residual addition before it."""
+"""RMSNorm. Where a product follows, it is handed to layers/linear.py, which may fuse the two."""
 
 import torch
 from torch import nn
@@ -19,10 +19,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + residual, and that sum, which is the next residual."""
-        if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps), x
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)

@@ -18,10 +18,8 @@ from nanovllm.layers.rope import Rope
 
 
 class DecoderLayer(nn.Module):
-    """A pre-norm layer: attention, then the feed-forward layer, each added to the residual stream.
-
-    The last addition is left to the next norm, which fuses it: x goes on as (x, residual) with x +
-    residual meant.
+    """A pre-norm layer: x + attention(norm(x)), then x + MLP(norm(x)). Both add to x in place, and
+    get their norm to fuse it with their first product.
     """
 
     def __init__(self, config: ModelConfig, self_attn: Attention, mlp: nn.Module):
@@ -31,13 +29,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, batch: ForwardBatch, kv: KVLayer
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, batch, kv)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+    def forward(self, x: torch.Tensor, batch: ForwardBatch, kv: KVLayer) -> torch.Tensor:
+        x = self.self_attn(x, self.input_layernorm, batch, kv)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -50,10 +44,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
-        x, residual = self.embed_tokens(batch.token_ids), None  # [T, hidden]
-        for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, batch, kv.layer(i))
-        return self.norm(x, residual)[0]
+        x = self.embed_tokens(batch.token_ids)  # [T, hidden], new memory, which layers add to
+        for layer, pages in zip(self.layers, kv.layers, strict=False):
+            x = layer(x, batch, pages)
+        return self.norm(x)
 
 
 class CausalLM(nn.Module):

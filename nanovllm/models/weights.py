@@ -4,6 +4,7 @@ The worker calls it. Which tensors belong together is the model's own table (`pa
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.models import model_class
 from nanovllm.models.decoder import CausalLM
 
+GPU_LOADERS = 8  # threads that copy weights to a GPU
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Uniform in +-0.035 has the standard deviation 0.02 that models start from.
 DUMMY_WEIGHT_BOUND = 0.035
@@ -47,29 +49,8 @@ def pack_weights(model: CausalLM) -> None:
             module.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def load_weights(model: CausalLM, folder: Path, device: torch.device) -> None:
-    """Give a built model memory on `device` and fill it from the folder's safetensors files.
-
-    Raises:
-        ValueError: a file or tensor is missing, surplus, misshapen or broken; names it.
-    """
-    files = _checkpoint_files(folder)
-    _materialize(model, device)
-    _fill(model, files)
-
-
-def fill_dummy_weights(model: CausalLM, device: torch.device, seed: int) -> None:
-    """Give a built model memory on `device` and random weights, for benchmarks."""
-    _materialize(model, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for param in model.parameters():
-        if param.dim() == 1:  # norms; biases as well, where any value will do
-            param.fill_(1.0)
-        else:
-            param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)
-
-
-def _materialize(model: nn.Module, device: torch.device) -> None:
+def allocate(model: CausalLM, device: torch.device) -> None:
+    """Give a built model memory on `device`; its weights are anything."""
     on_device: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
@@ -79,6 +60,25 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, on_device[param])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
+
+
+def load_weights(model: CausalLM, folder: Path) -> None:
+    """Fill an allocated model from the folder's safetensors files.
+
+    Raises:
+        ValueError: a file or tensor is missing, surplus, misshapen or broken; names it.
+    """
+    _fill(model, _checkpoint_files(folder))
+
+
+def fill_dummy_weights(model: CausalLM, seed: int) -> None:
+    """Give an allocated model random weights, for benchmarks."""
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    for param in model.parameters():
+        if param.dim() == 1:  # norms; biases as well, where any value will do
+            param.fill_(1.0)
+        else:
+            param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
@@ -111,12 +111,16 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 def _fill(model: CausalLM, files: list[Path]) -> None:
     targets = _targets(model)
     tied_head = None  # a tied head may be in the checkpoint too, as a copy of the embedding
+    # Reading and copying wait for the disk and the bus; a CPU's copies have threads of their own.
+    num_threads = GPU_LOADERS if model.lm_head.weight.is_cuda else 1
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
+            # The pool is left first: no thread reads a file that is closed.
+            with safe_open(file, "pt") as tensors, ThreadPoolExecutor(num_threads) as pool:
+                copies = []
                 for name in tensors.keys():  # noqa: SIM118 (a safe_open is not iterable)
                     if name in targets:
-                        _copy(targets.pop(name), tensors.get_tensor(name), f"{file}: {name}")
+                        copies.append(pool.submit(_copy, targets.pop(name), tensors, name, file))
                     elif model.is_tied and name == "lm_head.weight":
                         tied_head = tensors.get_tensor(name).to(model.lm_head.weight)
                     elif not name.endswith(model.ignored):
@@ -124,6 +128,8 @@ def _fill(model: CausalLM, files: list[Path]) -> None:
                             f"{file}: {name} has no place in {type(model).__name__} "
                             f"(surplus, or there twice)"
                         )
+                for copy in copies:
+                    copy.result()
         except SafetensorError as error:
             raise ValueError(
                 f"{file} is truncated or not a safetensors file ({error}); fetch it again"
@@ -155,11 +161,14 @@ def _targets(model: CausalLM) -> dict[str, torch.Tensor]:
     return targets
 
 
-def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+def _copy(target: torch.Tensor, tensors: safe_open, name: str, file: Path) -> None:
+    tensor = tensors.get_tensor(name)
     if target.shape != tensor.shape:
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
+            f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
         )
     if tensor.dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"{name} is in {tensor.dtype}: quantized weights are not supported yet")
+        raise ValueError(
+            f"{file}: {name} is in {tensor.dtype}: quantized weights are not supported yet"
+        )
     target.copy_(tensor)

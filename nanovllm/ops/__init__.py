@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from nanovllm.ops import reference
-from nanovllm.ops.cpu import linear, pack_weight, packs_weights
+from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
     from nanovllm.batch import Attention
     from nanovllm.config import ModelConfig
 
 __all__ = [
-    "add_rms_norm",
+    "copy_pinned",
     "default_block_size",
     "linear",
     "make_attention",
@@ -25,7 +25,6 @@ __all__ = [
     "qk_norm_rope_store",
     "rms_norm",
     "sample",
-    "silu_and_mul",
 ]
 
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -38,18 +37,25 @@ def _by_device(op: Op) -> Op:
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
-        from nanovllm.ops import triton_ops
+        from nanovllm.ops import triton_linear, triton_ops
 
-        return getattr(triton_ops, op.__name__)(x, *args, **kwargs)
+        kernels = triton_linear if op is reference.linear else triton_ops
+        return getattr(kernels, op.__name__)(x, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 rms_norm = _by_device(reference.rms_norm)
-add_rms_norm = _by_device(reference.add_rms_norm)
-silu_and_mul = _by_device(reference.silu_and_mul)
+linear = _by_device(reference.linear)
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference.sample)
+
+
+def copy_pinned(out: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between a GPU and page-locked memory, without waiting; a multiple of four bytes."""
+    from nanovllm.ops import triton_ops
+
+    triton_ops.copy(out, source)
 
 
 def default_block_size(attention_backend: str | None) -> int:
@@ -63,6 +69,7 @@ def make_attention(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    max_decodes: int,
 ) -> "Attention":
     """The attention backend of a model on a device.
 
@@ -72,6 +79,7 @@ def make_attention(
         config: the model's sizes.
         block_size: tokens a page.
         dtype: of queries and cache.
+        max_decodes: of a step.
 
     Raises:
         ValueError: it does not run there; says what does.
@@ -91,6 +99,6 @@ def make_attention(
         from nanovllm.ops.triton_attention import TritonAttention
 
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        sizes = (config.num_heads, config.num_kv_heads, config.head_dim)
-        return TritonAttention(*sizes, dtype=dtype, device=device, num_sms=num_sms)
+        sizes = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
+        return TritonAttention(*sizes, dtype, device, num_sms, max_decodes)
     return reference.TorchAttention()

@@ -1,6 +1,6 @@
-"""Matrix products. On an x86 CPU oneDNN reads a weight fastest in an order of its own.
+"""Matrix products on a CPU. On x86 oneDNN reads a weight fastest in an order of its own.
 
-Layers call linear; models/weights.py packs what is loaded.
+reference.linear calls matmul; models/weights.py packs what is loaded.
 """
 
 import torch
@@ -24,14 +24,14 @@ def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A copy of [out, in] in the device's order, which only linear reads; the weight itself where
+    """A copy of [out, in] in the device's order, which only matmul reads; the weight itself where
     there is none."""
     if not packs_weights(weight.device, weight.dtype):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias.
 
     Args:

@@ -5,7 +5,7 @@ Measured on an H200 (docs/log.md); every entry stays below the 99 KB of shared m
 program may have on the smallest GPUs of capability 8.0 and up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -14,8 +14,15 @@ MAX_HEAD_DIM = 256
 
 # Elements a program, the same on all GPUs.
 SILU_BLOCK = 1024
+COPY_BLOCK = 1024
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 VOCAB_BLOCK = 4096  # of sampling
+
+# Keys that decodes share are attended to with the configuration for chunks, but as many programs as
+# fit at a time: every further part is one more partial result for each decode.
+SHARED_PROGRAMS_PER_SM = 2
+# They have a launch of their own in each layer, which must save some microseconds of reading.
+MIN_GAIN_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,57 @@ ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
 }
 
 
-def attention_configs(head_dim: int, itemsize: int) -> tuple[AttentionConfig, AttentionConfig]:
-    """For short queries and for chunks. Raises ValueError for heads that no entry is for."""
+# For short queries of so many sequences that each multiprocessor gets 15 programs or more: smaller
+# blocks, since then many programs hide each other's waiting and short contexts fill whole blocks.
+CROWDS: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 32, 2, 3, 8, 128)}
+CROWD_PROGRAMS_PER_SM = 15
+
+
+def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig]:
+    """By name: for short queries, for those of a crowd of sequences, for chunks ("long"), and for
+    keys that decodes share. Raises ValueError for heads that no entry is for."""
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"on a GPU head_dim is at most {MAX_HEAD_DIM}, this model's is {head_dim}; "
             f"device='cpu' takes any"
         )
-    return ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]
+    key = itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize
+    short, long = ATTENTION[key]
+    return {
+        "shared": replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM),
+        "short": short,
+        "crowd": CROWDS.get(key, short),
+        "long": long,
+    }
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """One way to run the product of few rows with a weight.
+
+    Attributes:
+        block_n: outputs a program; gate and up count once.
+        block_k: inputs it reads at a time, one block after another.
+        num_warps: Triton's.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+MAX_GEMV_ROWS = 4
+
+
+def max_gemv_rows(num_weights: int) -> int:
+    """Input rows up to which the kernel is faster than cuBLAS and kernels for norm and gate."""
+    return MAX_GEMV_ROWS if num_weights <= 2**24 else 1
+
+
+def gemv_config(size: int, itemsize: int, gated: bool) -> GemvConfig:
+    """For inputs of `size` elements. As many bytes are on their way with one warp for short rows of
+    a weight as with eight for long ones."""
+    block_n = 2 if gated else 4
+    if size <= 1024:
+        return GemvConfig(block_n, min(triton.next_power_of_2(size), 1024 // itemsize), 1)
+    return GemvConfig(block_n, 4096 // itemsize, 4 if gated else 8)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.ops.cpu import matmul
 
 # Decodes attend in groups, padded to a common length. A group of several gathers at most so many
 # keys, so that they are still in the CPU's cache when they are used.
@@ -26,18 +27,38 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * x32.to(x.dtype)
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm(x + residual) and the sum itself."""
-    residual = x + residual
-    return rms_norm(residual, weight, eps), residual
-
-
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for [..., gate | up]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ weight.T + bias, with what stands before and after it in a layer.
+
+    Args:
+        x: [T, in].
+        weight: [out, in], plain or packed.
+        bias: [out] or None.
+        norm: weight and eps of an RMSNorm that x goes through first.
+        gated: the weight is gate and up, [2 * out, in]: the result is silu_and_mul of the product.
+        residual: [T, out], what the result is added to, in place; not x itself.
+
+    Returns: [T, out]; the residual if there is one.
+    """
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    out = matmul(x, weight, bias)
+    if gated:
+        out = silu_and_mul(out)
+    return out if residual is None else residual.add_(out)
 
 
 def apply_rope(x_THD: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

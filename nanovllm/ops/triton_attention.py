@@ -7,16 +7,36 @@ keys are divided among several items (split-KV, Flash-Decoding, Dao et al. 2023)
 program that finishes last. The list is data, so the same launch, in a CUDA graph too, serves any
 lengths. Inside an item it is FlashAttention's loop (Dao 2023): keys block by block, with a running
 maximum and sum.
+
+Keys that several decodes share (shared_prefix.py finds them) are read by a launch before the
+others, in tiles of query rows of many sequences; a decode's own item goes on from the results.
 """
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.batch import ForwardBatch, KVLayer
-from nanovllm.ops.kernel_configs import AttentionConfig, attention_configs
-from nanovllm.ops.work_list import ITEM_WIDTH, max_items, max_slots, work_list
+from nanovllm.ops.kernel_configs import (
+    CROWD_PROGRAMS_PER_SM,
+    MIN_GAIN_BYTES,
+    AttentionConfig,
+    attention_configs,
+)
+from nanovllm.ops.shared_prefix import find_groups, max_tiles
+from nanovllm.ops.triton_ops import pdl_options
+from nanovllm.ops.work_list import (
+    ITEM_WIDTH,
+    Prefixes,
+    Sizes,
+    max_items,
+    max_shared_slots,
+    max_slots,
+    prefixes_of,
+    work_list,
+)
 
 LOG2_E = 1.4426950408889634
 # Columns of a work list.
@@ -29,6 +49,10 @@ KEY_END = tl.constexpr(5)
 SLOT = tl.constexpr(6)
 FIRST_SLOT = tl.constexpr(7)
 NUM_PARTS = tl.constexpr(8)
+PREFIX_SLOT = tl.constexpr(9)
+PREFIX_TOKEN = tl.constexpr(10)
+PREFIX_TOKENS = tl.constexpr(11)
+PREFIX_PARTS = tl.constexpr(12)
 WIDTH = tl.constexpr(ITEM_WIDTH)
 
 
@@ -100,39 +124,50 @@ def _attend_block(
 
 
 @triton.jit
+def _first_row(slot, head, num_tokens, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """Of a head's partial result. A tile's result takes a slot for each of its tokens, and in them
+    its heads' rows lie one after another."""
+    return slot.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head * num_tokens * GROUP
+
+
+@triton.jit
 def _merge(
-    partial, stats, first_part, num_parts, part_stride, rows, row_ok, dims,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    m, total, acc, partial, stats, first_part, num_parts, part_stride, rows, row_ok, dims,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The softmax-weighted sum of a tile's partial results, by their log-sum-exps."""
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in range(num_parts):
-        row = first_part + part * part_stride + rows
-        # .cg: past this multiprocessor's own cache, which does not see others' writes.
-        m_part = tl.load(stats + row * 2, mask=row_ok, other=float("-inf"), cache_modifier=".cg")
-        total_part = tl.load(stats + row * 2 + 1, mask=row_ok, other=0.0, cache_modifier=".cg")
-        acc_part = tl.load(
-            partial + row[:, None] * BLOCK_D + dims[None, :],
-            mask=row_ok[:, None], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        m_new = tl.maximum(m, m_part)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
-        total = total * old + total_part * new
-        acc = acc * old[:, None] + acc_part * new[:, None]
-        m = m_new
-    return total, acc
+    """Adds a tile's other partial results to one: a sum weighted by their softmaxes' sums."""
+    # Small tiles load several parts at once: their loads do not wait for each other.
+    AT_ONCE: tl.constexpr = 4 if acc.shape[0] <= 16 else 1
+    for first in range(0, num_parts, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            is_part = tl.full(rows.shape, first + i, tl.int32) < num_parts  # the last are none
+            ok = row_ok & is_part
+            row = first_part + (first + i) * part_stride + rows
+            # .cg: past this multiprocessor's own cache, which does not see others' writes.
+            m_part = tl.load(stats + row * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            total_part = tl.load(stats + row * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+            acc_part = tl.load(
+                partial + row[:, None] * BLOCK_D + dims[None, :],
+                mask=ok[:, None], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            m_new = tl.maximum(m, m_part)
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
+            total = total * old + total_part * new
+            acc = acc * old[:, None] + acc_part * new[:, None]
+            m = m_new
+    return m, total, acc
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def paged_attention_kernel(
-    out, q, k_cache, v_cache, block_tables, items, num_items, partial, stats, arrivals,
+    out, q, k_cache, v_cache, block_tables, items, num_items, shared_tokens,
+    partial, stats, arrivals,
     scale_log2, table_stride, page_stride, slot_stride, head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, HAS_PREFIXES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program i is item i // K for key/value head i % K; those beyond the list do nothing.
 
@@ -141,15 +176,19 @@ def paged_attention_kernel(
         k_cache, v_cache: pages, with strides of page, slot and head; dims are adjacent.
         block_tables: [rows, pages] int32.
         items: [items, WIDTH] int32; num_items: [1] int32, how many count.
-        partial: [slots, K, TILE, BLOCK_D] float32, sums of values.
-        stats: [slots, K, TILE, 2] float32, maximum and sum of the softmax.
+        shared_tokens: None, or the items are of shared keys, and their query tokens are indices of
+            these, [shared tokens] int32, the query tokens of the batch.
+        partial: [slots * H, BLOCK_D] float32, sums of values; _first_row says whose.
+        stats: [slots * H, 2] float32, maximum and sum of the softmax.
         arrivals: [slots, K] int32, zeros before and after.
         scale_log2: softmax scale * log2(e).
+        HAS_PREFIXES: there are decodes whose first keys are shared, and have been attended to.
     """
+    if PDL:
+        gdc_launch_dependents()
     unit = tl.program_id(0)
     if unit >= tl.load(num_items) * NUM_KV_HEADS:
         return
-    TILE: tl.constexpr = (BLOCK_M // GROUP) * GROUP  # rows in use: (token, query head of the group)
     PAD_D: tl.constexpr = BLOCK_D != HEAD_DIM
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -167,10 +206,16 @@ def paged_attention_kernel(
     v_head = v_cache + head.to(tl.int64) * head_stride
 
     # Row r is query head r % GROUP of the group, at token r // GROUP of the tile.
-    q_rows = (token + rows // GROUP).to(tl.int64) * (NUM_KV_HEADS * GROUP)
+    if shared_tokens is None:
+        q_rows = (token + rows // GROUP).to(tl.int64) * (NUM_KV_HEADS * GROUP)
+    else:
+        tokens = tl.load(shared_tokens + token + rows // GROUP, mask=row_ok, other=0)
+        q_rows = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP)
     q_rows += head * GROUP + rows % GROUP
     q_offsets = q_rows[:, None] * HEAD_DIM + dims[None, :]  # [M, D]
     q_ok = row_ok[:, None] & dims_ok[None, :]
+    if PDL:
+        gdc_wait()  # so far it read the work list, which came before all kernels of the step
     q_tile = tl.load(q + q_offsets, mask=q_ok, other=0.0)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -194,22 +239,38 @@ def paged_attention_kernel(
         )  # fmt: skip
 
     if slot >= 0:
-        part_rows = (slot.to(tl.int64) * NUM_KV_HEADS + head) * TILE + rows
+        num_tokens = tl.load(item + NUM_TOKENS)
+        part_rows = _first_row(slot, head, num_tokens, NUM_KV_HEADS, GROUP) + rows
         tl.store(stats + part_rows * 2, m, mask=row_ok)
         tl.store(stats + part_rows * 2 + 1, total, mask=row_ok)
         tl.store(partial + part_rows[:, None] * BLOCK_D + dims[None, :], acc, mask=row_ok[:, None])
-        first_slot = tl.load(item + FIRST_SLOT).to(tl.int64)
-        num_parts = tl.load(item + NUM_PARTS)
-        arrival = arrivals + first_slot * NUM_KV_HEADS + head
-        tl.debug_barrier()  # every warp has stored its share before one thread says so
-        if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
-            total, acc = _merge(
-                partial, stats, (first_slot * NUM_KV_HEADS + head) * TILE, num_parts,
-                NUM_KV_HEADS * TILE, rows, row_ok, dims, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-            tl.store(arrival, 0)
-            slot = -1
+        if shared_tokens is None:
+            first_slot = tl.load(item + FIRST_SLOT)
+            num_parts = tl.load(item + NUM_PARTS)
+            arrival = arrivals + first_slot * NUM_KV_HEADS + head
+            tl.debug_barrier()  # every warp has stored its share before one thread says so
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
+                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK_M], tl.float32)
+                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                m, total, acc = _merge(
+                    m, total, acc, partial, stats,
+                    _first_row(first_slot, head, num_tokens, NUM_KV_HEADS, GROUP), num_parts,
+                    num_tokens * (NUM_KV_HEADS * GROUP), rows, row_ok, dims, BLOCK_D,
+                )  # fmt: skip
+                tl.store(arrival, 0)
+                slot = -1
     if slot < 0:
+        if HAS_PREFIXES:
+            prefix_tokens = tl.load(item + PREFIX_TOKENS)
+            prefix = _first_row(
+                tl.load(item + PREFIX_SLOT), head, prefix_tokens, NUM_KV_HEADS, GROUP
+            )
+            m, total, acc = _merge(
+                m, total, acc, partial, stats, prefix + tl.load(item + PREFIX_TOKEN) * GROUP,
+                tl.load(item + PREFIX_PARTS), prefix_tokens * (NUM_KV_HEADS * GROUP),
+                rows, row_ok, dims, BLOCK_D,
+            )  # fmt: skip
         tl.store(out + q_offsets, acc / total[:, None], mask=q_ok)
 
 
@@ -218,9 +279,11 @@ class TritonAttention:
 
     Args:
         num_heads, num_kv_heads, head_dim: of the model.
+        block_size: tokens a page.
         dtype: of queries and cache.
         device: a GPU.
         num_sms: its multiprocessors.
+        max_decodes: of a step.
     """
 
     name = "TRITON_ATTN"
@@ -230,23 +293,30 @@ class TritonAttention:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        block_size: int,
         dtype: torch.dtype,
         device: torch.device,
         num_sms: int,
+        max_decodes: int,
     ):
         self.num_kv_heads = num_kv_heads
         self.group = num_heads // num_kv_heads
+        self.block_size = block_size
         self.block_d = triton.next_power_of_2(max(head_dim, 16))
+        self.min_gain_bytes = MIN_GAIN_BYTES
+        self.key_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # for 16 bits: no effect
         self.num_sms = num_sms
-        self.short, self.long = attention_configs(head_dim, dtype.itemsize)
-        num_slots = max(
-            max_slots(num_kv_heads, num_sms * config.programs_per_sm) * self._tile_rows(config)
-            for config in (self.short, self.long)
+        self.configs = attention_configs(head_dim, dtype.itemsize)
+        # Slots of shared keys come behind those that each launch uses anew.
+        self.shared_from = max(max_slots(self._sizes(config)) for config in self.configs.values())
+        shared_sizes = self._sizes(self.configs["shared"])
+        num_slots = self.shared_from + max_shared_slots(max_decodes, shared_sizes)
+        self.partial = torch.empty(num_slots * num_heads * self.block_d, device=device)
+        self.stats = torch.empty(num_slots * num_heads * 2, device=device)
+        self.arrivals = torch.zeros(
+            self.shared_from * num_kv_heads, dtype=torch.int32, device=device
         )
-        self.partial = torch.empty(num_slots * num_kv_heads * self.block_d, device=device)
-        self.stats = torch.empty(num_slots * num_kv_heads * 2, device=device)
-        self.arrivals = torch.zeros(num_slots * num_kv_heads, dtype=torch.int32, device=device)
 
     def host_arrays(
         self,
@@ -259,58 +329,113 @@ class TritonAttention:
         graph_size: int | None,
     ) -> dict[str, np.ndarray]:
         """The step's work lists. A graph's has room for all that its decodes may need."""
-        arrays = {}
-        short = query_lens <= self._tile_tokens(self.short)
-        for name, config, seqs in (("short", self.short, short), ("long", self.long, ~short)):
+        shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, graph_size)
+        arrays = dict(shared)
+        short = query_lens <= self._tile_tokens(self.configs["short"])
+        num_short = graph_size or np.count_nonzero(short)
+        is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
+        for name, seqs in (("crowd" if is_crowd else "short", short), ("long", ~short)):
             if not seqs.any():
                 continue
+            config = self.configs[name]
             items = work_list(
                 rows[seqs],
                 query_start[:-1][seqs],
                 query_lens[seqs],
                 context_lens[seqs],
-                tile_tokens=self._tile_tokens(config),
-                num_kv_heads=self.num_kv_heads,
-                num_units=self._num_units(config),
-                min_keys=config.min_keys,
+                self._sizes(config),
+                prefixes=Prefixes(*(a[seqs] for a in prefixes)) if prefixes else None,
             )
-            arrays[f"num_{name}_items"] = np.array([len(items)], np.int32)
-            if graph_size is not None:
-                room = max_items(graph_size, self.num_kv_heads, self._num_units(config))
-                items = np.concatenate((items, np.zeros((room - len(items), ITEM_WIDTH), np.int32)))
-            arrays[f"{name}_items"] = items
+            arrays |= self._item_arrays(name, config, items, graph_size)
         return arrays
+
+    def _shared(
+        self,
+        block_tables: np.ndarray,
+        rows: np.ndarray,
+        context_lens: np.ndarray,
+        num_decodes: int,
+        graph_size: int | None,
+    ) -> tuple[dict[str, np.ndarray], Prefixes | None]:
+        """The work list of the keys that decodes share, and what it leaves to the sequences;
+        nothing where it would not pay."""
+        config = self.configs["shared"]
+        groups = find_groups(
+            block_tables,
+            rows[:num_decodes],
+            context_lens[:num_decodes],
+            block_size=self.block_size,
+            tile_tokens=self._tile_tokens(config),
+            group=self.group,
+        )
+        if groups.gain * self.key_bytes <= self.min_gain_bytes:
+            return {}, None
+        first_member = groups.sizes.cumsum() - groups.sizes
+        items = work_list(
+            rows[groups.members[first_member]],
+            first_member,
+            groups.sizes,
+            groups.num_pages * self.block_size,
+            self._sizes(config),
+            shared_from=self.shared_from,
+        )
+        tokens = groups.members.astype(np.int32)
+        if graph_size is not None:
+            tokens = np.append(tokens, np.zeros(graph_size - len(tokens), np.int32))
+        num_tiles = None if graph_size is None else max_tiles(graph_size)
+        arrays = {
+            "shared_tokens": tokens,
+            **self._item_arrays("shared", config, items, num_tiles),
+        }
+        return arrays, prefixes_of(items, groups.members, len(rows))
 
     def attend(
         self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
         """As reference.paged_attention."""
         out = torch.empty_like(q)
-        for name, config in (("short", self.short), ("long", self.long)):
-            items = batch.attention_arrays.get(f"{name}_items")
+        arrays = batch.attention_arrays
+        for name, config in self.configs.items():  # shared keys first
+            items = arrays.get(f"{name}_items")
             if items is None:
                 continue
             page_stride, slot_stride, head_stride, _ = kv.k.stride()
             paged_attention_kernel[(len(items) * self.num_kv_heads,)](
                 out, q, kv.k, kv.v, batch.block_tables,
-                items, batch.attention_arrays[f"num_{name}_items"],
+                items, arrays[f"num_{name}_items"],
+                arrays["shared_tokens"] if name == "shared" else None,
                 self.partial, self.stats, self.arrivals,
                 scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
                 NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=q.shape[-1],
-                BLOCK_SIZE=kv.k.shape[1], BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
+                BLOCK_SIZE=self.block_size, BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
                 BLOCK_D=self.block_d, PRECISION=self.precision,
+                HAS_PREFIXES=name in ("short", "crowd") and "shared_items" in arrays,
                 num_warps=config.num_warps, num_stages=config.num_stages,
+                **pdl_options(q.device),
             )  # fmt: skip
         return out
 
-    def _num_units(self, config: AttentionConfig) -> int:
-        return self.num_sms * config.programs_per_sm
+    def _item_arrays(
+        self, name: str, config: AttentionConfig, items: np.ndarray, num_tiles: int | None
+    ) -> dict[str, np.ndarray]:
+        """A work list for the device; for a CUDA graph with room for all that so many tiles may
+        need."""
+        num_items = np.array([len(items)], np.int32)
+        if num_tiles is not None:
+            room = max_items(num_tiles, self._sizes(config))
+            items = np.concatenate((items, np.zeros((room - len(items), ITEM_WIDTH), np.int32)))
+        return {f"{name}_items": items, f"num_{name}_items": num_items}
+
+    def _sizes(self, config: AttentionConfig) -> Sizes:
+        return Sizes(
+            self._tile_tokens(config),
+            self.num_kv_heads,
+            self.num_sms * config.programs_per_sm,
+            config.min_keys,
+        )
 
     def _block_m(self, config: AttentionConfig) -> int:
         return max(config.block_m, triton.next_power_of_2(self.group))
 
     def _tile_tokens(self, config: AttentionConfig) -> int:
         return self._block_m(config) // self.group
-
-    def _tile_rows(self, config: AttentionConfig) -> int:
-        return self._tile_tokens(config) * self.group

@@ -3,70 +3,83 @@
 Each rounds where its reference does, so that the two differ by the order of sums alone.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.batch import ForwardBatch, KVLayer
-from nanovllm.ops.kernel_configs import HEADS_PER_PROGRAM, SILU_BLOCK, VOCAB_BLOCK
+from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK, VOCAB_BLOCK
 from nanovllm.ops.reference import keep_likely
 
+# In Triton 3.4 the functions are there, but do not compile.
+TRITON_HAS_PDL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 SORTED_LOGITS = 2**25  # rows whose logits are sorted at a time have so many
+
+
+@functools.cache
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch options for programmatic dependent launch, which Hopper and newer GPUs have: a kernel
+    starts while the one before it ends, and waits for its results with gdc_wait. Before the wait
+    it may read weights and uploaded inputs only."""
+    if not TRITON_HAS_PDL or device.type == "cpu":
+        return {"PDL": False}
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def copy_kernel(out, source, num_words, BLOCK: tl.constexpr):
+    words = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + words, tl.load(source + words, mask=words < num_words), mask=words < num_words)
+
+
+def copy(out: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between a GPU and page-locked memory, of a multiple of four bytes; nobody waits for it.
+    A copy engine would not wait either, but be waited for by the kernels around it."""
+    words = out.view(torch.int32), source.view(torch.int32)
+    num_words = len(words[0])
+    if num_words:
+        copy_kernel[(triton.cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
 
 
 @triton.jit
 def rms_norm_kernel(
-    out, residual_out, x, residual, weight, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    out, x, weight, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * SIZE
     dims = tl.arange(0, BLOCK)
     ok = dims < SIZE
+    w = tl.load(weight + dims, mask=ok, other=0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     value = tl.load(x + row + dims, mask=ok, other=0.0)
-    if ADD:
-        other = tl.load(residual + row + dims, mask=ok, other=0.0)
-        value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
-        tl.store(residual_out + row + dims, value, mask=ok)
     x32 = value.to(tl.float32)
     normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
-    w = tl.load(weight + dims, mask=ok, other=0.0)
     tl.store(out + row + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
-    _launch_rms_norm(out, out, x, x, weight, eps, add=False)
-    return out
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, residual_out = torch.empty_like(x), torch.empty_like(x)
-    _launch_rms_norm(out, residual_out, x, residual, weight, eps, add=True)
-    return out, residual_out
-
-
-def _launch_rms_norm(
-    out: torch.Tensor,
-    residual_out: torch.Tensor,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    add: bool,
-) -> None:
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
     if x.numel():
         rms_norm_kernel[(x.numel() // size,)](
-            out, residual_out, x, residual, weight, eps, SIZE=size, BLOCK=block, ADD=add,
-            num_warps=min(16, max(1, block // 512)),
+            out, x, weight, eps, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            **pdl_options(x.device),
         )  # fmt: skip
+    return out
 
 
 @triton.jit
-def silu_and_mul_kernel(out, gate_up, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def silu_and_mul_kernel(out, gate_up, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = dims < SIZE
@@ -82,7 +95,9 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], size)
     if out.numel():
         grid = (out.numel() // size, triton.cdiv(size, SILU_BLOCK))
-        silu_and_mul_kernel[grid](out, gate_up, SIZE=size, BLOCK=SILU_BLOCK, num_warps=4)
+        silu_and_mul_kernel[grid](
+            out, gate_up, SIZE=size, BLOCK=SILU_BLOCK, num_warps=4, **pdl_options(out.device)
+        )
     return out
 
 
@@ -90,7 +105,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def qk_norm_rope_store_kernel(
     q_out, k_cache, v_cache, qkv, q_weight, k_weight, rope_table, positions, slot_mapping, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's heads, HEADS a program, each as its two halves [HEADS, HALF]."""
     token = tl.program_id(0).to(tl.int64)
@@ -102,6 +117,20 @@ def qk_norm_rope_store_kernel(
     num_heads_in: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     dims_ok = dims < HEAD_DIM // 2
     ok = (head < num_heads_in)[:, None] & dims_ok[None, :]
+    slot = tl.load(slot_mapping + token)
+    angles = rope_table + tl.load(positions + token) * HEAD_DIM + dims
+    cos = tl.load(angles, mask=dims_ok, other=0.0)[None, :]
+    sin = tl.load(angles + HEAD_DIM // 2, mask=dims_ok, other=0.0)[None, :]
+    if NORM:
+        qa = tl.load(q_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
+        qb = tl.load(q_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
+        ka = tl.load(k_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
+        kb = tl.load(k_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
+        weight_a = tl.where(is_q[:, None], qa, ka)
+        weight_b = tl.where(is_q[:, None], qb.to(tl.float32), kb.to(tl.float32))
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     offsets = head[:, None] * HEAD_DIM + dims[None, :]
     source = qkv + token * num_heads_in * HEAD_DIM + offsets
     a_in = tl.load(source, mask=ok, other=0.0)
@@ -109,25 +138,15 @@ def qk_norm_rope_store_kernel(
     a, b = a_in.to(tl.float32), b_in.to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
-        qa = tl.load(q_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
-        qb = tl.load(q_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
-        ka = tl.load(k_weight + dims, mask=dims_ok, other=0.0)[None, :].to(tl.float32)
-        kb = tl.load(k_weight + HEAD_DIM // 2 + dims, mask=dims_ok, other=0.0)[None, :]
-        a = (a * scale).to(a_in.dtype).to(tl.float32) * tl.where(is_q[:, None], qa, ka)
-        b = (b * scale).to(a_in.dtype).to(tl.float32) * tl.where(
-            is_q[:, None], qb.to(tl.float32), kb.to(tl.float32)
-        )
+        a = (a * scale).to(a_in.dtype).to(tl.float32) * weight_a
+        b = (b * scale).to(a_in.dtype).to(tl.float32) * weight_b
         a, b = a.to(a_in.dtype).to(tl.float32), b.to(a_in.dtype).to(tl.float32)
-    angles = rope_table + tl.load(positions + token) * HEAD_DIM + dims
-    cos = tl.load(angles, mask=dims_ok, other=0.0)[None, :]
-    sin = tl.load(angles + HEAD_DIM // 2, mask=dims_ok, other=0.0)[None, :]
     a_out = tl.where(is_v[:, None], a_in, (a * cos - b * sin).to(a_in.dtype))
     b_out = tl.where(is_v[:, None], b_in, (b * cos + a * sin).to(a_in.dtype))
 
     to_q = q_out + token * NUM_HEADS * HEAD_DIM + offsets
     tl.store(to_q, a_out, mask=ok & is_q[:, None])
     tl.store(to_q + HEAD_DIM // 2, b_out, mask=ok & is_q[:, None])
-    slot = tl.load(slot_mapping + token)
     if slot >= 0:
         in_cache = slot * NUM_KV_HEADS * HEAD_DIM + offsets
         to_k = k_cache + in_cache - NUM_HEADS * HEAD_DIM
@@ -157,7 +176,7 @@ def qk_norm_rope_store(
         q, kv.k, kv.v, qkv, q_weight, k_weight, rope_table, batch.positions, batch.slot_mapping,
         eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         HEADS=HEADS_PER_PROGRAM, HALF=triton.next_power_of_2(head_dim // 2),
-        NORM=norm_weights is not None, num_warps=4,
+        NORM=norm_weights is not None, num_warps=4, **pdl_options(qkv.device),
     )  # fmt: skip
     return q
 
@@ -184,9 +203,11 @@ def _gumbel_noise(first, second, tokens):
 @triton.jit
 def gumbel_argmax_kernel(
     token_ids, logits, temperature, noise_keys, best_values, best_tokens, arrivals, num_blocks,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program finds the best of one block of the vocabulary; a row's last one the best of all."""
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
@@ -229,6 +250,7 @@ def gumbel_argmax(
     gumbel_argmax_kernel[(num_rows, num_blocks)](
         token_ids, logits, temperature, noise_keys, best_values, best_tokens, arrivals, num_blocks,
         VOCAB=vocab, BLOCK=VOCAB_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
+        **pdl_options(logits.device),
     )  # fmt: skip
     return token_ids
 

@@ -2,7 +2,7 @@
 batch sizes and replayed with a single launch.
 
 model_runner.py makes them and decides when one is used. A batch of a size in between is padded;
-what differs from step to step is data in a buffer that the graphs read.
+what differs from step to step is data in memory that the graph reads.
 """
 
 from bisect import bisect_left
@@ -33,68 +33,93 @@ class DecodeOutput:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes to capture, ascending, max_num_seqs the last: so far apart that few decodes
-    are padding and few graphs are needed."""
+    """The batch sizes to capture, ascending, max_num_seqs the last: so far apart that few graphs
+    are needed, and so close that padding costs little. Up to 64 rows a product takes as long as its
+    weight is read; from there its tiles are as wide as the steps, a quarter of a power of two."""
     sizes, size = [], 1
     while size < max_num_seqs:
         sizes.append(size)
-        size += size if size < 8 else 8 if size < 64 else 2 ** (size.bit_length() - 4)
+        size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
     return [*sizes, max_num_seqs]
 
 
+Decode = Callable[[dict[str, torch.Tensor]], DecodeOutput]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph, the memory on the device that it reads and where in it each array lies, and what it
+    leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor
+    offsets: dict[str, int]
+    output: DecodeOutput
+
+
 class DecodeGraphs:
-    """The graphs of one model, cache and row state.
+    """The graphs of one model, cache and row state: one for each size, and one more for each size
+    at which decodes turn out to share a prefix.
 
     Args:
         sizes: batch sizes, ascending.
-        make_arrays: what is uploaded for a harmless step, by size; shapes depend on the size alone.
-        decode: the step itself, on uploaded tensors; operations on the device alone.
         uploader: to the device.
     """
 
-    def __init__(
-        self,
-        sizes: list[int],
-        make_arrays: Callable[[int], dict[str, np.ndarray]],
-        decode: Callable[[dict[str, torch.Tensor]], DecodeOutput],
-        uploader: Uploader,
-    ):
+    def __init__(self, sizes: list[int], uploader: Uploader):
         self.sizes = sizes
         self.uploader = uploader
-        self.layouts = {size: layout(make_arrays(size)) for size in sizes}
-        _, num_bytes = self.layouts[sizes[-1]]
-        self.inputs = torch.empty(num_bytes, dtype=torch.uint8, device=uploader.device)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(uploader.device)
-        # The largest first: the others find room in its memory.
-        for size in reversed(sizes):
-            tensors = uploader.upload(make_arrays(size), out=self.inputs)
-            decode(tensors)  # kernels are compiled and loaded outside of the capture
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.current_stream().synchronize()
-            platform.drop_workspaces()
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool, capture_error_mode="thread_local")
+        self.graphs: dict[Shapes, Captured] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(uploader.device)
+
+    def padded_size(self, num_decodes: int) -> int:
+        """The smallest captured size for a batch."""
+        return self.sizes[bisect_left(self.sizes, num_decodes)]
+
+    def run(self, arrays: dict[str, np.ndarray], decode: Decode) -> DecodeOutput:
+        """Run a step by the graph for arrays of these shapes, which is captured after the first
+        such step. The output is overwritten by the next one.
+
+        Args:
+            arrays: what is uploaded for the step.
+            decode: the step itself, on uploaded tensors; operations on the device alone.
+        """
+        captured = self.graphs.get(_shapes(arrays))
+        if captured is None:
+            return self.capture(arrays, decode, warm_up=decode)
+        self.uploader.copy(arrays, captured.offsets, captured.inputs)
+        captured.graph.replay()
+        return captured.output
+
+    def capture(
+        self, arrays: dict[str, np.ndarray], decode: Decode, warm_up: Decode
+    ) -> DecodeOutput:
+        """Capture the graph for arrays of these shapes. Returns what warm_up does, which has run
+        all kernels of `decode` on them: they are compiled and loaded outside of the capture."""
+        offsets, num_bytes = layout(arrays)
+        inputs = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
+        tensors = self.uploader.upload(arrays, out=inputs)
+        warmed = warm_up(tensors)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        platform.drop_workspaces()
+        try:
+            with torch.cuda.stream(self.stream):
                 try:
+                    graph.capture_begin(self.pool, capture_error_mode="thread_local")
                     output = decode(tensors)
                 except BaseException:
                     with suppress(RuntimeError):  # it would hide what was wrong
                         graph.capture_end()
                     raise
                 graph.capture_end()
-            self.graphs[size] = graph, output
-        platform.drop_workspaces()
+        finally:
+            platform.drop_workspaces()
+        self.graphs[_shapes(arrays)] = Captured(graph, inputs, offsets, output)
+        return warmed
 
-    def padded_size(self, num_decodes: int) -> int:
-        """The smallest captured size for a batch."""
-        return self.sizes[bisect_left(self.sizes, num_decodes)]
 
-    def replay(self, size: int, arrays: dict[str, np.ndarray]) -> DecodeOutput:
-        """Run the graph of a size on what make_arrays would make of a step. The output is
-        overwritten by the next replay."""
-        offsets, num_bytes = self.layouts[size]
-        self.uploader.copy(arrays, offsets, self.inputs[:num_bytes])
-        graph, output = self.graphs[size]
-        graph.replay()
-        return output
+def _shapes(arrays: dict[str, np.ndarray]) -> Shapes:
+    return tuple((name, array.shape) for name, array in arrays.items())

@@ -2,13 +2,17 @@
 process."""
 
 import traceback
+from collections import deque
+from contextlib import suppress
 
 import torch
 
-from nanovllm import platform
+from nanovllm import ops, platform
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.step import StepInput, StepOutput
 from nanovllm.worker.model_runner import ModelRunner
+
+STEPS_IN_FLIGHT = 4  # more than any engine has
 
 
 class InProcessExecutor:
@@ -39,15 +43,22 @@ class InProcessExecutor:
             traceback.clear_frames(error.__traceback__)
             platform.release_memory(device)
             raise
+        # A step in flight writes into page-locked memory, also when nobody wants its tokens.
+        self.recent: deque[SampledTokens] = deque(maxlen=STEPS_IN_FLIGHT)
         self.plan, self.dtype = self.runner.plan, self.runner.dtype
         self.description = self.runner.description
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
-            return SampledTokens(self.runner.run(step))
+            tokens = SampledTokens(self.runner.run(step))
+        self.recent.append(tokens)
+        return tokens
 
     def close(self) -> None:
         """Give the memory back; no step may follow."""
+        with suppress(RuntimeError):  # a device that failed has nothing in flight
+            for tokens in self.recent:
+                tokens.result()
         del self.runner
         platform.release_memory(self.device)
 
@@ -64,7 +75,7 @@ class SampledTokens:
         self.copied = None
         if token_ids.is_cuda:
             self.token_ids = torch.empty(len(token_ids), dtype=torch.int64, pin_memory=True)
-            self.token_ids.copy_(token_ids, non_blocking=True)
+            ops.copy_pinned(self.token_ids, token_ids)
             self.copied = torch.cuda.Event()
             self.copied.record()
 

@@ -3,14 +3,23 @@
 executor.py makes one and hands it StepInputs; inputs.py and sampler.py hold the rows' state.
 """
 
+import logging
+from collections.abc import Iterator
+from concurrent.futures import wait
+from contextlib import contextmanager
+from importlib import import_module
+from threading import Thread
+
 import numpy as np
 import torch
 
 from nanovllm import ops, platform
-from nanovllm.batch import KVCache
+from nanovllm.batch import Attention, KVCache
 from nanovllm.checkpoint import resolve_folder
 from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.metrics import Laps
 from nanovllm.models.weights import (
+    allocate,
     build_model,
     fill_dummy_weights,
     load_weights,
@@ -30,6 +39,8 @@ from nanovllm.worker.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -61,14 +72,15 @@ class ModelRunner:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype, device)
         check_model_len(config.max_model_len, model_config.max_position_embeddings)
+        laps = Laps()
+        if self.is_gpu:  # while the driver starts
+            Thread(target=import_module, args=("triton",)).start()
         self.memory = GPUMemory(device, config.gpu_memory_utilization) if self.is_gpu else None
         # A model without memory is cheap; this one is only asked how large its weights are.
         self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype), device)
         self._check_memory(cache_bytes=0)
         self.block_size = config.block_size or ops.default_block_size(config.attention_backend)
-        self.attention = ops.make_attention(
-            config.attention_backend, model_config, self.block_size, self.dtype, device
-        )
+        self.attention = self._make_attention()
         self.uploader = Uploader(device)
         self.sampler = Sampler(max_num_seqs + 1, model_config.vocab_size, self.uploader)
         self.graphs: DecodeGraphs | None = None
@@ -80,20 +92,30 @@ class ModelRunner:
             self.plan = self._plan_cache(cache_bytes)
             self._check_memory(self.plan.num_tokens * self._bytes_per_token)
             max_positions = self.plan.max_model_len
-        self._load(max_positions)
+        laps.end("device")
+        self.model = build_model(model_config, max_positions, self.dtype)
+        allocate(self.model, device)
+        laps.end("model")
         try:
+            with self._compiled_ahead(max_positions, laps):
+                self._load()
+                laps.end("weights")
             if cache_bytes is None:
                 self.plan = self._plan_cache(self._measured_cache_bytes(max_positions))
             self.kv, self.inputs = self._make_cache(self.plan.num_blocks, self.plan.max_blocks)
             if self.is_gpu:
                 self._run_largest_step(self.plan.max_model_len)
+            laps.end("cache")
             if self.uses_graphs:
                 self.graphs = self._capture(graph_sizes(max_num_seqs))
+                laps.end("CUDA graphs")
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"GPU memory is too small to try the largest step: {error}. {SMALLER_STEP}, or "
                 f"lower kv_cache_memory_bytes (or num_gpu_blocks_override)"
             ) from None
+        if self.is_gpu:  # a CPU's start is its weights
+            logger.info("the worker's start: %s", laps)
 
     @property
     def is_gpu(self) -> bool:
@@ -120,8 +142,9 @@ class ModelRunner:
         the next step may overwrite them."""
         for start in step.starts:
             self.sampler.start_row(start)
-        if self.graphs and not step.chunks:
-            return self._replay(self.graphs, step)
+        graph_size = self.graph_size(step)
+        if self.graphs and graph_size:
+            return self._replay(self.graphs, graph_size, step)
         batch, sampled_rows = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
         if not step.samples.any():
@@ -131,10 +154,15 @@ class ModelRunner:
         self.inputs.keep_sampled(sampled_rows, token_ids)
         return token_ids
 
-    def _replay(self, graphs: DecodeGraphs, step: StepInput) -> torch.Tensor:
+    def graph_size(self, step: StepInput) -> int | None:
+        """The size of the CUDA graph that the step replays; None: it runs without."""
+        if self.graphs is None or step.chunks:
+            return None
+        return self.graphs.padded_size(step.num_decodes)
+
+    def _replay(self, graphs: DecodeGraphs, size: int, step: StepInput) -> torch.Tensor:
         num_decodes = step.num_decodes
-        size = graphs.padded_size(num_decodes)
-        output = graphs.replay(size, self._decode_arrays(step, size))
+        output = graphs.run(self._decode_arrays(step, size), self._decode)
         draws = _draws(step)
         if self.sampler.is_plain(*draws):
             return output.token_ids[:num_decodes]
@@ -171,14 +199,62 @@ class ModelRunner:
             **({"remedy": "gpu_memory_utilization"} if by_share else {}),
         )
 
-    def _load(self, max_positions: int) -> None:
-        self.model = build_model(self.model_config, max_positions, self.dtype)
+    def _load(self) -> None:
         if self.config.load_format == "dummy":
-            fill_dummy_weights(self.model, self.device, self.config.seed)
+            fill_dummy_weights(self.model, self.config.seed)
         else:
             folder = resolve_folder(self.config.model, self.config.revision, with_weights=True)
-            load_weights(self.model, folder, self.device)
+            load_weights(self.model, folder)
         pack_weights(self.model)
+
+    @contextmanager
+    def _compiled_ahead(self, max_model_len: int, laps: Laps) -> Iterator[None]:
+        """On a GPU, threads compile the kernels while what is within it runs; then they are there.
+
+        Which ones? Those that the first layer launches, on weights that are anything yet, in the
+        largest step and in a decode of each graph's size. Those of odd batches follow when the
+        engine may be running already."""
+        if not self.is_gpu:
+            yield
+            return
+        from nanovllm.ops.compile_ahead import KernelCompiler
+        from nanovllm.ops.kernel_configs import MAX_GEMV_ROWS
+
+        # Copies run in the trial too: torch's own operations read the inputs.
+        self.uploader.upload({"compiled": np.zeros(1, np.int64)})
+        compiler = KernelCompiler(self.device)
+        try:
+            self.kv, self.inputs = self._make_trial_cache(max_model_len)
+            self.kv = self.kv.first_layer
+            with compiler.instead_of_launches() as compiling, torch.inference_mode():
+                self._run_largest_step(max_model_len, num_seqs=1)  # long chunks take longest
+                self._run_largest_step(max_model_len)
+                for size in graph_sizes(self.max_num_seqs):
+                    self._try_decode(self._warm_up_arrays(size))
+            with compiler.instead_of_launches(), torch.inference_mode():  # nobody waits for these
+                # All rows' tables are zeros: a prefix that they share, if it is long enough.
+                rows = np.arange(self.max_num_seqs)
+                sharing = StepInput(
+                    decode_rows=rows, decode_positions=np.full_like(rows, max_model_len - 1)
+                )
+                self._try_decode(self._decode_arrays(sharing, self.max_num_seqs))
+                for size in range(1, min(MAX_GEMV_ROWS, self.max_num_seqs) + 1):
+                    self._try_decode(self._warm_up_arrays(size))
+            del self.kv, self.inputs
+            # Kernels that were there already have run, others not: it is in no state to go on.
+            self.attention = self._make_attention()
+            laps.end("trial without kernels")
+            yield
+            wait(compiling)
+            laps.end(f"{len(compiling)} kernels")
+        except BaseException:
+            compiler.close(cancel=True)
+            raise
+        compiler.close(cancel=False)
+
+    def _try_decode(self, arrays: dict[str, np.ndarray]) -> None:
+        self.inputs.last_tokens.zero_()  # nobody has drawn any
+        self._decode(self.uploader.upload(arrays))
 
     def _make_cache(self, num_blocks: int, max_blocks: int) -> tuple[KVCache, InputBuilder]:
         config = self.model_config
@@ -191,12 +267,26 @@ class ModelRunner:
         )
         return kv, inputs
 
+    def _make_attention(self) -> Attention:
+        return ops.make_attention(
+            self.config.attention_backend,
+            self.model_config,
+            self.block_size,
+            self.dtype,
+            self.device,
+            self.max_num_seqs,
+        )
+
+    def _make_trial_cache(self, max_model_len: int) -> tuple[KVCache, InputBuilder]:
+        """One page."""
+        return self._make_cache(1, -(-max_model_len // self.block_size))
+
     @torch.inference_mode()
     def _measured_cache_bytes(self, max_model_len: int) -> int:
         """What the budget leaves for the cache when the largest step has been run, and graphs have
         been captured, on a cache of one page."""
         assert self.memory is not None
-        self.kv, self.inputs = self._make_cache(1, -(-max_model_len // self.block_size))
+        self.kv, self.inputs = self._make_trial_cache(max_model_len)
         self._run_largest_step(max_model_len)  # loads kernels and libraries, which stay
         lasting = self.memory.used()
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -210,7 +300,7 @@ class ModelRunner:
 
     def _measured_graph_bytes(self, lasting: int) -> int:
         """Graphs share their memory, so the largest costs most, and each of the others about what
-        the second costs."""
+        the second costs; and those for shared prefixes, which come later, as much again."""
         assert self.memory is not None
         *others, largest = graph_sizes(self.max_num_seqs)
         graphs = self._capture([largest])
@@ -221,12 +311,13 @@ class ModelRunner:
         graphs = self._capture([others[-1], largest])
         second = max(0, self.memory.used() - lasting - first)
         del graphs
-        return first + len(others) * second
+        return first + (2 * len(others) + 1) * second
 
-    def _run_largest_step(self, max_model_len: int) -> None:
-        """As many tokens as a step may have, as many rows of logits, and every warper."""
+    def _run_largest_step(self, max_model_len: int, num_seqs: int | None = None) -> None:
+        """As many tokens as a step may have, as many rows of logits (or so many), and every
+        warper."""
         num_tokens = self.max_num_batched_tokens
-        num_seqs = min(self.max_num_seqs, num_tokens)
+        num_seqs = num_seqs or min(self.max_num_seqs, num_tokens)
         query_lens = [min(max_model_len, num_tokens // num_seqs)] * num_seqs
         query_lens[0] = min(max_model_len, num_tokens - sum(query_lens[1:]))
         params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1)
@@ -239,22 +330,31 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _capture(self, sizes: list[int]) -> DecodeGraphs:
-        warm_up = StepInput(
-            decode_rows=np.array([self.inputs.padding_row]), decode_positions=np.array([0])
-        )
-        return DecodeGraphs(
-            sizes, lambda size: self._decode_arrays(warm_up, size), self._decode, self.uploader
-        )
+        graphs = DecodeGraphs(sizes, self.uploader)
+        first_layer = self.kv.first_layer
+        for size in reversed(sizes):  # the largest first: the others find room in its memory
+            graphs.capture(
+                self._warm_up_arrays(size),
+                self._decode,
+                warm_up=lambda tensors: self._decode(tensors, first_layer),
+            )
+        return graphs
+
+    def _warm_up_arrays(self, size: int) -> dict[str, np.ndarray]:
+        """A decode of a graph's size that nobody asked for."""
+        row = np.array([self.inputs.padding_row])
+        step = StepInput(decode_rows=row, decode_positions=np.zeros_like(row))
+        return self._decode_arrays(step, size)
 
     def _decode_arrays(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
         arrays = self.inputs.decode_arrays(step, size)
         return {**arrays, **self.sampler.arrays(arrays["rows"], arrays["positions"] + 1)}
 
-    def _decode(self, tensors: dict[str, torch.Tensor]) -> DecodeOutput:
+    def _decode(self, tensors: dict[str, torch.Tensor], kv: KVCache | None = None) -> DecodeOutput:
         """A decode step, drawn by temperature alone, without a look at the host."""
         size = len(tensors["rows"])
         batch = self.inputs.batch(tensors, max_query_len=1, num_decodes=size)
-        hidden = self.model(batch, self.kv)
+        hidden = self.model(batch, kv or self.kv)
         logits = self.model.logits(hidden)
         token_ids = ops.sample(logits, tensors["temperature"], tensors["noise_keys"])
         self.inputs.keep_sampled(tensors["rows"], token_ids)

@@ -3,8 +3,11 @@
 import numpy as np
 import torch
 
+from nanovllm import ops
+
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
 RING = 16  # uploads until a page-locked buffer is used again: those of two steps and more
+ROOM = 2**20  # bytes of a buffer at first: growing takes long, and may wait for the device
 
 
 class Uploader:
@@ -46,7 +49,7 @@ class Uploader:
         """The arrays into memory on a GPU, where `layout` says; for those who know it already."""
         host = self._take_pinned(len(out))
         pack(arrays, offsets, host.numpy())
-        out.copy_(host[: len(out)], non_blocking=True)
+        ops.copy_pinned(out, host[: len(out)])
         event = self.copied[self.turn] = torch.cuda.Event()
         event.record()
 
@@ -56,7 +59,7 @@ class Uploader:
         if event is not None:
             event.synchronize()
         if len(self.pinned[self.turn]) < size:
-            room = 1 << max(16, (size - 1).bit_length())
+            room = max(ROOM, 1 << (size - 1).bit_length())
             self.pinned[self.turn] = torch.empty(room, dtype=torch.uint8, pin_memory=True)
         return self.pinned[self.turn]
 

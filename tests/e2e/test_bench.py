@@ -55,7 +55,7 @@ def test_the_ideal_is_what_others_computed(name, shape, warm, h200, h100):
     model = ModelConfig.from_hf(bench.SHAPES[shape])
     for rates, expected in ((4.5e12, 697e12), h200), ((3.03e12, 723e12), h100):
         if expected:
-            seconds = bench.ideal_seconds(workload, model, 2, *rates, warm=warm)
+            seconds = bench.ideal_seconds(workload, bench.Ideal(model, 2, *rates), warm=warm)
             assert workload.output_tokens / seconds == pytest.approx(expected, rel=0.015)
 
 
@@ -78,11 +78,11 @@ def test_the_ideal_of_a_small_case_by_hand():
     workload = bench.Workload([[1, 2], [3]], [2, 1])
     # Without limits on operations: the weights twice, and the keys and values of 3 tokens.
     bytes_read = 2 * weights + 3 * 2 * 2
-    assert bench.ideal_seconds(workload, model, 1, 1.0, 1e30) == bytes_read
+    assert bench.ideal_seconds(workload, bench.Ideal(model, 1, 1.0, 1e30)) == bytes_read
     # Without limits on bytes: 4 tokens through the layer, 3 through the head, 4 x 4 operations a
     # pair: 2 x 2 / 2 and 1 / 2 of them in the prompts, 3 in the decode.
     ops = 4 * 2 * (weights - 64) + 3 * 2 * 64 + 16 * (2 + 0.5 + 3)
-    assert bench.ideal_seconds(workload, model, 1, 1e30, 1.0) == ops
+    assert bench.ideal_seconds(workload, bench.Ideal(model, 1, 1e30, 1.0)) == ops
 
 
 def run_bench(*args: str) -> subprocess.CompletedProcess:

@@ -126,6 +126,46 @@ def test_graphs_equal_eager_at_every_batch_size(setting):
             assert generate(graphed, prompts[:size], greedy(6)) == expected[:size], size
 
 
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(async_scheduling=False),
+    dict(enforce_eager=True),
+    dict(max_num_batched_tokens=40),  # chunks beside decodes that share
+    dict(block_size=64),
+], ids=str)  # fmt: skip
+def test_tokens_are_the_same_when_a_shared_prefix_is_read_once(setting, options):
+    folder, *_ = setting
+    rng = random.Random(4)
+    documents = [[rng.randrange(128) for _ in range(n)] for n in (130, 70, 16)]
+    prompts = [
+        rng.choice(documents) + [rng.randrange(128) for _ in range(rng.randrange(1, 40))]
+        for _ in range(60)
+    ]
+    params = [greedy(rng.randrange(1, 30)) for _ in prompts]
+    with load(folder, max_num_seqs=40, **options) as llm:
+        attention = llm.llm_engine.executor.runner.attention
+        attention.min_gain_bytes = 1 << 60
+        expected = generate(llm, prompts, params)
+        attention.min_gain_bytes = 0
+        shared_items = count_calls(attention, "_shared", lambda result: bool(result[0]))
+        for _ in range(2):  # the second time by graphs
+            assert generate(llm, prompts, params) == expected
+        assert sum(shared_items) > 10
+
+
+def count_calls(owner, name, what):
+    """What a method's results are to `what`, from now on."""
+    method, seen = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        result = method(*args, **kwargs)
+        seen.append(what(result))
+        return result
+
+    setattr(owner, name, call)
+    return seen
+
+
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 10])
 def test_any_max_num_seqs_and_sequences_of_full_length(setting, max_num_seqs):
     folder, prompts, expected = setting
@@ -155,18 +195,34 @@ def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
     folder, prompts, expected = setting
     with load(folder) as llm:
         runner = llm.llm_engine.executor.runner
-        build, calls = runner.inputs.arrays, []
+        update, calls = runner.inputs._update_tables, []  # of every step, with graphs and without
 
-        def fail(*args, **kwargs):
+        def fail(step):
             calls.append(1)
             if len(calls) == 5:
                 raise KeyboardInterrupt
-            return build(*args, **kwargs)
+            update(step)
 
-        monkeypatch.setattr(runner.inputs, "arrays", fail)
+        monkeypatch.setattr(runner.inputs, "_update_tables", fail)
         with pytest.raises(KeyboardInterrupt):
             generate(llm, prompts, greedy())
         assert generate(llm, prompts, greedy()) == expected
+
+
+def test_full_batches_compile_nothing(tiny, monkeypatch):
+    from triton import knobs
+
+    compiled = []
+
+    def note(**launch):
+        if not launch["is_manual_warmup"]:
+            compiled.append(launch["repr"])
+
+    with load(tiny) as llm:
+        monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+        generate(llm, [[5] * 40], greedy())
+        generate(llm, [[6] * 20] * 8, greedy())
+        assert compiled == []
 
 
 # Memory
@@ -308,3 +364,14 @@ def test_a_missing_flash_attn_says_how_to_install_it(tiny, monkeypatch):
     monkeypatch.setattr(flash_attention, "flash_attn", None)
     with pytest.raises(ValueError, match="pip install"):
         load(tiny, attention_backend="FLASH_ATTN")
+
+
+def test_a_start_beside_used_memory(tiny, tmp_path, monkeypatch):
+    """What torch has cached on the GPU is not zeros, and kernels are not compiled yet."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    used = [torch.full((1 << 20,), -1, dtype=torch.int64, device="cuda") for _ in range(64)]
+    used += [torch.full((1 << 10,), -1, dtype=torch.int64, device="cuda") for _ in range(999)]
+    del used[1::2]
+    with LLM(str(tiny), device="cuda", gpu_memory_utilization=0.1) as llm:
+        [output] = llm.generate(["In the beginning"], greedy(), use_tqdm=False)
+        assert len(output["token_ids"]) == 20

@@ -9,10 +9,13 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from nanovllm.ops.triton_ops import TRITON_HAS_PDL  # noqa: E402
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -28,13 +31,14 @@ def record_launches() -> dict[str, tuple]:
     from kernel_calls import paged_case
 
     from nanovllm.batch import ForwardBatch, KVLayer
-    from nanovllm.ops import triton_ops
+    from nanovllm.ops import triton_linear, triton_ops
 
     launches: dict[str, tuple] = {}
     label = ""
 
     def note(kernel, *args, grid, warmup, **kwargs):
-        launches[f"{kernel.__name__} {label}"] = (kernel, args, kwargs)
+        part = "" if kwargs.get("HAS_PREFIXES") is not True else " behind a prefix"
+        launches[f"{kernel.__name__} {label}{part}"] = (kernel, args, kwargs)
 
     triton.JITFunction.run = note
     cpu = torch.device("cpu")
@@ -49,17 +53,37 @@ def record_launches() -> dict[str, tuple]:
         (256, torch.float32, 64),
         (128, torch.bfloat16, 5),
     ]:
-        for query_len in (1, 200):
+        for query_len in (1, 200) if block_size == 16 else (1,):
             label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries of {query_len}"
             q, kv, batch = paged_case([query_len], [300], 4, 2, head_dim, block_size, dtype, cpu)
             batch.attention.attend(q, kv, batch, 1.0)
+        if block_size != 16 or head_dim == 80:
+            continue
+        label = f"head_dim {head_dim} {dtype} pages of {block_size}, shared keys"
+        lens, groups = [4 * block_size + 9] * 64, [(np.arange(64), 4)]
+        q, kv, batch = paged_case(
+            [1] * 64, lens, 4, 2, head_dim, block_size, dtype, cpu, groups=groups
+        )
+        assert "shared_items" in batch.attention_arrays
+        batch.attention.attend(q, kv, batch, 1.0)
+    label = "a crowd"
+    q, kv, batch = paged_case([1] * 40, [50] * 40, 4, 2, 128, 16, torch.bfloat16, cpu, num_sms=1)
+    assert "crowd_items" in batch.attention_arrays
+    batch.attention.attend(q, kv, batch, 1.0)
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
         triton_ops.rms_norm(x, x[0], 1e-6)
-        label = f"{dtype} add"
-        triton_ops.add_rms_norm(x, x, x[0], 1e-6)
         triton_ops.silu_and_mul(x)
+        triton_ops.copy(x[0], x[1])
+        weight = torch.zeros(64, 4096, dtype=dtype)
+        for rows in (1, 4):
+            few = torch.zeros(rows, 4096, dtype=dtype)
+            label = f"{dtype}, {rows} rows"
+            triton_linear.linear(few, weight, norm=(x[0], 1e-6), gated=True)
+            label += ", added"
+            triton_linear.linear(few, weight, residual=few[:, :64].contiguous())
+        label = str(dtype)
         kv = KVLayer(*torch.zeros(2, 4, 16, 8, 128, dtype=dtype))
         batch = ForwardBatch(
             token_ids=None, positions=torch.zeros(2, dtype=torch.int64),
@@ -78,10 +102,12 @@ def compile_launch(kernel, args, kwargs, capability: int):
     values = dict(zip(kernel.arg_names, args, strict=False)) | {
         name: value for name, value in kwargs.items() if name in kernel.arg_names
     }
+    if "PDL" in values:
+        values["PDL"] = capability >= 90 and TRITON_HAS_PDL
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
-        if kernel.params[i].is_constexpr:
+        if kernel.params[i].is_constexpr or value is None:
             signature[name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
@@ -93,6 +119,7 @@ def compile_launch(kernel, args, kwargs, capability: int):
             if value % 16 == 0 and not kernel.params[i].do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    options["launch_pdl"] = values.get("PDL", False)
     return triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", capability, 32),

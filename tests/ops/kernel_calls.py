@@ -9,6 +9,7 @@ from nanovllm.ops.triton_attention import TritonAttention
 # Query and context lengths by name.
 LENS = {
     "decodes": lambda rng: ([1] * 40, rng.integers(1, 900, 40)),
+    "crowd": lambda rng: ([1] * 300, rng.integers(1, 400, 300)),
     "one": lambda rng: ([1], [3000]),
     "skewed": lambda rng: ([1] * 30, [7000, *rng.integers(1, 200, 29)]),
     "chunks": lambda rng: ([700, 33, 128], [700, 500, 4000]),
@@ -35,10 +36,16 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def paged_case(
-    query_lens, context_lens, heads, kv_heads, head_dim, block_size, dtype, device, num_sms=132
-):
+    query_lens, context_lens, heads, kv_heads, head_dim, block_size, dtype, device, num_sms=132,
+    groups=(),
+):  # fmt: skip
     """Queries, pages and the batch that points at them: scattered pages, NaN in all that nobody
-    may read, rows in any order."""
+    may read, rows in any order.
+
+    Args:
+        groups: (sequences, pages) that begin with the same pages; they are read together if the
+            sequences are decodes, which come first.
+    """
     rng = np.random.default_rng()
     query_lens, context_lens = np.array(query_lens), np.array(context_lens)
     num_seqs, num_pages = len(query_lens), -(-context_lens // block_size)
@@ -48,17 +55,23 @@ def paged_case(
     shape = (len(pages), block_size, kv_heads, head_dim)
     kv = KVLayer(*(torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)))
     used = 0
-    for row, context_len, count in zip(rows, context_lens, num_pages, strict=True):
+    for row, count in zip(rows, num_pages, strict=True):
         tables[row, :count] = pages[used : used + count]
         used += count
+    for seqs, count in groups:
+        tables[rows[seqs], :count] = tables[rows[seqs[0]], :count]
+    for row, context_len, count in zip(rows, context_lens, num_pages, strict=True):
         slots = tables[row, :count, None] * block_size + np.arange(block_size)
         slots = torch.from_numpy(slots.reshape(-1)[:context_len]).to(device)
         for cache in (kv.k, kv.v):
             values = torch.randn(context_len, kv_heads, head_dim, device=device).to(dtype)
             cache.view(-1, kv_heads, head_dim)[slots] = values
-    attention = TritonAttention(heads, kv_heads, head_dim, dtype, device, num_sms=num_sms)
+    num_decodes = int((query_lens == 1).cumprod().sum())
+    attention = TritonAttention(
+        heads, kv_heads, head_dim, block_size, dtype, device, num_sms, num_decodes
+    )
+    attention.min_gain_bytes = 0
     query_start = np.concatenate(([0], query_lens.cumsum()))
-    num_decodes = 0
     arrays = attention.host_arrays(
         tables, rows, query_start, query_lens, context_lens, num_decodes, None
     )
@@ -74,7 +87,7 @@ def paged_case(
         query_start=torch.from_numpy(query_start).int().to(device),
         context_lens=torch.from_numpy(context_lens).int().to(device),
         max_query_len=int(query_lens.max()),
-        num_decodes=0,
+        num_decodes=num_decodes,
         logits_indices=None,
         attention=attention,
         attention_arrays={name: torch.from_numpy(a).to(device) for name, a in arrays.items()},

@@ -68,19 +68,16 @@ def test_it_attends_as_the_reference(monkeypatch, num_decodes, query_lens, conte
     monkeypatch.setattr(flash_attention, "flash_attn", package)
     attention = FlashAttention(HEAD_DIM, torch.bfloat16, BLOCK_SIZE)
     inputs = InputBuilder(8, 4, BLOCK_SIZE, attention, Uploader(CPU))
-    positions = [end - n for end, n in zip(context_lens, query_lens, strict=True)]
+    firsts = [context - query for query, context in zip(query_lens, context_lens, strict=True)]
     step = StepInput(
-        decode_rows=np.arange(num_decodes),
-        decode_positions=np.array(positions[:num_decodes], np.int64),
-        chunks=[
-            Chunk(row, positions[row], [0] * query_lens[row], samples=True)
-            for row in range(num_decodes, len(query_lens))
-        ],
+        decode_rows=np.arange(num_decodes), decode_positions=np.array(firsts[:num_decodes], int)
     )
     pages = torch.randperm(40).tolist()
-    for row, context_len in enumerate(context_lens):
+    for row, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         count = -(-context_len // BLOCK_SIZE)
         step.new_pages.add(row, 0, [pages.pop() for _ in range(count)])
+        if row >= num_decodes:
+            step.chunks.append(Chunk(row, firsts[row], [0] * query_len, samples=True))
     batch, _ = inputs.build(step)
     kv = KVLayer(*torch.randn(2, 40, BLOCK_SIZE, KV_HEADS, HEAD_DIM))
     q = torch.randn(sum(query_lens), HEADS, HEAD_DIM)

@@ -21,7 +21,7 @@ from kernel_calls import (
 from nanovllm.batch import ForwardBatch, KVLayer
 from nanovllm.config import RopeConfig
 from nanovllm.layers.rope import Rope
-from nanovllm.ops import reference, triton_ops
+from nanovllm.ops import reference, triton_linear, triton_ops
 from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -67,12 +67,71 @@ def test_attention_interpreted(
         assert (items[:, 6] >= 0).any()
 
 
+def shared_cases():
+    """(query lengths, context lengths, groups) by name; pages of 16."""
+    rng = np.random.default_rng(3)
+    own = rng.integers(1, 90, 40)
+    order = rng.permutation(40)
+    one, other = order[:20], order[20:32]  # and loners
+    two_groups = own.copy()
+    two_groups[one] += 5 * 16
+    two_groups[other] += 33 * 16
+    return {
+        "one page": ([1] * 9, own[:9] + 16, [(np.arange(9), 1)]),
+        "all share": ([1] * 40, own + 20 * 16, [(np.arange(40), 20)]),
+        "one has a token more": ([1] * 7, [20 * 16 + 1] * 7, [(np.arange(7), 20)]),
+        "own parts are split": ([1] * 4, [80, 80, 700, 90], [(np.arange(4), 4)]),
+        "groups, loners": ([1] * 40, two_groups, [(one, 5), (other, 33)]),
+        "groups, loners, chunks": (
+            [1] * 40 + [3, 50], [*two_groups, 5 * 16 + 3, 90],
+            [(np.append(one, 40), 5), (other, 33), (np.array([one[0], 41]), 1)],
+        ),
+    }  # fmt: skip
+
+
+SHARED_CASES = shared_cases()
+
+
+@interpreted
+@pytest.mark.parametrize("num_sms", [1, 60])
+@pytest.mark.parametrize("case", SHARED_CASES)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 32), (14, 2, 20), (24, 1, 16)])
+def test_shared_prefixes_interpreted(heads, kv_heads, head_dim, case, num_sms):
+    query_lens, context_lens, groups = SHARED_CASES[case]
+    batch = check_attention(
+        query_lens, context_lens, heads, kv_heads, head_dim, 16, torch.float32, CPU,
+        num_sms=num_sms, groups=groups,
+    )  # fmt: skip
+    if heads == 4:
+        shared = batch.attention_arrays["shared_tokens"].tolist()
+        members = np.concatenate([seqs for seqs, _ in groups[:2]])
+        assert sorted(shared) == sorted(members[members < batch.num_decodes].tolist())
+
+
+@on_gpu
+@pytest.mark.parametrize("case", SHARED_CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(16, 8, 128), (14, 2, 64), (24, 1, 80)])
+def test_shared_prefixes_on_a_gpu(heads, kv_heads, head_dim, dtype, case):
+    query_lens, context_lens, groups = SHARED_CASES[case]
+    check_attention(
+        query_lens, context_lens, heads, kv_heads, head_dim, 16, dtype, CUDA, groups=groups
+    )
+
+
+@interpreted
+def test_a_crowd_interpreted():
+    lens = np.random.default_rng().integers(1, 90, 12)
+    batch = check_attention([1] * 12, lens, 4, 2, 128, 16, torch.float16, CPU, num_sms=1)
+    assert "crowd_items" in batch.attention_arrays
+
+
 ATTENTION_CASES = pairwise(
     heads=[(16, 8), (32, 8), (32, 32), (14, 2), (9, 3), (24, 1)],
     head_dim=[64, 80, 96, 128, 256, 2, 50],
     block_size=[16, 32, 64, 128, 256, 48],
     dtype=[torch.bfloat16, torch.float16, torch.float32],
-    lens=["decodes", "one", "skewed", "chunks", "mixed"],
+    lens=["decodes", "crowd", "one", "skewed", "chunks", "mixed"],
 )
 
 
@@ -100,7 +159,7 @@ def test_attention_on_a_gpu(case, compiled_ahead):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 48), (7, 1024), (5, 5120), (33, 100)])
 def test_norms_and_silu(device, dtype, shape):
-    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    x, other = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[1], device=device).to(dtype)
 
     def norm(x):
@@ -109,13 +168,66 @@ def test_norms_and_silu(device, dtype, shape):
 
     out = triton_ops.rms_norm(x, weight, 1e-6)
     assert relative_error(out, norm(x)) < tolerance(dtype)
-    out, total = triton_ops.add_rms_norm(x, residual, weight, 1e-6)
-    assert relative_error(total, x.double() + residual.double()) < tolerance(dtype)
-    assert relative_error(out, norm(total)) < tolerance(dtype)
 
-    gate, up = x.double().repeat(1, 3), residual.double().repeat(1, 3)
+    gate, up = x.double().repeat(1, 3), other.double().repeat(1, 3)
     out = triton_ops.silu_and_mul(torch.cat((gate, up), -1).to(dtype))
     assert relative_error(out, gate * gate.sigmoid() * up) < tolerance(dtype)
+
+
+# Copies
+
+
+@on_gpu
+@pytest.mark.parametrize("num_bytes", [4, 400, 16 * 1001])
+def test_copies_of_pinned_memory(num_bytes):
+    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8).pin_memory()
+    on_gpu = torch.zeros(num_bytes, dtype=torch.uint8, device=CUDA)
+    back = torch.zeros(num_bytes, dtype=torch.uint8).pin_memory()
+    triton_ops.copy(on_gpu, source)
+    triton_ops.copy(back, on_gpu)
+    torch.cuda.synchronize()
+    assert torch.equal(back, source)
+
+
+# Products
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "size, num_out, norm, gated, add, has_bias",
+    [
+        (48, 7, 1, 0, 0, 0),
+        (48, 7, 1, 1, 1, 1),
+        (1024, 96, 1, 1, 0, 0),
+        (5000, 33, 0, 0, 1, 1),
+        (3072, 64, 0, 0, 1, 0),
+        (4096, 300, 0, 0, 0, 1),
+    ],
+)
+def test_linear(device, dtype, size, num_out, norm, gated, add, has_bias):
+    def tensor(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    weight = tensor(num_out * (1 + gated), size) / size**0.5
+    bias = tensor(len(weight)) if has_bias else None
+    norm_weight = tensor(size)
+    for rows in (0, 1, 3, 4, 5, 70):
+        x, residual = tensor(rows, size), tensor(rows, num_out)
+        exact = x.double()
+        if norm:
+            exact = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm_weight
+        exact = exact @ weight.double().T + (bias if has_bias else 0)
+        if gated:
+            gate, up = exact.chunk(2, -1)
+            exact = gate * gate.sigmoid() * up
+        exact = exact + residual if add else exact
+        parts = (norm_weight, 1e-6) if norm else None
+        out = triton_linear.linear(x, weight, bias, parts, bool(gated), residual if add else None)
+        assert out.shape == (rows, num_out) and out.dtype == dtype
+        # Not fused it is rounded after the norm, the product and the gate.
+        assert rows == 0 or relative_error(out, exact) < (1 + norm + gated) * tolerance(dtype)
+        assert not add or out is residual
 
 
 # Query and key norms, RoPE, store

@@ -1,0 +1,77 @@
+"""Compiles Triton kernels before their first launch, all of them at the same time.
+
+The worker has a step's launches noted while there are no weights yet. Compiling takes a second a
+kernel and more, most of it in LLVM and ptxas, which don't hold Python's lock: threads will do.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from triton import knobs
+
+logger = logging.getLogger(__name__)
+
+_HOOK = threading.Lock()  # Triton has one for the whole process
+
+
+class KernelCompiler:
+    """Threads that compile for one GPU.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.pool = ThreadPoolExecutor(
+            os.cpu_count(), "nanovllm-compile", torch.cuda.set_device, (device,)
+        )
+        self.noted: set[tuple[Any, str]] = set()
+
+    @contextmanager
+    def instead_of_launches(self) -> Iterator[list[Future[None]]]:
+        """Within it, kernels that this thread launches for the first time are not run but handed to
+        the threads; what they should have written is anything. Once compiled they run. Gives what
+        has to end for all to be."""
+        with _HOOK:
+            yield from self._instead_of_launches()
+
+    def _instead_of_launches(self) -> Iterator[list[Future[None]]]:
+        thread, former = threading.get_ident(), knobs.runtime.jit_cache_hook
+        futures: list[Future[None]] = []
+
+        def hook(**launch: Any) -> bool | None:
+            # Triton asks before it compiles; True tells it not to, and not to launch either.
+            if launch["is_manual_warmup"] or threading.get_ident() != thread:
+                return former(**launch) if former else None
+            kernel, compile = launch["fn"].jit_function, launch["compile"]
+            if (kernel, launch["key"]) not in self.noted:
+                self.noted.add((kernel, launch["key"]))
+                futures.append(self.pool.submit(_compile, kernel, compile["specialization_data"]))
+            return True
+
+        knobs.runtime.jit_cache_hook = hook
+        try:
+            yield futures
+        finally:
+            knobs.runtime.jit_cache_hook = former
+
+    def close(self, cancel: bool) -> None:
+        """Take no more; what has been handed over is still compiled, unless it is cancelled."""
+        self.pool.shutdown(wait=False, cancel_futures=cancel)
+
+
+def _compile(kernel: Any, specialization_data: str) -> None:
+    start = time.perf_counter()
+    try:
+        kernel.preload(specialization_data)
+    except Exception:
+        # The launch compiles it once more, and its error says who wanted it.
+        logger.debug("%s is not compiled ahead", kernel.__name__, exc_info=True)
+    logger.debug("compiled %s in %.2f s", kernel.__name__, time.perf_counter() - start)

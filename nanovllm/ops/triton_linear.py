@@ -1,0 +1,126 @@
+"""Matrix products on a GPU, with what stands before and after them fused where it can be.
+
+With few rows of input a product is as fast as its weight is read: gemv_kernel streams it once,
+normalises the input on the way in, and gates or adds on the way out. More rows go to cuBLAS, which
+adds in its epilogue; the norm and the gate are kernels of their own then.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm.ops.kernel_configs import gemv_config, max_gemv_rows
+from nanovllm.ops.triton_ops import pdl_options, rms_norm, silu_and_mul
+
+
+@triton.jit
+def gemv_kernel(
+    out, x, weight, bias, norm_weight, eps,
+    ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A program computes BLOCK_N outputs of every row.
+
+    Args:
+        out: [ROWS, N]; with ADD it is added to.
+        x: [ROWS, K].
+        weight: [N, K]; with GATED [2N, K], gate before up.
+        bias: [N]; with GATED [2N].
+        norm_weight: [K].
+    """
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, PADDED_ROWS)
+    ks = tl.arange(0, BLOCK_K)
+    cols_ok = cols < N
+    w_ptrs = weight + cols[:, None].to(tl.int64) * K + ks[None, :]
+    total = tl.zeros([BLOCK_N, PADDED_ROWS], tl.float32)
+    total_up = tl.zeros([BLOCK_N, PADDED_ROWS], tl.float32)
+    squares = tl.zeros([PADDED_ROWS], tl.float32)
+    for k in tl.static_range(0, K, BLOCK_K):
+        # Weights come before the wait for the kernel whose output x is: they stream meanwhile.
+        k_ok = ks < K - k
+        ok = cols_ok[:, None] & k_ok[None, :]
+        w = tl.load(w_ptrs + k, mask=ok, other=0.0)
+        if GATED:
+            w_up = tl.load(w_ptrs + N * K + k, mask=ok, other=0.0)
+        if NORM:
+            scale = tl.load(norm_weight + k + ks, mask=k_ok, other=0.0).to(tl.float32)
+        if PDL and k == 0:
+            gdc_launch_dependents()
+            gdc_wait()
+        for row in tl.static_range(ROWS):
+            value = tl.load(x + row * K + k + ks, mask=k_ok, other=0.0).to(tl.float32)
+            here = rows == row
+            if NORM:
+                squares += tl.where(here, tl.sum(value * value, 0), 0.0)
+                value *= scale
+            total += tl.where(here[None, :], tl.sum(w * value[None, :], 1)[:, None], 0.0)
+            if GATED:
+                part = tl.sum(w_up * value[None, :], 1)
+                total_up += tl.where(here[None, :], part[:, None], 0.0)
+    if NORM:
+        # The norm's factor is the row's alone, so it can follow the product.
+        factor = tl.rsqrt(squares / K + eps)[None, :]
+        total *= factor
+        total_up *= factor
+    if BIAS:
+        total += tl.load(bias + cols, mask=cols_ok, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            total_up += tl.load(bias + N + cols, mask=cols_ok, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        total = total / (1.0 + tl.exp(-total)) * total_up
+    out_ptrs = out + rows[None, :] * N + cols[:, None]
+    out_ok = (rows < ROWS)[None, :] & cols_ok[:, None]
+    if ADD:
+        total += tl.load(out_ptrs, mask=out_ok, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, total, mask=out_ok)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As reference.linear."""
+    if 0 < len(x) <= max_gemv_rows(weight.numel()):
+        return _gemv(x, weight, bias, norm, gated, residual)
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    if residual is not None and bias is None and not gated:
+        return residual.addmm_(x, weight.T)
+    y = F.linear(x, weight, bias)
+    if gated:
+        y = silu_and_mul(y)
+    return y if residual is None else residual.add_(y)
+
+
+def _gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: tuple[torch.Tensor, float] | None,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    assert x.is_contiguous() and weight.is_contiguous()
+    num_rows, size = x.shape
+    num_out = len(weight) // 2 if gated else len(weight)
+    out = x.new_empty(num_rows, num_out) if residual is None else residual
+    assert out.is_contiguous()
+    norm_weight, eps = norm or (x, 0.0)
+    config = gemv_config(size, x.element_size(), gated)
+    gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
+        out, x, weight, x if bias is None else bias, norm_weight, eps,
+        ROWS=num_rows, PADDED_ROWS=triton.next_power_of_2(num_rows), N=num_out, K=size,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None,
+        num_warps=config.num_warps, **pdl_options(x.device),
+    )  # fmt: skip
+    return out
