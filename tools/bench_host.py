@@ -49,12 +49,14 @@ class HostExecutor(NullExecutor):
 
     def __init__(self, max_num_seqs: int):
         device = torch.device("cpu")
-        attention = TritonAttention(16, 8, 128, torch.bfloat16, device, num_sms=132)
+        attention = TritonAttention(
+            16, 8, 128, BLOCK_SIZE, torch.bfloat16, device, num_sms=132, max_decodes=max_num_seqs
+        )
         uploader = Uploader(device)
         self.size = max_num_seqs
         self.inputs = InputBuilder(max_num_seqs, 256, BLOCK_SIZE, attention, uploader)
         self.sampler = Sampler(max_num_seqs + 1, 151936, uploader)
-        self.offsets: dict[str, int] = {}
+        self.offsets: dict[tuple[str, ...], dict[str, int]] = {}
         self.buffer = np.empty(1 << 22, np.uint8)
         self.seconds: list[float] = []
 
@@ -72,8 +74,10 @@ class HostExecutor(NullExecutor):
     def _replay(self, step: StepInput) -> None:
         arrays = self.inputs.decode_arrays(step, self.size)
         arrays |= self.sampler.arrays(arrays["rows"], arrays["positions"] + 1)
-        self.offsets = self.offsets or layout(arrays)[0]
-        pack(arrays, self.offsets, self.buffer)
+        names = tuple(arrays)
+        if names not in self.offsets:
+            self.offsets[names], _ = layout(arrays)
+        pack(arrays, self.offsets[names], self.buffer)
         self.sampler.is_plain(step.decode_rows, step.decode_positions + 1)
 
 
