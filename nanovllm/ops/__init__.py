@@ -4,6 +4,7 @@ each has its textbook in reference.py or torch, and its kernel for GPUs in trito
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -30,23 +31,22 @@ __all__ = [
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
-def _by_device(op: Op) -> Op:
-    """The operation of reference.py, or the kernel of the same name for tensors on a GPU."""
+def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
+    """The operation of reference.py, or for tensors on a GPU that of the same name in the module
+    with the kernels, which is not imported before."""
 
     @functools.wraps(op)
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
-        from nanovllm.ops import triton_linear, triton_ops
-
-        kernels = triton_linear if op is reference.linear else triton_ops
-        return getattr(kernels, op.__name__)(x, *args, **kwargs)
+        module = import_module(f"nanovllm.ops.{kernels}")
+        return getattr(module, op.__name__)(x, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 rms_norm = _by_device(reference.rms_norm)
-linear = _by_device(reference.linear)
+linear = _by_device(reference.linear, "triton_linear")
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference.sample)
 

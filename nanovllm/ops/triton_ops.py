@@ -24,11 +24,12 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch options for programmatic dependent launch, which Hopper and newer GPUs have: a kernel
     starts while the one before it ends, and waits for its results with gdc_wait. Before the wait
     it may read weights and uploaded inputs only."""
-    if not TRITON_HAS_PDL or device.type == "cpu":
-        return {"PDL": False}
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+    has_pdl = (
+        TRITON_HAS_PDL
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+    return {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
 
 
 @triton.jit(do_not_specialize=["num_words"])
