@@ -44,6 +44,27 @@ class ForwardBatch:
     attention: "Attention"
     attention_arrays: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether all of it is decodes."""
+        return self.num_decodes == len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """What query and key heads go through between projection and attention: RMSNorm, if the model
+    has it, and RoPE.
+
+    Attributes:
+        norm_weights: of queries and keys, [D] each, or None.
+        eps: of the norms.
+        table: [positions, D] float32, D/2 cosines, then D/2 sines.
+    """
+
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None
+    eps: float
+    table: torch.Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
@@ -72,9 +93,11 @@ class Attention(Protocol):
 
     Attributes:
         name: vLLM's.
+        fuses_decodes: whether it has attend_projected.
     """
 
     name: str
+    fuses_decodes: bool
 
     def host_arrays(
         self,
@@ -106,6 +129,19 @@ class Attention(Protocol):
 
         Args:
             q: [T, H, D].
+
+        Returns: [T, H, D].
+        """
+        ...
+
+    def attend_projected(
+        self, qkv: torch.Tensor, rotary: Rotary, kv: KVLayer, batch: ForwardBatch, scale: float
+    ) -> torch.Tensor:
+        """Attention of a batch of decodes, right from the projection: what qk_norm_rope_store and
+        attend do, at once.
+
+        Args:
+            qkv: [T, (H + 2K) * D].
 
         Returns: [T, H, D].
         """

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nanovllm import ops
-from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
@@ -47,6 +47,6 @@ class Attention(nn.Module):
         """x + attention(norm(x)), in place."""
         qkv = self.qkv_proj(x, norm)  # [T, (H + 2K) * D]
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
-        q = ops.qk_norm_rope_store(qkv, norms, self.eps, self.rope.table, batch, kv)  # [T, H, D]
-        out = batch.attention.attend(q, kv, batch, self.scale)  # [T, H, D]
+        rotary = Rotary(norms, self.eps, self.rope.table)
+        out = ops.attention(qkv, rotary, kv, batch, self.scale)  # [T, H, D]
         return self.o_proj(out.flatten(1), residual=x)

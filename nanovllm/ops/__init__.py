@@ -13,10 +13,11 @@ from nanovllm.ops import reference
 from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
-    from nanovllm.batch import Attention
+    from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
     from nanovllm.config import ModelConfig
 
 __all__ = [
+    "attention",
     "copy_pinned",
     "default_block_size",
     "linear",
@@ -49,6 +50,23 @@ rms_norm = _by_device(reference.rms_norm)
 linear = _by_device(reference.linear, "triton_linear")
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference.sample)
+
+
+def attention(
+    qkv: torch.Tensor, rotary: "Rotary", kv: "KVLayer", batch: "ForwardBatch", scale: float
+) -> torch.Tensor:
+    """From the QKV projection to the heads' outputs: norms, RoPE, keys and values into their pages,
+    attention.
+
+    Args:
+        qkv: [T, (H + 2K) * D].
+
+    Returns: [T, H, D].
+    """
+    if batch.is_decode and batch.attention.fuses_decodes:
+        return batch.attention.attend_projected(qkv, rotary, kv, batch, scale)
+    q = qk_norm_rope_store(qkv, rotary, batch, kv)
+    return batch.attention.attend(q, kv, batch, scale)
 
 
 def copy_pinned(out: torch.Tensor, source: torch.Tensor) -> None:

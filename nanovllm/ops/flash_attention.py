@@ -27,6 +27,7 @@ class FlashAttention:
     """
 
     name = "FLASH_ATTN"
+    fuses_decodes = False
 
     def __init__(self, head_dim: int, dtype: torch.dtype, block_size: int):
         if flash_attn is None:

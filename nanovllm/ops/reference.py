@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.cpu import matmul
 
 # Decodes attend in groups, padded to a common length. A group of several gathers at most so many
@@ -74,29 +74,23 @@ def apply_rope(x_THD: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 
 
 def qk_norm_rope_store(
-    qkv: torch.Tensor,
-    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-    rope_table: torch.Tensor,
-    batch: ForwardBatch,
-    kv: KVLayer,
+    qkv: torch.Tensor, rotary: Rotary, batch: ForwardBatch, kv: KVLayer
 ) -> torch.Tensor:
     """From the QKV projection to attention: RMSNorm on query and key heads if the model has it,
     RoPE, and keys and values into their pages.
 
     Args:
         qkv: [T, (H + 2K) * D].
-        norm_weights: of queries and keys, [D] each, or None.
-        rope_table: [positions, D] float32, cosines and sines.
 
     Returns: the queries, [T, H, D].
     """
     num_kv_heads, head_dim = kv.k.shape[-2:]
     qkv = qkv.view(len(qkv), -1, head_dim)
     q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-    if norm_weights is not None:
-        q, k = rms_norm(q, norm_weights[0], eps), rms_norm(k, norm_weights[1], eps)
-    cos_sin = rope_table[batch.positions]
+    if rotary.norm_weights is not None:
+        q_weight, k_weight = rotary.norm_weights
+        q, k = rms_norm(q, q_weight, rotary.eps), rms_norm(k, k_weight, rotary.eps)
+    cos_sin = rotary.table[batch.positions]
     q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
     slots = batch.slot_mapping
     if (
@@ -140,6 +134,7 @@ class TorchAttention:
     """The attention backend in plain torch. It needs nothing prepared."""
 
     name = "TORCH_SDPA"
+    fuses_decodes = False
 
     def host_arrays(self, *_: object) -> dict[str, np.ndarray]:
         return {}

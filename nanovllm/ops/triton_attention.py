@@ -8,6 +8,10 @@ program that finishes last. The list is data, so the same launch, in a CUDA grap
 lengths. Inside an item it is FlashAttention's loop (Dao 2023): keys block by block, with a running
 maximum and sum.
 
+A batch of decodes can come right from the projection: then the program that has a query normalises
+and rotates it, and the one that has its last keys does so with the new key, which it attends to from
+its registers and stores.
+
 Keys that several decodes share (shared_prefix.py finds them) are read by a launch before the
 others, in tiles of query rows of many sequences; a decode's own item goes on from the results.
 """
@@ -18,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
@@ -26,7 +30,7 @@ from nanovllm.ops.kernel_configs import (
     attention_configs,
 )
 from nanovllm.ops.shared_prefix import find_groups, max_tiles
-from nanovllm.ops.triton_ops import pdl_options
+from nanovllm.ops.triton_ops import pdl_options, qk_norm_rope_store
 from nanovllm.ops.work_list import (
     ITEM_WIDTH,
     Prefixes,
@@ -43,7 +47,7 @@ LOG2_E = 1.4426950408889634
 ROW = tl.constexpr(0)
 TOKEN = tl.constexpr(1)
 NUM_TOKENS = tl.constexpr(2)
-POSITION = tl.constexpr(3)
+LAST_KEY = tl.constexpr(3)
 KEY_START = tl.constexpr(4)
 KEY_END = tl.constexpr(5)
 SLOT = tl.constexpr(6)
@@ -159,25 +163,53 @@ def _merge(
     return m, total, acc
 
 
+@triton.jit
+def _rotate(
+    heads, weight, other_weight, cos, sin, eps, ok, dims, others,
+    HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate heads, [M, D], rounding where qk_norm_rope_store does.
+
+    Args:
+        heads: where each begins, [M, 1].
+        others: the dimension that each is rotated with, [1, D]; other_weight is of those.
+        sin: negative for the first half.
+    """
+    x_in = tl.load(heads + dims, mask=ok, other=0.0)
+    x = x_in.to(tl.float32)
+    other = tl.load(heads + others, mask=ok, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+        x = (x * factor).to(x_in.dtype).to(tl.float32) * weight
+        other = (other * factor).to(x_in.dtype).to(tl.float32) * other_weight
+        x, other = x.to(x_in.dtype).to(tl.float32), other.to(x_in.dtype).to(tl.float32)
+    return (x * cos + other * sin).to(x_in.dtype)
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def paged_attention_kernel(
-    out, q, k_cache, v_cache, block_tables, items, num_items, shared_tokens,
+    out, q, k_cache, v_cache, block_tables, items, num_items, shared_tokens, positions,
+    slot_mapping, q_weight, k_weight, rope_table, eps,
     partial, stats, arrivals,
     scale_log2, table_stride, page_stride, slot_stride, head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, HAS_PREFIXES: tl.constexpr,
-    PDL: tl.constexpr,
+    PROJECTED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program i is item i // K for key/value head i % K; those beyond the list do nothing.
 
     Args:
-        out, q: [T, H, D].
+        out: [T, H, D].
+        q: [T, H, D]; PROJECTED: queries, keys and values of decodes from the projection,
+            [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D], the
+            rope_table and eps count.
         k_cache, v_cache: pages, with strides of page, slot and head; dims are adjacent.
         block_tables: [rows, pages] int32.
         items: [items, WIDTH] int32; num_items: [1] int32, how many count.
         shared_tokens: None, or the items are of shared keys, and their query tokens are indices of
             these, [shared tokens] int32, the query tokens of the batch.
+        positions: [T] int64.
         partial: [slots * H, BLOCK_D] float32, sums of values; _first_row says whose.
         stats: [slots * H, 2] float32, maximum and sum of the softmax.
         arrivals: [slots, K] int32, zeros before and after.
@@ -196,31 +228,74 @@ def paged_attention_kernel(
     item = items + (unit // NUM_KV_HEADS) * WIDTH
     head = unit % NUM_KV_HEADS
     token = tl.load(item + TOKEN)
-    position = tl.load(item + POSITION)
+    num_tokens = tl.load(item + NUM_TOKENS)
     key_start = tl.load(item + KEY_START)
     key_end = tl.load(item + KEY_END)
+    if shared_tokens is None:
+        position = tl.load(positions + token).to(tl.int32)
+        key_end = tl.minimum(key_end, position + num_tokens)
+    else:
+        position = tl.load(item + LAST_KEY)
     slot = tl.load(item + SLOT)
     table = block_tables + tl.load(item + ROW).to(tl.int64) * table_stride
-    row_ok = rows < tl.load(item + NUM_TOKENS) * GROUP
+    row_ok = rows < num_tokens * GROUP
     k_head = k_cache + head.to(tl.int64) * head_stride
     v_head = v_cache + head.to(tl.int64) * head_stride
 
     # Row r is query head r % GROUP of the group, at token r // GROUP of the tile.
-    if shared_tokens is None:
-        q_rows = (token + rows // GROUP).to(tl.int64) * (NUM_KV_HEADS * GROUP)
-    else:
-        tokens = tl.load(shared_tokens + token + rows // GROUP, mask=row_ok, other=0)
-        q_rows = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP)
-    q_rows += head * GROUP + rows % GROUP
-    q_offsets = q_rows[:, None] * HEAD_DIM + dims[None, :]  # [M, D]
+    tokens = (token + rows // GROUP).to(tl.int64)
+    if shared_tokens is not None:
+        tokens = tl.load(shared_tokens + tokens, mask=row_ok, other=0).to(tl.int64)
+    q_rows = tokens * (NUM_KV_HEADS * GROUP) + head * GROUP + rows % GROUP
+    out_offsets = q_rows[:, None] * HEAD_DIM + dims[None, :]  # [M, D]
     q_ok = row_ok[:, None] & dims_ok[None, :]
+    if PROJECTED:
+        half: tl.constexpr = HEAD_DIM // 2
+        others = tl.where(dims < half, dims + half, dims - half)[None, :]
+        angles = rope_table + position.to(tl.int64) * HEAD_DIM + dims % half
+        cos = tl.load(angles, mask=dims_ok, other=0.0)[None, :]
+        sin = tl.load(angles + half, mask=dims_ok, other=0.0)
+        sin = tl.where(dims < half, -sin, sin)[None, :]
+        ok = dims_ok[None, :]
+        w_q = tl.load(q_weight + dims[None, :], mask=ok, other=0.0).to(tl.float32)
+        w_q_others = tl.load(q_weight + others, mask=ok, other=0.0).to(tl.float32)
+        w_k = tl.load(k_weight + dims[None, :], mask=ok, other=0.0).to(tl.float32)
+        w_k_others = tl.load(k_weight + others, mask=ok, other=0.0).to(tl.float32)
+        new_slot = tl.load(slot_mapping + token)
     if PDL:
-        gdc_wait()  # so far it read the work list, which came before all kernels of the step
-    q_tile = tl.load(q + q_offsets, mask=q_ok, other=0.0)
+        gdc_wait()  # so far it read what was there before the first kernel of the step
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if PROJECTED:
+        projected = q + token.to(tl.int64) * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
+        q_heads = projected + (head * GROUP + rows[:, None]) * HEAD_DIM
+        k_head_new = projected + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
+        has_new = key_end > position
+        new_ok = tl.where(has_new, ok, False)
+        new_v = tl.load(
+            k_head_new + NUM_KV_HEADS * HEAD_DIM + dims[None, :], mask=new_ok, other=0.0
+        )  # [1, D]
+        q_tile = _rotate(
+            q_heads, w_q, w_q_others, cos, sin, eps, q_ok, dims[None, :], others, HEAD_DIM, NORM
+        )
+        k_heads = k_head_new + tl.zeros([1, 1], tl.int32)
+        new_k = _rotate(
+            k_heads, w_k, w_k_others, cos, sin, eps, new_ok, dims[None, :], others, HEAD_DIM, NORM
+        )
+        in_page = new_slot // BLOCK_SIZE * page_stride + new_slot % BLOCK_SIZE * slot_stride
+        tl.store(k_head + in_page + dims[None, :], new_k, mask=new_ok & (new_slot >= 0))
+        tl.store(v_head + in_page + dims[None, :], new_v, mask=new_ok & (new_slot >= 0))
+        # The new key comes first, the others follow.
+        new_s = tl.sum(q_tile.to(tl.float32) * new_k.to(tl.float32), 1) * scale_log2
+        m = tl.where(has_new, new_s, float("-inf"))
+        total = tl.where(has_new, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + new_v.to(tl.float32)
+        key_end = tl.minimum(key_end, position)
+        position -= 1
+    else:
+        q_tile = tl.load(q + out_offsets, mask=q_ok, other=0.0)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_position = position + rows // GROUP
     # Blocks that every row sees whole, then those with a mask.
     seen_by_all = tl.maximum(tl.minimum(key_end, position + 1) - key_start, 0)
@@ -239,7 +314,6 @@ def paged_attention_kernel(
         )  # fmt: skip
 
     if slot >= 0:
-        num_tokens = tl.load(item + NUM_TOKENS)
         part_rows = _first_row(slot, head, num_tokens, NUM_KV_HEADS, GROUP) + rows
         tl.store(stats + part_rows * 2, m, mask=row_ok)
         tl.store(stats + part_rows * 2 + 1, total, mask=row_ok)
@@ -271,7 +345,7 @@ def paged_attention_kernel(
                 tl.load(item + PREFIX_PARTS), prefix_tokens * (NUM_KV_HEADS * GROUP),
                 rows, row_ok, dims, BLOCK_D,
             )  # fmt: skip
-        tl.store(out + q_offsets, acc / total[:, None], mask=q_ok)
+        tl.store(out + out_offsets, acc / total[:, None], mask=q_ok)
 
 
 class TritonAttention:
@@ -287,6 +361,7 @@ class TritonAttention:
     """
 
     name = "TRITON_ATTN"
+    fuses_decodes = True
 
     def __init__(
         self,
@@ -393,7 +468,30 @@ class TritonAttention:
         self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
         """As reference.paged_attention."""
-        out = torch.empty_like(q)
+        return self._launch(q, None, kv, batch, scale)
+
+    def attend_projected(
+        self, qkv: torch.Tensor, rotary: Rotary, kv: KVLayer, batch: ForwardBatch, scale: float
+    ) -> torch.Tensor:
+        """As reference.qk_norm_rope_store and reference.paged_attention."""
+        if "shared_items" not in batch.attention_arrays:
+            return self._launch(qkv, rotary, kv, batch, scale)
+        # Tiles of many queries are not rotated once more for each part of their keys.
+        return self.attend(qk_norm_rope_store(qkv, rotary, batch, kv), kv, batch, scale)
+
+    def _launch(
+        self,
+        q: torch.Tensor,
+        rotary: Rotary | None,
+        kv: KVLayer,
+        batch: ForwardBatch,
+        scale: float,
+    ) -> torch.Tensor:
+        """q: rotated, [T, H, D], or with `rotary` from the projection."""
+        head_dim = kv.k.shape[-1]
+        out = q.new_empty(len(q), self.num_kv_heads * self.group, head_dim)
+        norm_weights = rotary.norm_weights if rotary else None
+        q_weight, k_weight = norm_weights or (q, q)
         arrays = batch.attention_arrays
         for name, config in self.configs.items():  # shared keys first
             items = arrays.get(f"{name}_items")
@@ -404,12 +502,15 @@ class TritonAttention:
                 out, q, kv.k, kv.v, batch.block_tables,
                 items, arrays[f"num_{name}_items"],
                 arrays["shared_tokens"] if name == "shared" else None,
+                batch.positions, batch.slot_mapping, q_weight, k_weight,
+                rotary.table if rotary else q, rotary.eps if rotary else 0.0,
                 self.partial, self.stats, self.arrivals,
                 scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
-                NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=q.shape[-1],
+                NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=head_dim,
                 BLOCK_SIZE=self.block_size, BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
                 BLOCK_D=self.block_d, PRECISION=self.precision,
                 HAS_PREFIXES=name in ("short", "crowd") and "shared_items" in arrays,
+                PROJECTED=rotary is not None, NORM=norm_weights is not None,
                 num_warps=config.num_warps, num_stages=config.num_stages,
                 **pdl_options(q.device),
             )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK, VOCAB_BLOCK
 from nanovllm.ops.reference import keep_likely
 
@@ -159,25 +159,20 @@ def qk_norm_rope_store_kernel(
 
 
 def qk_norm_rope_store(
-    qkv: torch.Tensor,
-    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-    rope_table: torch.Tensor,
-    batch: ForwardBatch,
-    kv: KVLayer,
+    qkv: torch.Tensor, rotary: Rotary, batch: ForwardBatch, kv: KVLayer
 ) -> torch.Tensor:
     num_kv_heads, head_dim = kv.k.shape[-2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q = qkv.new_empty(len(qkv), num_heads, head_dim)
     if len(qkv) == 0:
         return q
-    q_weight, k_weight = norm_weights or (qkv, qkv)
+    q_weight, k_weight = rotary.norm_weights or (qkv, qkv)
     num_heads_in = num_heads + 2 * num_kv_heads
     qk_norm_rope_store_kernel[(len(qkv), triton.cdiv(num_heads_in, HEADS_PER_PROGRAM))](
-        q, kv.k, kv.v, qkv, q_weight, k_weight, rope_table, batch.positions, batch.slot_mapping,
-        eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        q, kv.k, kv.v, qkv, q_weight, k_weight, rotary.table, batch.positions, batch.slot_mapping,
+        rotary.eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         HEADS=HEADS_PER_PROGRAM, HALF=triton.next_power_of_2(head_dim // 2),
-        NORM=norm_weights is not None, num_warps=4, **pdl_options(qkv.device),
+        NORM=rotary.norm_weights is not None, num_warps=4, **pdl_options(qkv.device),
     )  # fmt: skip
     return q
 

@@ -30,7 +30,7 @@ def record_launches() -> dict[str, tuple]:
     """Run every wrapper on small CPU tensors, with launches noted down instead of made."""
     from kernel_calls import paged_case
 
-    from nanovllm.batch import ForwardBatch, KVLayer
+    from nanovllm.batch import ForwardBatch, KVLayer, Rotary
     from nanovllm.ops import triton_linear, triton_ops
 
     launches: dict[str, tuple] = {}
@@ -57,6 +57,11 @@ def record_launches() -> dict[str, tuple]:
             label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries of {query_len}"
             q, kv, batch = paged_case([query_len], [300], 4, 2, head_dim, block_size, dtype, cpu)
             batch.attention.attend(q, kv, batch, 1.0)
+            if query_len == 1:
+                label += ", projected"
+                qkv, norm = torch.zeros(1, 8 * head_dim, dtype=dtype), torch.zeros(head_dim, dtype=dtype)
+                rotary = Rotary((norm, norm), 1e-6, torch.zeros(300, head_dim))
+                batch.attention.attend_projected(qkv, rotary, kv, batch, 1.0)
         if block_size != 16 or head_dim == 80:
             continue
         label = f"head_dim {head_dim} {dtype} pages of {block_size}, shared keys"
@@ -91,7 +96,8 @@ def record_launches() -> dict[str, tuple]:
             query_start=None, context_lens=None, max_query_len=1, num_decodes=2,
             logits_indices=None, attention=None,
         )  # fmt: skip
-        triton_ops.qk_norm_rope_store(x, (x[0], x[0]), 1e-6, torch.zeros(9, 128), batch, kv)
+        rotary = Rotary((x[0], x[0]), 1e-6, torch.zeros(9, 128))
+        triton_ops.qk_norm_rope_store(x, rotary, batch, kv)
         triton_ops.sample(
             torch.zeros(2, 151936, dtype=dtype), torch.ones(2), torch.zeros(2, 2).long()
         )

@@ -78,10 +78,14 @@ def paged_case(
     positions = np.concatenate(
         [np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)]
     )
+    token_rows = np.repeat(rows, query_lens)
     batch = ForwardBatch(
         token_ids=None,
         positions=torch.from_numpy(positions).to(device),
-        slot_mapping=None,
+        slot_mapping=torch.from_numpy(
+            tables[token_rows, positions // block_size].astype(np.int64) * block_size
+            + positions % block_size
+        ).to(device),
         block_tables=torch.from_numpy(tables).to(device),
         rows=torch.from_numpy(rows).to(device),
         query_start=torch.from_numpy(query_start).int().to(device),

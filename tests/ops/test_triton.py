@@ -3,6 +3,7 @@
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -18,7 +19,7 @@ from kernel_calls import (
     tolerance,
 )
 
-from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.config import RopeConfig
 from nanovllm.layers.rope import Rope
 from nanovllm.ops import reference, triton_linear, triton_ops
@@ -152,6 +153,99 @@ def test_attention_on_a_gpu(case, compiled_ahead):
     )
 
 
+# Decodes from the projection
+
+
+def check_projected(
+    context_lens, heads, kv_heads, head_dim, block_size, dtype, device, norm, **kwargs
+):
+    """attend_projected; and again with the same list of work when all sequences are longer."""
+    context_lens = np.array(context_lens)
+    ones, scale = np.ones_like(context_lens), head_dim**-0.5
+    _, kv, batch = paged_case(
+        ones, context_lens + 9, heads, kv_heads, head_dim, block_size, dtype, device, **kwargs
+    )
+    rows, tables = batch.rows.cpu().numpy(), batch.block_tables.cpu().numpy()
+    query_start = np.arange(len(rows) + 1)
+    arrays = batch.attention.host_arrays(
+        tables, rows, query_start, ones, context_lens, len(rows), None
+    )
+    arrays = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+    table = Rope(RopeConfig(10000.0), head_dim, int(context_lens.max()) + 9).table.to(device)
+    weights = torch.randn(2, head_dim, device=device).to(dtype).unbind() if norm else None
+    exact_weights = tuple(w.double() for w in weights) if weights else None
+    for longer in (0, 9):
+        positions = context_lens + longer - 1
+        slots = tables[rows, positions // block_size].astype(np.int64) * block_size
+        slots = torch.from_numpy(slots + positions % block_size).to(device)
+        batch = replace(
+            batch,
+            positions=torch.from_numpy(positions).to(device),
+            context_lens=torch.from_numpy(positions + 1).int().to(device),
+            slot_mapping=slots.clone(),
+            attention_arrays=arrays,
+        )
+        batch.slot_mapping[-1] = -1  # its page is shared, and has the key already
+        qkv = torch.randn(len(rows), (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
+        exact_kv, old = KVLayer(kv.k.double(), kv.v.double()), (kv.k.clone(), kv.v.clone())
+        rotary = Rotary(exact_weights, 1e-6, table)
+        exact_q = reference.qk_norm_rope_store(
+            qkv.double(), rotary, replace(batch, slot_mapping=slots), exact_kv
+        )
+        exact = attention_in_float64(exact_q, exact_kv, batch, scale)
+        rotary = Rotary(weights, 1e-6, table)
+        out = batch.attention.attend_projected(qkv, rotary, kv, batch, scale)
+        # Queries and the new keys are rounded as well.
+        assert relative_error(out, exact) < 2 * tolerance(dtype)
+        kept = torch.ones(kv.k.shape[:2], dtype=torch.bool, device=device)
+        kept.view(-1)[slots[:-1]] = False
+        for cache, before, expected in zip(
+            (kv.k, kv.v), old, (exact_kv.k, exact_kv.v), strict=True
+        ):
+            assert len(rows) == 1 or (
+                relative_error(cache[~kept], expected[~kept]) < tolerance(dtype)
+            )
+            torch.testing.assert_close(
+                cache[kept], before[kept], rtol=0, atol=0, equal_nan=True
+            )
+
+
+@interpreted
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("num_sms", [1, 60])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, block_size",
+    [(4, 2, 32, 16), (14, 2, 20, 64), (3, 3, 80, 5), (24, 1, 16, 256)],
+)
+def test_decodes_from_the_projection_interpreted(
+    heads, kv_heads, head_dim, block_size, num_sms, norm
+):
+    check_projected(
+        [1, 2, 129, 300, 64, 65], heads, kv_heads, head_dim, block_size, torch.float32, CPU, norm,
+        num_sms=num_sms,
+    )  # fmt: skip
+
+
+PROJECTED_CASES = pairwise(
+    heads=[(16, 8), (32, 8), (14, 2), (9, 3), (24, 1)],
+    head_dim=[64, 80, 128, 256],
+    block_size=[16, 64, 256, 48],
+    dtype=[torch.bfloat16, torch.float16, torch.float32],
+    lens=["decodes", "crowd", "one", "skewed"],
+    norm=[False, True],
+)
+
+
+@on_gpu
+@pytest.mark.parametrize("case", PROJECTED_CASES, ids=str)
+def test_decodes_from_the_projection_on_a_gpu(case):
+    _, lens = LENS[case["lens"]](np.random.default_rng())
+    check_projected(
+        lens, *case["heads"], case["head_dim"], case["block_size"], case["dtype"], CUDA,
+        case["norm"],
+    )  # fmt: skip
+
+
 # Norms, SiLU
 
 
@@ -253,9 +347,10 @@ def test_qk_norm_rope_store(device, dtype, norm, heads, kv_heads, head_dim):
     weights = torch.randn(2, head_dim, device=device).to(dtype).unbind() if norm else None
     table = Rope(RopeConfig(10000.0), head_dim, 512).table.to(device)
     kv, exact_kv = KVLayer(*old.clone()), KVLayer(*old.double())
-    q = triton_ops.qk_norm_rope_store(qkv, weights, 1e-6, table, batch, kv)
+    q = triton_ops.qk_norm_rope_store(qkv, Rotary(weights, 1e-6, table), batch, kv)
     exact_weights = tuple(w.double() for w in weights) if weights else None
-    exact = reference.qk_norm_rope_store(qkv.double(), exact_weights, 1e-6, table, batch, exact_kv)
+    rotary = Rotary(exact_weights, 1e-6, table)
+    exact = reference.qk_norm_rope_store(qkv.double(), rotary, batch, exact_kv)
     assert relative_error(q, exact) < tolerance(dtype)
     assert relative_error(kv.k, exact_kv.k) < tolerance(dtype)
     assert torch.equal(kv.v, exact_kv.v.to(dtype))
