@@ -1,8 +1,8 @@
 """All that crosses from the engine to the worker and back, and the protocol it crosses by.
 
 The worker keeps a row of state for each running sequence: its block table, its last sampled token,
-its sampling parameters. A StepInput carries only what changes, so a step of plain decodes is an
-array of row numbers and one of positions. It can go to another process.
+its sampling parameters. A StepInput carries only what changes, so a step of plain decodes is three
+arrays: row numbers, positions, new pages. It can go to another process.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,14 @@ from typing import Protocol
 import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
+
+
+def _no_rows() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
+def _no_pages() -> np.ndarray:
+    return np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,7 @@ class RowStart:
         seed: 64 bits; with the position it determines the sampling noise.
         stop_token_ids: tokens that may not be drawn at positions below min_len.
         min_len: prompt length plus min_tokens.
+        block_table: [pages] int32, those of all its known tokens.
     """
 
     row: int
@@ -33,6 +42,7 @@ class RowStart:
     seed: int
     stop_token_ids: tuple[int, ...]
     min_len: int
+    block_table: np.ndarray = field(default_factory=_no_pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,47 +63,23 @@ class Chunk:
 
 
 @dataclass(slots=True)
-class NewPages:
-    """Pages that block tables grow by; three lists of one length.
-
-    Attributes:
-        rows: whose table.
-        indices: the place in it.
-        pages: the page.
-    """
-
-    rows: list[int] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-
-    def add(self, row: int, first: int, pages: list[int]) -> None:
-        """Put pages into a row's table, from index `first` on."""
-        self.rows += [row] * len(pages)
-        self.indices += range(first, first + len(pages))
-        self.pages += pages
-
-
-def _no_rows() -> np.ndarray:
-    return np.empty(0, np.int64)
-
-
-@dataclass(slots=True)
 class StepInput:
     """One step: decodes first, then chunks.
 
     Attributes:
         starts: rows that begin a new sequence with this step.
-        new_pages: the pages that this step needs beside those that its rows have.
         decode_rows: [decodes] int64. Each feeds the token last sampled for it, which only the
             worker knows, and samples the next one.
         decode_positions: [decodes] int64, of the tokens that are fed.
+        decode_pages: [decodes] int32, the pages that they open, -1 where the last one has room.
+            Chunks need none: a row starts with the pages of all its known tokens.
         chunks: all others.
     """
 
     starts: list[RowStart] = field(default_factory=list)
-    new_pages: NewPages = field(default_factory=NewPages)
     decode_rows: np.ndarray = field(default_factory=_no_rows)
     decode_positions: np.ndarray = field(default_factory=_no_rows)
+    decode_pages: np.ndarray = field(default_factory=_no_pages)
     chunks: list[Chunk] = field(default_factory=list)
 
     # Columns over all sequences of the step, decodes first.

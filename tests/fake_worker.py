@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
+
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -121,6 +123,7 @@ class FakeWorker:
         self.fail_on("submit", number)
         self._check_shape(step)
         self._start_rows(step)
+        self._open_pages(step)
         queries = self._queries(step)
         self._check_writers(step, queries)
         self._store(queries)
@@ -131,18 +134,27 @@ class FakeWorker:
         rows, lens = step.rows.tolist(), step.query_lens.tolist()
         assert rows and min(lens) > 0 and sum(lens) <= self.max_num_batched_tokens
         assert len(set(rows)) == len(rows) <= self.max_num_seqs
-        assert len(step.decode_positions) == len(step.decode_rows)
+        assert len(step.decode_pages) == len(step.decode_positions) == len(step.decode_rows)
         assert {start.row for start in step.starts} <= {chunk.row for chunk in step.chunks}
 
     def _start_rows(self, step: StepInput) -> None:
         for start in step.starts:
             assert 0 <= start.row < self.max_num_seqs
-            self.rows[start.row] = Row(start)
-        new = step.new_pages
-        for row, index, page in zip(new.rows, new.indices, new.pages, strict=True):
+            assert start.block_table.dtype == np.int32
+            table = start.block_table.tolist()
+            assert all(0 <= page < self.num_blocks for page in table)
+            self.rows[start.row] = Row(start, table)
+
+    def _open_pages(self, step: StepInput) -> None:
+        assert step.decode_pages.dtype == np.int32
+        columns = (step.decode_rows, step.decode_positions, step.decode_pages)
+        for row, position, page in np.stack(columns, axis=1).tolist():
             table = self.rows[row].block_table
-            assert index == len(table) and 0 <= page < self.num_blocks
-            table.append(page)
+            # Just those whose last page is full open one.
+            assert (page >= 0) == (position == len(table) * self.block_size)
+            if page >= 0:
+                assert page < self.num_blocks
+                table.append(page)
 
     def _queries(self, step: StepInput) -> list[Query]:
         queries = []

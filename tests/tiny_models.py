@@ -4,6 +4,7 @@ the model tests."""
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -86,8 +87,8 @@ def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
         query = token_ids[start : start + chunk]
         step = StepInput(chunks=[Chunk(0, start, query, samples=True)])
         if start == 0:
-            step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0))
-            step.new_pages.add(0, 0, pages)
+            table = np.array(pages, np.int32)
+            step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0, table))
         batch, _ = runner.inputs.build(step)
         logits.append(runner.model.logits(runner.model(batch, runner.kv)))
     return torch.cat(logits)

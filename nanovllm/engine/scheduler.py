@@ -151,10 +151,12 @@ class Scheduler:
         """One token of each sequence that decodes."""
         rows = np.flatnonzero(self.decodes)
         positions = self.num_computed[rows]
-        step.input.decode_rows, step.input.decode_positions = rows, positions
         step.sampled.extend(self.seqs[rows].tolist())
-        for i in np.flatnonzero(self._opens_page(positions)).tolist():
-            self._open_page(step, step.sampled[i])
+        pages = np.full(len(rows), -1, np.int32)
+        opening = np.flatnonzero(self._opens_page(positions)).tolist()
+        pages[opening] = [self._open_page(step.sampled[i]) for i in opening]
+        step.input.decode_rows, step.input.decode_positions = rows, positions
+        step.input.decode_pages = pages
         self.num_computed[rows] = positions + 1
         self.empty_slots -= len(rows)
         # The token fed has that position, the one sampled the next: is that the last?
@@ -247,9 +249,9 @@ class Scheduler:
                 seed=seq.seed,
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
                 min_len=min(seq.num_prompt_tokens + seq.params.min_tokens, seq.max_len),
+                block_table=np.array(seq.block_table, np.int32),
             )
         )
-        step.input.new_pages.add(row, 0, seq.block_table)
         return True
 
     def _has_pages(self, seq: Sequence, hits: list[int], budget: int) -> bool:
@@ -282,13 +284,12 @@ class Scheduler:
         peak = peak_pages(num_tokens, num_steps, np.append(num_owned, num_new), pages.block_size)
         return num_staying + peak <= pages.num_blocks or not self.running
 
-    def _open_page(self, step: ScheduledStep, seq: Sequence) -> None:
+    def _open_page(self, seq: Sequence) -> int:
         """One page more for a decode; the one before is full, and all its tokens have been read."""
         self._register(seq)
-        page = self.block_manager.append(seq)
-        step.input.new_pages.add(seq.row, len(seq.block_table) - 1, [page])
         self.pages_to_come -= 1
         self.empty_slots += self.block_manager.block_size
+        return self.block_manager.append(seq)
 
     def _add_chunk(self, step: ScheduledStep, seq: Sequence, budget: int) -> int:
         start = int(self.num_computed[seq.row])

@@ -141,19 +141,25 @@ class InputBuilder:
         return self.host_tables[rows, index] * np.int64(self.block_size) + offset
 
     def _update_tables(self, step: StepInput) -> None:
+        on_gpu = self.block_tables.device.type != "cpu"
         for start in step.starts:
             self.num_cached_tokens[start.row] = start.num_cached_tokens
             self.host_tables[start.row] = 0
-        new = step.new_pages
-        if not new.pages:
+            self.host_tables[start.row, : len(start.block_table)] = start.block_table
+        num_pages = max((len(start.block_table) for start in step.starts), default=0)
+        if on_gpu and num_pages:
+            # Behind these, rows keep the pages of their former sequences: no kernel reads there.
+            rows = np.array([start.row for start in step.starts])
+            new = self.uploader.upload({"rows": rows, "tables": self.host_tables[rows, :num_pages]})
+            self.block_tables[new["rows"], :num_pages] = new["tables"]
+
+        opening = np.flatnonzero(step.decode_pages >= 0)
+        if not len(opening):
             return
-        rows, indices, pages = np.array(new.rows), np.array(new.indices), np.array(new.pages)
+        rows, pages = step.decode_rows[opening], step.decode_pages[opening]
+        indices = step.decode_positions[opening] // self.block_size
         self.host_tables[rows, indices] = pages
-        if self.block_tables.device.type == "cpu":
-            return
-        # A new sequence's row keeps pages of the former one behind its own: no kernel reads there.
-        changes = self.uploader.upload({
-            "index": rows * self.host_tables.shape[1] + indices,
-            "pages": pages.astype(np.int32),
-        })  # fmt: skip
-        self.block_tables.view(-1)[changes["index"]] = changes["pages"]
+        if on_gpu:
+            places = rows * self.host_tables.shape[1] + indices
+            new = self.uploader.upload({"places": places, "pages": pages})
+            self.block_tables.view(-1)[new["places"]] = new["pages"]
