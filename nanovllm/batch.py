@@ -3,6 +3,7 @@
 The worker makes them; models pass them down; only attention looks inside.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -88,16 +89,22 @@ class KVCache:
         return KVCache(self.data[:1])
 
 
+AttendProjected = Callable[[torch.Tensor, Rotary, "KVLayer", ForwardBatch, float], torch.Tensor]
+
+
 class Attention(Protocol):
     """An attention backend.
 
     Attributes:
         name: vLLM's.
-        fuses_decodes: whether it has attend_projected.
+        attend_projected: None, or attention of a batch of decodes right from the projection: what
+            qk_norm_rope_store and attend do, at once. It takes what ops.attention takes.
+        steps_per_list: for how many steps of the same decodes its host_arrays may serve.
     """
 
     name: str
-    fuses_decodes: bool
+    attend_projected: "AttendProjected | None" = None
+    steps_per_list: int = 1
 
     def host_arrays(
         self,
@@ -129,19 +136,6 @@ class Attention(Protocol):
 
         Args:
             q: [T, H, D].
-
-        Returns: [T, H, D].
-        """
-        ...
-
-    def attend_projected(
-        self, qkv: torch.Tensor, rotary: Rotary, kv: KVLayer, batch: ForwardBatch, scale: float
-    ) -> torch.Tensor:
-        """Attention of a batch of decodes, right from the projection: what qk_norm_rope_store and
-        attend do, at once.
-
-        Args:
-            qkv: [T, (H + 2K) * D].
 
         Returns: [T, H, D].
         """

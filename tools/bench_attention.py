@@ -5,7 +5,8 @@
 Decodes are given in TB/s of keys and values read, causal prefill in TFLOP/s; decodes that share a
 prefix in microseconds, beside what they take when everybody reads it. Ours reads pages of 16
 tokens, flash-attn pages of 256, the smallest that it has. Keys are read from memory, not from the
-L2 cache: small cases go round several caches.
+L2 cache: small cases go round several caches. "Projected" are decodes that start from the QKV
+projection, with norms and RoPE.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.batch import Attention, ForwardBatch, KVLayer
+from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops import flash_attention
 from nanovllm.ops.triton_attention import TritonAttention
 
@@ -83,7 +84,7 @@ def cases() -> list[Case]:
     ]
 
 
-def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
+def seconds_of(case: Case, block_size: int, attention: Attention, projected: bool = False) -> float:
     """Of one layer's attention in a CUDA graph, the median."""
     query_lens, context_lens = np.array(case.query_lens), np.array(case.context_lens)
     num_pages = -(-context_lens // block_size)
@@ -100,14 +101,17 @@ def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
     ]
     query_start = np.concatenate(([0], query_lens.cumsum()))
     rows = np.arange(len(query_lens))
+    positions = np.concatenate(
+        [np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)]
+    )
     num_decodes = len(rows) if case.is_decode else 0
     arrays = attention.host_arrays(
         tables, rows, query_start, query_lens, context_lens, num_decodes, None
     )
     batch = ForwardBatch(
         token_ids=torch.empty(0),
-        positions=torch.empty(0),
-        slot_mapping=torch.empty(0),
+        positions=torch.from_numpy(positions).to(CUDA),
+        slot_mapping=torch.full((len(positions),), -1, device=CUDA),
         block_tables=torch.from_numpy(tables).to(CUDA),
         rows=torch.from_numpy(rows).to(CUDA),
         query_start=torch.from_numpy(query_start).int().to(CUDA),
@@ -118,15 +122,29 @@ def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
         attention=attention,
         attention_arrays={name: torch.from_numpy(a).to(CUDA) for name, a in arrays.items()},
     )
-    shape_of_q = (int(query_start[-1]), case.heads, case.head_dim)
-    q = torch.randn(shape_of_q, device=CUDA, dtype=torch.bfloat16)
     scale = case.head_dim**-0.5
-    attention.attend(q, caches[0], batch, scale)
+    if projected:
+        num_heads = case.heads + 2 * case.kv_heads
+        qkv = torch.randn(len(positions), num_heads * case.head_dim, device=CUDA).bfloat16()
+        weight = torch.ones(case.head_dim, device=CUDA, dtype=torch.bfloat16)
+        table = torch.randn(int(context_lens.max()), case.head_dim, device=CUDA)
+        rotary = Rotary((weight, weight), 1e-6, table)
+
+        def attend(kv: KVLayer) -> None:
+            assert attention.attend_projected
+            attention.attend_projected(qkv, rotary, kv, batch, scale)
+    else:
+        q = torch.randn(len(positions), case.heads, case.head_dim, device=CUDA).bfloat16()
+
+        def attend(kv: KVLayer) -> None:
+            attention.attend(q, kv, batch, scale)
+
+    attend(caches[0])
     graph = torch.cuda.CUDAGraph()
     num_calls = max(4, num_caches) if case.is_decode else 1
     with torch.cuda.graph(graph):
         for i in range(num_calls):
-            attention.attend(q, caches[i % num_caches], batch, scale)
+            attend(caches[i % num_caches])
     times = []
     for _ in range(REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -141,7 +159,7 @@ def seconds_of(case: Case, block_size: int, attention: Attention) -> float:
 def main() -> None:
     num_sms = torch.cuda.get_device_properties(CUDA).multi_processor_count
     print(torch.cuda.get_device_name(), "bfloat16")
-    print(f"{'':45}{'ours':>14}{'flash-attn':>14}")
+    print(f"{'':45}{'ours':>14}{'flash-attn':>14}{'ours, projected':>18}")
     for case in cases():
         ours = TritonAttention(
             case.heads, case.kv_heads, case.head_dim, 16, torch.bfloat16, CUDA, num_sms, 512
@@ -155,7 +173,11 @@ def main() -> None:
             alone = case.rate(seconds_of(case, 16, ours))
             print(f"{case.name + ', each alone':45}{alone:>14}{theirs:>14}", flush=True)
             ours.min_gain_bytes = 0
-        print(f"{case.name:45}{case.rate(seconds_of(case, 16, ours)):>14}{theirs:>14}", flush=True)
+        projected = ""
+        if case.is_decode and not case.num_shared_keys:
+            projected = case.rate(seconds_of(case, 16, ours, projected=True))
+        rate = case.rate(seconds_of(case, 16, ours))
+        print(f"{case.name:45}{rate:>14}{theirs:>14}{projected:>18}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention",
+    "begin_decode",
     "copy_pinned",
     "default_block_size",
+    "keep_sampled",
     "linear",
     "make_attention",
     "pack_weight",
@@ -50,6 +52,7 @@ rms_norm = _by_device(reference.rms_norm)
 linear = _by_device(reference.linear, "triton_linear")
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference.sample)
+keep_sampled = _by_device(reference.keep_sampled, "triton_rows")
 
 
 def attention(
@@ -63,10 +66,18 @@ def attention(
 
     Returns: [T, H, D].
     """
-    if batch.is_decode and batch.attention.fuses_decodes:
-        return batch.attention.attend_projected(qkv, rotary, kv, batch, scale)
+    fused = batch.attention.attend_projected
+    if fused is not None and batch.is_decode:
+        return fused(qkv, rotary, kv, batch, scale)
     q = qk_norm_rope_store(qkv, rotary, batch, kv)
     return batch.attention.attend(q, kv, batch, scale)
+
+
+def begin_decode(*args: Any) -> None:
+    """As triton_rows.begin_decode, on a GPU alone."""
+    from nanovllm.ops import triton_rows
+
+    triton_rows.begin_decode(*args)
 
 
 def copy_pinned(out: torch.Tensor, source: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nanovllm.batch import ForwardBatch, KVLayer
+from nanovllm.batch import Attention, ForwardBatch, KVLayer
 
 try:
     import flash_attn
@@ -14,7 +14,7 @@ PAGE_MULTIPLE = 256  # flash-attn 2 reads no smaller pages
 MAX_HEAD_DIM = 256
 
 
-class FlashAttention:
+class FlashAttention(Attention):
     """Decodes and chunks in a call each.
 
     Args:
@@ -27,7 +27,6 @@ class FlashAttention:
     """
 
     name = "FLASH_ATTN"
-    fuses_decodes = False
 
     def __init__(self, head_dim: int, dtype: torch.dtype, block_size: int):
         if flash_attn is None:

@@ -15,6 +15,7 @@ MAX_HEAD_DIM = 256
 # Elements a program, the same on all GPUs.
 SILU_BLOCK = 1024
 COPY_BLOCK = 1024
+ROWS_BLOCK = 128  # of the rows' state
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 VOCAB_BLOCK = 4096  # of sampling
 

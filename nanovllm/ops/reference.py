@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.batch import ForwardBatch, KVLayer, Rotary
+from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.cpu import matmul
 
 # Decodes attend in groups, padded to a common length. A group of several gathers at most so many
@@ -130,11 +130,29 @@ def paged_attention(
     return out
 
 
-class TorchAttention:
+def keep_sampled(
+    last_tokens: torch.Tensor,
+    host_tokens: torch.Tensor,
+    rows: torch.Tensor,
+    token_ids: torch.Tensor,
+    turn: torch.Tensor,
+) -> None:
+    """Sampled tokens go to their rows' state, and to the host.
+
+    Args:
+        last_tokens: [all rows] int64.
+        host_tokens: [turns, n or more] int64.
+        rows, token_ids: [n] int64.
+        turn: [1] int32, which row of host_tokens.
+    """
+    last_tokens[rows] = token_ids
+    host_tokens[turn, : len(rows)] = token_ids
+
+
+class TorchAttention(Attention):
     """The attention backend in plain torch. It needs nothing prepared."""
 
     name = "TORCH_SDPA"
-    fuses_decodes = False
 
     def host_arrays(self, *_: object) -> dict[str, np.ndarray]:
         return {}

@@ -8,9 +8,9 @@ program that finishes last. The list is data, so the same launch, in a CUDA grap
 lengths. Inside an item it is FlashAttention's loop (Dao 2023): keys block by block, with a running
 maximum and sum.
 
-A batch of decodes can come right from the projection: then the program that has a query normalises
-and rotates it, and the one that has its last keys does so with the new key, which it attends to from
-its registers and stores.
+A batch of decodes can come right from the projection: then a program normalises and rotates its
+query, and the one with a sequence's last keys does so with the new key, which it attends to from
+registers and stores.
 
 Keys that several decodes share (shared_prefix.py finds them) are read by a launch before the
 others, in tiles of query rows of many sequences; a decode's own item goes on from the results.
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.batch import ForwardBatch, KVLayer, Rotary
+from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
@@ -348,7 +348,7 @@ def paged_attention_kernel(
         tl.store(out + out_offsets, acc / total[:, None], mask=q_ok)
 
 
-class TritonAttention:
+class TritonAttention(Attention):
     """Attention of one model on one GPU: its configurations and the memory for partial results.
 
     Args:
@@ -361,7 +361,7 @@ class TritonAttention:
     """
 
     name = "TRITON_ATTN"
-    fuses_decodes = True
+    steps_per_list = 16  # the last parts grow by so many keys at most
 
     def __init__(
         self,

@@ -19,17 +19,17 @@ from nanovllm.worker.upload import Uploader, layout
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutput:
-    """What a decode step leaves on the device, padding rows last.
+    """What a decode step leaves on the device, padding rows last. Its tokens, drawn by temperature
+    alone, are in the rows' state and at the host already.
 
     Attributes:
-        rows: [size] int64, of the row state.
         hidden: [size, hidden].
-        token_ids: [size] int64, drawn by temperature alone.
+        rows, turn: as keep_sampled takes them, for who draws others.
     """
 
-    rows: torch.Tensor
     hidden: torch.Tensor
-    token_ids: torch.Tensor
+    rows: torch.Tensor
+    turn: torch.Tensor
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -43,18 +43,19 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*sizes, max_num_seqs]
 
 
-Decode = Callable[[dict[str, torch.Tensor]], DecodeOutput]
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+# A step of so many decodes, padding included, on what its attention needs.
+Decode = Callable[[int, dict[str, torch.Tensor]], DecodeOutput]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Captured:
-    """A graph, the memory on the device that it reads and where in it each array lies, and what it
-    leaves."""
+    """A graph, the memory on the device that its attention reads, where in it each array lies and
+    which arrays are there, and what it leaves."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor
+    memory: torch.Tensor
     offsets: dict[str, int]
+    arrays: dict[str, np.ndarray]
     output: DecodeOutput
 
 
@@ -70,7 +71,7 @@ class DecodeGraphs:
     def __init__(self, sizes: list[int], uploader: Uploader):
         self.sizes = sizes
         self.uploader = uploader
-        self.graphs: dict[Shapes, Captured] = {}
+        self.graphs: dict[tuple[int, tuple[str, ...]], Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(uploader.device)
 
@@ -78,30 +79,32 @@ class DecodeGraphs:
         """The smallest captured size for a batch."""
         return self.sizes[bisect_left(self.sizes, num_decodes)]
 
-    def run(self, arrays: dict[str, np.ndarray], decode: Decode) -> DecodeOutput:
-        """Run a step by the graph for arrays of these shapes, which is captured after the first
+    def run(self, size: int, arrays: dict[str, np.ndarray], decode: Decode) -> DecodeOutput:
+        """Run a step by the graph for its size and such arrays, which is captured after the first
         such step. The output is overwritten by the next one.
 
         Args:
-            arrays: what is uploaded for the step.
-            decode: the step itself, on uploaded tensors; operations on the device alone.
+            arrays: what the step's attention needs; uploaded unless they are the last ones.
+            decode: the step itself; operations on the device alone.
         """
-        captured = self.graphs.get(_shapes(arrays))
+        captured = self.graphs.get((size, tuple(arrays)))
         if captured is None:
-            return self.capture(arrays, decode, warm_up=decode)
-        self.uploader.copy(arrays, captured.offsets, captured.inputs)
+            return self.capture(size, arrays, decode, warm_up=decode)
+        if captured.arrays is not arrays:
+            self.uploader.copy(arrays, captured.offsets, captured.memory)
+            captured.arrays = arrays
         captured.graph.replay()
         return captured.output
 
     def capture(
-        self, arrays: dict[str, np.ndarray], decode: Decode, warm_up: Decode
+        self, size: int, arrays: dict[str, np.ndarray], decode: Decode, warm_up: Decode
     ) -> DecodeOutput:
-        """Capture the graph for arrays of these shapes. Returns what warm_up does, which has run
+        """Capture the graph for a size and such arrays. Returns what warm_up does, which has run
         all kernels of `decode` on them: they are compiled and loaded outside of the capture."""
         offsets, num_bytes = layout(arrays)
-        inputs = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
-        tensors = self.uploader.upload(arrays, out=inputs)
-        warmed = warm_up(tensors)
+        memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
+        tensors = self.uploader.upload(arrays, out=memory)
+        warmed = warm_up(size, tensors)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
         platform.drop_workspaces()
@@ -109,7 +112,7 @@ class DecodeGraphs:
             with torch.cuda.stream(self.stream):
                 try:
                     graph.capture_begin(self.pool, capture_error_mode="thread_local")
-                    output = decode(tensors)
+                    output = decode(size, tensors)
                 except BaseException:
                     with suppress(RuntimeError):  # it would hide what was wrong
                         graph.capture_end()
@@ -117,9 +120,5 @@ class DecodeGraphs:
                 graph.capture_end()
         finally:
             platform.drop_workspaces()
-        self.graphs[_shapes(arrays)] = Captured(graph, inputs, offsets, output)
+        self.graphs[size, tuple(arrays)] = Captured(graph, memory, offsets, arrays, output)
         return warmed
-
-
-def _shapes(arrays: dict[str, np.ndarray]) -> Shapes:
-    return tuple((name, array.shape) for name, array in arrays.items())

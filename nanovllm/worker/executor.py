@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import torch
 
-from nanovllm import ops, platform
+from nanovllm import platform
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.step import StepInput, StepOutput
 from nanovllm.worker.model_runner import ModelRunner
@@ -50,7 +50,7 @@ class InProcessExecutor:
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
-            tokens = SampledTokens(self.runner.run(step))
+            tokens = SampledTokens(self.runner.run(step), self.device)
         self.recent.append(tokens)
         return tokens
 
@@ -67,19 +67,17 @@ class SampledTokens:
     """Tokens on their way from the device.
 
     Args:
-        token_ids: [n] int64; may be overwritten by the next step.
+        token_ids: [n] int64 of the host, which the device writes to; they stay for some steps.
+        device: that does.
     """
 
-    def __init__(self, token_ids: torch.Tensor):
+    def __init__(self, token_ids: torch.Tensor, device: torch.device):
         self.token_ids = token_ids
-        self.copied = None
-        if token_ids.is_cuda:
-            self.token_ids = torch.empty(len(token_ids), dtype=torch.int64, pin_memory=True)
-            ops.copy_pinned(self.token_ids, token_ids)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+        self.written = torch.cuda.Event() if device.type == "cuda" else None
+        if self.written is not None:
+            self.written.record()
 
     def result(self) -> StepOutput:
-        if self.copied is not None:
-            self.copied.synchronize()
+        if self.written is not None:
+            self.written.synchronize()
         return StepOutput(self.token_ids.tolist())

@@ -1,15 +1,18 @@
 """StepInput -> ForwardBatch: the rows' state (block tables, last sampled tokens) turned into what a
 forward sees.
 
-model_runner.py calls it once a step, and gives it the sampled tokens back.
+model_runner.py calls it once a step, and gives it the sampled tokens back. A step with chunks is
+built on the host, in numpy. One of decodes alone differs little from the step before: on a GPU a
+kernel makes its inputs from the rows' state, and the attention's list of work serves several steps.
 """
 
 import numpy as np
 import torch
 
+from nanovllm import ops
 from nanovllm.batch import Attention, ForwardBatch
 from nanovllm.step import StepInput
-from nanovllm.worker.upload import Uploader
+from nanovllm.worker.upload import RING, Uploader
 
 
 class InputBuilder:
@@ -21,6 +24,11 @@ class InputBuilder:
         block_size: tokens a page.
         attention: the backend that reads the cache.
         uploader: to the device of the batches.
+
+    Attributes:
+        block_tables, last_tokens: the rows' state on the device.
+        decode_inputs: what begin_decode has written there, of max_num_seqs decodes.
+        turn: which row of host_tokens gets the step's sampled tokens.
     """
 
     def __init__(
@@ -40,16 +48,77 @@ class InputBuilder:
         # On a CPU the table is the host's own memory.
         self.block_tables = torch.from_numpy(self.host_tables).to(uploader.device)
         self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=uploader.device)
+        self.decode_inputs = _decode_inputs(num_rows, uploader.device)
+        self.listed_rows, self.listed_size, self.steps_listed = np.empty(0), 0, 0
+        self.attention_arrays: dict[str, np.ndarray] = {}
+        self.turn = 0
+        self.host_tokens = torch.empty(
+            RING, num_rows, dtype=torch.int64, pin_memory=uploader.device.type == "cuda"
+        )
 
-    def build(self, step: StepInput) -> tuple[ForwardBatch, torch.Tensor]:
-        """The step's batch, in new memory, and the rows that sample, [n] int64."""
-        tensors = self.uploader.upload(self.arrays(step))
-        batch = self.batch(tensors, int(step.query_lens.max()), step.num_decodes)
-        return batch, tensors["sampled_rows"]
+    def build(self, step: StepInput) -> tuple[ForwardBatch, dict[str, torch.Tensor]]:
+        """The step's batch, in new memory, and all tensors that it was made of: sampled_rows among
+        them, [n] int64."""
+        self._begin(step)
+        self._upload_tables(step)
+        self.steps_listed = 0  # rows that start may be those of sequences that have ended
+        tensors = self.uploader.upload(self._arrays(step))
+        n = step.num_decodes
+        token_ids = torch.cat((self.last_tokens[tensors["rows"][:n]], tensors["known_tokens"]))
+        tensors["token_ids"] = token_ids
+        return self._batch(tensors, int(step.query_lens.max()), n), tensors
 
-    def arrays(self, step: StepInput) -> dict[str, np.ndarray]:
-        """Bring the rows up to date; what the step's batch is made of, for the device."""
-        self._update_tables(step)
+    def begin_decode(
+        self, step: StepInput, size: int, state: dict[str, torch.Tensor]
+    ) -> dict[str, np.ndarray]:
+        """Put the inputs of a step of decodes on the GPU, padded to a size; decode_batch is made of
+        them. What its attention needs is still to be uploaded, and shapes depend on the size alone.
+
+        Args:
+            state: temperature and seed of all rows.
+
+        Returns: the same arrays as for the step before, if they still serve.
+        """
+        assert not step.starts and not step.chunks
+        self._begin(step)
+        rows, positions, n = step.decode_rows, step.decode_positions, step.num_decodes
+        with self.uploader.pinned(3 * 8 * n) as pinned:
+            decodes = pinned.view(torch.int64).view(3, n)
+            host = decodes.numpy()
+            host[0], host[1], host[2] = rows, positions, step.decode_pages
+            ops.begin_decode(
+                decodes,
+                {**state, "block_tables": self.block_tables, "last_tokens": self.last_tokens},
+                self.decode_inputs,
+                size,
+                self.turn,
+                self.block_size,
+            )
+        if (
+            not 0 < self.steps_listed < self.attention.steps_per_list
+            or size != self.listed_size
+            or not np.array_equal(rows, self.listed_rows)
+        ):
+            ones, query_start = np.ones(n, np.int64), np.arange(n + 1)
+            self.attention_arrays = self.attention.host_arrays(
+                self.host_tables, rows, query_start, ones, positions + 1, n, size
+            )
+            self.listed_rows, self.listed_size, self.steps_listed = rows, size, 0
+        self.steps_listed += 1
+        return self.attention_arrays
+
+    def decode_batch(
+        self, size: int, attention_tensors: dict[str, torch.Tensor]
+    ) -> tuple[ForwardBatch, dict[str, torch.Tensor]]:
+        """The batch after begin_decode, and all tensors that it is made of. It asks nothing of the
+        host: a CUDA graph can hold it."""
+        tensors = {name: tensor[:size] for name, tensor in self.decode_inputs.items()}
+        tensors["query_start"] = self.decode_inputs["query_start"][: size + 1]
+        tensors |= attention_tensors
+        return self._batch(tensors, max_query_len=1, num_decodes=size), tensors
+
+    def _arrays(self, step: StepInput) -> dict[str, np.ndarray]:
+        """What the step's batch is made of, for the device."""
         rows, query_lens, first_positions = step.rows, step.query_lens, step.positions
         query_start = np.concatenate(([0], query_lens.cumsum()))
         context_lens = first_positions + query_lens
@@ -68,6 +137,7 @@ class InputBuilder:
             "known_tokens": np.array(known_tokens, np.int64),
             "logits_indices": query_start[1:][step.samples] - 1,
             "sampled_rows": rows[step.samples],
+            "turn": np.array([self.turn], np.int32),
             **self.attention.host_arrays(
                 self.host_tables,
                 rows,
@@ -79,45 +149,11 @@ class InputBuilder:
             ),
         }
 
-    def decode_arrays(self, step: StepInput, graph_size: int) -> dict[str, np.ndarray]:
-        """The same for a step of decodes and the CUDA graph that was captured for so many: they are
-        padded to it, and shapes depend on it alone."""
-        self._update_tables(step)
-        n = step.num_decodes
-        rows = np.full(graph_size, self.padding_row)
-        rows[:n] = step.decode_rows
-        positions = np.zeros(graph_size, np.int64)
-        positions[:n] = step.decode_positions
-        slots = self._slots(rows, positions)
-        slots[n:] = -1
-        query_start = np.arange(graph_size + 1)
-        context_lens = positions + 1
-        return {
-            "rows": rows,
-            "positions": positions,
-            "slot_mapping": slots,
-            "query_start": query_start.astype(np.int32),
-            "context_lens": context_lens.astype(np.int32),
-            **self.attention.host_arrays(
-                self.host_tables,
-                step.decode_rows,
-                query_start[: n + 1],
-                np.ones(n, np.int64),
-                context_lens[:n],
-                n,
-                graph_size,
-            ),
-        }
-
-    def batch(
+    def _batch(
         self, tensors: dict[str, torch.Tensor], max_query_len: int, num_decodes: int
     ) -> ForwardBatch:
-        """The batch of uploaded arrays. It asks nothing of the host: a CUDA graph can hold it."""
-        token_ids = self.last_tokens[tensors["rows"][:num_decodes]]
-        if "known_tokens" in tensors:
-            token_ids = torch.cat((token_ids, tensors["known_tokens"]))
         return ForwardBatch(
-            token_ids=token_ids,
+            token_ids=tensors["token_ids"],
             positions=tensors["positions"],
             slot_mapping=tensors["slot_mapping"],
             block_tables=self.block_tables,
@@ -131,35 +167,70 @@ class InputBuilder:
             attention_arrays=tensors,
         )
 
-    def keep_sampled(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Remember the sampled tokens: the rows' next decodes feed on them."""
-        self.last_tokens[rows] = token_ids
+    def keep_sampled(self, rows: torch.Tensor, token_ids: torch.Tensor, turn: torch.Tensor) -> None:
+        """Remember the sampled tokens: the rows' next decodes feed on them, and the engine.
+
+        Args:
+            turn: [1] int32, of the step's tensors.
+        """
+        ops.keep_sampled(self.last_tokens, self.host_tokens, rows, token_ids, turn)
+
+    def sampled(self, num_sampled: int) -> torch.Tensor:
+        """Where the step's sampled tokens will be at the host, [num_sampled] int64."""
+        return self.host_tokens[self.turn, :num_sampled]
 
     def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Where keys and values of these tokens lie."""
         index, offset = np.divmod(positions, self.block_size)
         return self.host_tables[rows, index] * np.int64(self.block_size) + offset
 
-    def _update_tables(self, step: StepInput) -> None:
-        on_gpu = self.block_tables.device.type != "cpu"
+    def _begin(self, step: StepInput) -> None:
+        """Bring the host's tables up to date."""
+        self.turn = (self.turn + 1) % RING
         for start in step.starts:
             self.num_cached_tokens[start.row] = start.num_cached_tokens
             self.host_tables[start.row] = 0
             self.host_tables[start.row, : len(start.block_table)] = start.block_table
+        rows, indices, pages = self._opened(step)
+        self.host_tables[rows, indices] = pages
+
+    def _upload_tables(self, step: StepInput) -> None:
+        """The same for the device's."""
+        if self.block_tables.device.type == "cpu":
+            return
         num_pages = max((len(start.block_table) for start in step.starts), default=0)
-        if on_gpu and num_pages:
+        if num_pages:
             # Behind these, rows keep the pages of their former sequences: no kernel reads there.
             rows = np.array([start.row for start in step.starts])
             new = self.uploader.upload({"rows": rows, "tables": self.host_tables[rows, :num_pages]})
             self.block_tables[new["rows"], :num_pages] = new["tables"]
-
-        opening = np.flatnonzero(step.decode_pages >= 0)
-        if not len(opening):
-            return
-        rows, pages = step.decode_rows[opening], step.decode_pages[opening]
-        indices = step.decode_positions[opening] // self.block_size
-        self.host_tables[rows, indices] = pages
-        if on_gpu:
+        rows, indices, pages = self._opened(step)
+        if len(pages):
             places = rows * self.host_tables.shape[1] + indices
             new = self.uploader.upload({"places": places, "pages": pages})
             self.block_tables.view(-1)[new["places"]] = new["pages"]
+
+    def _opened(self, step: StepInput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pages that decodes open: rows, indices in their tables, pages."""
+        opening = np.flatnonzero(step.decode_pages >= 0)
+        indices = step.decode_positions[opening] // self.block_size
+        return step.decode_rows[opening], indices, step.decode_pages[opening]
+
+
+def _decode_inputs(size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Memory for triton_rows.begin_decode."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return {
+        "rows": zeros(size),
+        "positions": zeros(size),
+        "slot_mapping": zeros(size),
+        "token_ids": zeros(size),
+        "context_lens": zeros(size, dtype=torch.int32),
+        "query_start": torch.arange(size + 1, dtype=torch.int32, device=device),
+        "temperature": zeros(size, dtype=torch.float32),
+        "noise_keys": zeros(size, 2),
+        "turn": zeros(1, dtype=torch.int32),
+    }

@@ -138,21 +138,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> torch.Tensor:
-        """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64;
-        the next step may overwrite them."""
-        for start in step.starts:
-            self.sampler.start_row(start)
-        graph_size = self.graph_size(step)
-        if self.graphs and graph_size:
-            return self._replay(self.graphs, graph_size, step)
-        batch, sampled_rows = self.inputs.build(step)
+        """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64, in
+        memory of the host that the device writes to; they stay there for some steps."""
+        self.sampler.start_rows(step.starts)
+        if self.is_gpu and not step.chunks:
+            self._run_decodes(step)
+            return self.inputs.sampled(step.num_decodes)
+        batch, tensors = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
-        if not step.samples.any():
-            return torch.empty(0, dtype=torch.int64)
-        logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
-        token_ids = self.sampler.sample(logits, *_draws(step))
-        self.inputs.keep_sampled(sampled_rows, token_ids)
-        return token_ids
+        samples = step.samples
+        if samples.any():
+            logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
+            positions = (step.positions + step.query_lens)[samples]
+            token_ids = self.sampler.sample(logits, step.rows[samples], positions)
+            self.inputs.keep_sampled(tensors["sampled_rows"], token_ids, tensors["turn"])
+        return self.inputs.sampled(int(samples.sum()))
 
     def graph_size(self, step: StepInput) -> int | None:
         """The size of the CUDA graph that the step replays; None: it runs without."""
@@ -160,17 +160,20 @@ class ModelRunner:
             return None
         return self.graphs.padded_size(step.num_decodes)
 
-    def _replay(self, graphs: DecodeGraphs, size: int, step: StepInput) -> torch.Tensor:
+    def _run_decodes(self, step: StepInput) -> None:
         num_decodes = step.num_decodes
-        output = graphs.run(self._decode_arrays(step, size), self._decode)
-        draws = _draws(step)
-        if self.sampler.is_plain(*draws):
-            return output.token_ids[:num_decodes]
-        # Warpers and min_tokens: the LM head once more, which costs less than keeping every
-        # size's logits, and other draws in place of the graph's.
-        token_ids = self.sampler.sample(self.model.logits(output.hidden[:num_decodes]), *draws)
-        self.inputs.keep_sampled(output.rows[:num_decodes], token_ids)
-        return token_ids
+        size = self.graph_size(step) or num_decodes
+        arrays = self.inputs.begin_decode(step, size, self.sampler.device_state)
+        if self.graphs:
+            output = self.graphs.run(size, arrays, self._decode)
+        else:
+            output = self._decode(size, self.uploader.upload(arrays))
+        draws = step.decode_rows, step.decode_positions + 1
+        if not self.sampler.is_plain(*draws):
+            # Warpers and min_tokens: the LM head once more, which costs less than keeping every
+            # size's logits, and other draws in place of the first.
+            token_ids = self.sampler.sample(self.model.logits(output.hidden[:num_decodes]), *draws)
+            self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
 
     # Construction
 
@@ -230,16 +233,14 @@ class ModelRunner:
                 self._run_largest_step(max_model_len, num_seqs=1)  # long chunks take longest
                 self._run_largest_step(max_model_len)
                 for size in graph_sizes(self.max_num_seqs):
-                    self._try_decode(self._warm_up_arrays(size))
+                    self._decode(size, self.uploader.upload(self._begin_decodes(1, size)))
             with compiler.instead_of_launches(), torch.inference_mode():  # nobody waits for these
                 # All rows' tables are zeros: a prefix that they share, if it is long enough.
-                rows = np.arange(self.max_num_seqs)
-                sharing = StepInput(
-                    decode_rows=rows, decode_positions=np.full_like(rows, max_model_len - 1)
-                )
-                self._try_decode(self._decode_arrays(sharing, self.max_num_seqs))
+                size = self.max_num_seqs
+                arrays = self._begin_decodes(size, size, max_model_len - 1)
+                self._decode(size, self.uploader.upload(arrays))
                 for size in range(1, min(MAX_GEMV_ROWS, self.max_num_seqs) + 1):
-                    self._try_decode(self._warm_up_arrays(size))
+                    self._decode(size, self.uploader.upload(self._begin_decodes(1, size)))
             del self.kv, self.inputs
             # Kernels that were there already have run, others not: it is in no state to go on.
             self.attention = self._make_attention()
@@ -251,10 +252,6 @@ class ModelRunner:
             compiler.close(cancel=True)
             raise
         compiler.close(cancel=False)
-
-    def _try_decode(self, arrays: dict[str, np.ndarray]) -> None:
-        self.inputs.last_tokens.zero_()  # nobody has drawn any
-        self._decode(self.uploader.upload(arrays))
 
     def _make_cache(self, num_blocks: int, max_blocks: int) -> tuple[KVCache, InputBuilder]:
         config = self.model_config
@@ -334,31 +331,38 @@ class ModelRunner:
         first_layer = self.kv.first_layer
         for size in reversed(sizes):  # the largest first: the others find room in its memory
             graphs.capture(
-                self._warm_up_arrays(size),
+                size,
+                self._begin_decodes(1, size),
                 self._decode,
-                warm_up=lambda tensors: self._decode(tensors, first_layer),
+                warm_up=lambda size, tensors: self._decode(size, tensors, first_layer),
             )
         return graphs
 
-    def _warm_up_arrays(self, size: int) -> dict[str, np.ndarray]:
-        """A decode of a graph's size that nobody asked for."""
-        row = np.array([self.inputs.padding_row])
-        step = StepInput(decode_rows=row, decode_positions=np.zeros_like(row))
-        return self._decode_arrays(step, size)
+    def _begin_decodes(
+        self, num_decodes: int, size: int, position: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Decodes that nobody asked for, in a step of a graph's size: of rows that belong to
+        nobody yet, or the one that never does."""
+        last = self.inputs.padding_row + 1 if num_decodes == 1 else num_decodes
+        rows = np.arange(last - num_decodes, last)
+        step = StepInput(
+            decode_rows=rows,
+            decode_positions=np.full_like(rows, position),
+            decode_pages=np.full_like(rows, -1),
+        )
+        self.inputs.last_tokens.zero_()  # nobody has drawn any
+        return self.inputs.begin_decode(step, size, self.sampler.device_state)
 
-    def _decode_arrays(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
-        arrays = self.inputs.decode_arrays(step, size)
-        return {**arrays, **self.sampler.arrays(arrays["rows"], arrays["positions"] + 1)}
-
-    def _decode(self, tensors: dict[str, torch.Tensor], kv: KVCache | None = None) -> DecodeOutput:
-        """A decode step, drawn by temperature alone, without a look at the host."""
-        size = len(tensors["rows"])
-        batch = self.inputs.batch(tensors, max_query_len=1, num_decodes=size)
+    def _decode(
+        self, size: int, attention_tensors: dict[str, torch.Tensor], kv: KVCache | None = None
+    ) -> DecodeOutput:
+        """A step of decodes, drawn by temperature alone, without a look at the host."""
+        batch, tensors = self.inputs.decode_batch(size, attention_tensors)
         hidden = self.model(batch, kv or self.kv)
         logits = self.model.logits(hidden)
         token_ids = ops.sample(logits, tensors["temperature"], tensors["noise_keys"])
-        self.inputs.keep_sampled(tensors["rows"], token_ids)
-        return DecodeOutput(tensors["rows"], hidden, token_ids)
+        self.inputs.keep_sampled(tensors["rows"], token_ids, tensors["turn"])
+        return DecodeOutput(hidden, tensors["rows"], tensors["turn"])
 
     def _check_memory(self, cache_bytes: int) -> None:
         available = self.memory.budget if self.memory else platform.available_memory()
@@ -373,9 +377,3 @@ class ModelRunner:
                 f"{available / platform.GIB:.2f} GiB {share}lower kv_cache_memory_bytes (or "
                 f"num_gpu_blocks_override) or max_model_len, or use a smaller dtype or model"
             )
-
-
-def _draws(step: StepInput) -> tuple[np.ndarray, np.ndarray]:
-    """The row of each token that the step samples, and the place that it takes."""
-    samples = step.samples
-    return step.rows[samples], (step.positions + step.query_lens)[samples]

@@ -31,10 +31,26 @@ class Sampler:
         self.min_p = np.zeros(num_rows, np.float32)
         self.warps = np.zeros(num_rows, bool)  # draws by more than temperature
         self.seed = np.zeros(num_rows, np.uint64)
+        # The same on the device, for the draws of ops.begin_decode.
+        self.device_state = {
+            "temperature": torch.zeros(num_rows, device=uploader.device),
+            "seed": torch.zeros(num_rows, dtype=torch.int64, device=uploader.device),
+        }
         self.min_len = np.zeros(num_rows, np.int64)  # no stop tokens before it
         self.stop_token_ids: list[tuple[int, ...]] = [()] * num_rows
 
-    def start_row(self, start: RowStart) -> None:
+    def start_rows(self, starts: list[RowStart]) -> None:
+        """Sequences take over rows."""
+        for start in starts:
+            self._start_row(start)
+        if starts and self.uploader.device.type != "cpu":
+            rows = np.array([start.row for start in starts])
+            temperature, seed = self.temperature[rows], self.seed[rows].view(np.int64)
+            new = self.uploader.upload({"rows": rows, "temperature": temperature, "seed": seed})
+            for name, column in self.device_state.items():
+                column[new["rows"]] = new[name]
+
+    def _start_row(self, start: RowStart) -> None:
         row, params = start.row, start.params
         self.temperature[row] = 0 if params.is_greedy else params.temperature
         self.top_k[row] = (
@@ -42,22 +58,11 @@ class Sampler:
         )
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
-        self.warps[row] = bool(self._limits(np.array([row])))
+        limits = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.warps[row] = limits and not params.is_greedy
         self.seed[row] = start.seed
         self.min_len[row] = start.min_len if start.stop_token_ids else 0
         self.stop_token_ids[row] = start.stop_token_ids
-
-    def arrays(self, rows: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """Temperature and noise of each row's draw, for the device.
-
-        Args:
-            rows: [n].
-            positions: [n], the place that each drawn token takes in its sequence.
-        """
-        return {
-            "temperature": self.temperature[rows],
-            "noise_keys": noise_keys(self.seed[rows], positions),
-        }
 
     def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
         """Whether temperature and noise are all that the rows' draws depend on."""
@@ -68,17 +73,24 @@ class Sampler:
 
         Args:
             logits: [n, vocab]; may be written to.
-            rows, positions: as for arrays.
+            rows: [n].
+            positions: [n], the place that each drawn token takes in its sequence.
 
         Returns: [n] int64.
         """
         arrays = {
-            **self.arrays(rows, positions),
+            "temperature": self.temperature[rows],
+            "noise_keys": noise_keys(self.seed[rows], positions),
             **self._limits(rows),
-            "too_early": self._too_early(rows, positions),
         }
+        too_early = self._too_early(rows, positions)
+        if too_early.size:
+            arrays["too_early"] = too_early
         tensors = self.uploader.upload(arrays)
-        logits[tensors.pop("too_early").unbind()] = -torch.inf
+        if too_early.size:
+            # (`logits[...] = -torch.inf` would copy the number to the device, and wait for it.)
+            masked = torch.full((), -torch.inf, dtype=logits.dtype, device=logits.device)
+            logits[tensors.pop("too_early").unbind()] = masked
         return ops.sample(logits, **tensors)
 
     def _too_early(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

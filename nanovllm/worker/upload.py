@@ -1,12 +1,15 @@
 """Host arrays of a step -> tensors on the device, in one copy that nobody waits for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
 from nanovllm import ops
 
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
-RING = 16  # uploads until a page-locked buffer is used again: those of two steps and more
+RING = 16  # uses until page-locked memory is used again: those of two steps and more
 ROOM = 2**20  # bytes of a buffer at first: growing takes long, and may wait for the device
 
 
@@ -22,8 +25,8 @@ class Uploader:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pinned: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * RING
-        self.copied: list[torch.cuda.Event | None] = [None] * RING
+        self.buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * RING
+        self.read = [torch.cuda.Event() for _ in range(RING)] if device.type == "cuda" else []
         self.turn = 0
 
     def upload(
@@ -47,21 +50,25 @@ class Uploader:
         self, arrays: dict[str, np.ndarray], offsets: dict[str, int], out: torch.Tensor
     ) -> None:
         """The arrays into memory on a GPU, where `layout` says; for those who know it already."""
-        host = self._take_pinned(len(out))
-        pack(arrays, offsets, host.numpy())
-        ops.copy_pinned(out, host[: len(out)])
-        event = self.copied[self.turn] = torch.cuda.Event()
-        event.record()
+        with self.pinned(len(out)) as host:
+            pack(arrays, offsets, host.numpy())
+            ops.copy_pinned(out, host)
 
-    def _take_pinned(self, size: int) -> torch.Tensor:
+    @contextmanager
+    def pinned(self, size: int) -> Iterator[torch.Tensor]:
+        """Page-locked memory of so many bytes, for kernels that are launched within to read."""
         self.turn = (self.turn + 1) % RING
-        event = self.copied[self.turn]
+        event = self.read[self.turn] if self.read else None
         if event is not None:
-            event.synchronize()
-        if len(self.pinned[self.turn]) < size:
+            event.synchronize()  # does not wait if it was never recorded
+        if len(self.buffers[self.turn]) < size:
             room = max(ROOM, 1 << (size - 1).bit_length())
-            self.pinned[self.turn] = torch.empty(room, dtype=torch.uint8, pin_memory=True)
-        return self.pinned[self.turn]
+            self.buffers[self.turn] = torch.empty(
+                room, dtype=torch.uint8, pin_memory=event is not None
+            )
+        yield self.buffers[self.turn][:size]
+        if event is not None:
+            event.record()
 
 
 def layout(arrays: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:

@@ -1,14 +1,17 @@
-"""What CUDA graphs rest on, without a GPU: the sizes, and arrays whose shapes depend on the size
-alone."""
+"""What CUDA graphs rest on: their sizes, arrays whose shapes depend on the size alone, inputs that
+a kernel makes."""
 
 import numpy as np
 import pytest
 import torch
 
+from nanovllm.ops.reference import TorchAttention
 from nanovllm.ops.triton_attention import TritonAttention
-from nanovllm.step import StepInput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.step import Chunk, RowStart, StepInput
 from nanovllm.worker.cuda_graph import graph_sizes
 from nanovllm.worker.inputs import InputBuilder
+from nanovllm.worker.sampler import noise_keys
 from nanovllm.worker.upload import ALIGNMENT, Uploader, layout, pack, views
 
 CPU = torch.device("cpu")
@@ -23,29 +26,129 @@ def test_sizes_go_up_to_max_num_seqs_with_little_padding(max_num_seqs):
         assert size - smaller <= max(8, size / 4)
 
 
+def make_inputs(num_rows, max_blocks, **heads):
+    heads = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, **heads}
+    attention = TritonAttention(
+        **heads, block_size=16, dtype=torch.bfloat16, device=CPU, num_sms=132, max_decodes=num_rows
+    )
+    return InputBuilder(num_rows, max_blocks, 16, attention, Uploader(CPU))
+
+
+def no_state(num_rows):
+    return {
+        "temperature": torch.zeros(num_rows + 1),
+        "seed": torch.zeros(num_rows + 1, dtype=torch.int64),
+    }
+
+
+def decode_step(rows, positions, pages=None):
+    pages = np.full(len(rows), -1, np.int32) if pages is None else pages
+    return StepInput(decode_rows=rows, decode_positions=positions, decode_pages=pages)
+
+
 @pytest.mark.parametrize("size", [1, 8, 40])
 def test_a_graphs_arrays_have_the_shapes_of_its_size(size):
-    attention = TritonAttention(8, 2, 64, 16, torch.bfloat16, CPU, num_sms=132, max_decodes=40)
-    inputs = InputBuilder(40, 300, 16, attention, Uploader(CPU))
+    inputs = make_inputs(40, 300)
     rng = np.random.default_rng(0)
     shapes = {False: set(), True: set()}
     for num_decodes in {1, (size + 1) // 2, size}:
         for longest in (2, 400, 4000):
             # Tables of zeros: all rows share all of their pages, if that counts.
-            for attention.min_gain_bytes in (0, 1 << 60):
-                step = StepInput(
-                    decode_rows=rng.permutation(40)[:num_decodes],
-                    decode_positions=rng.integers(1, longest, num_decodes),
-                )
-                arrays = inputs.decode_arrays(step, size)
+            for inputs.attention.min_gain_bytes in (0, 1 << 60):
+                rows = rng.permutation(40)[:num_decodes]
+                inputs.steps_listed = 0
+                step = decode_step(rows, rng.integers(1, longest, num_decodes))
+                arrays = inputs.begin_decode(step, size, no_state(40))
                 shares = "shared_items" in arrays
                 shapes[shares].add(tuple((name, a.shape, a.dtype) for name, a in arrays.items()))
-                assert (arrays["rows"][num_decodes:] == inputs.padding_row).all()
-                assert (arrays["slot_mapping"][num_decodes:] == -1).all()
                 for name in ("short", "shared") if shares else ("short",):
                     assert arrays[f"num_{name}_items"][0] <= len(arrays[f"{name}_items"])
     assert len(shapes[False]) == 1
     assert len(shapes[True]) == (size > 2)
+
+
+def test_a_list_of_work_serves_while_the_decodes_are_the_same():
+    inputs, state = make_inputs(8, 300), no_state(8)
+    rows, positions = np.array([3, 1, 6]), np.array([30, 700, 2])
+
+    def begin(rows, positions, size=8):
+        return inputs.begin_decode(decode_step(rows, positions), size, state)
+
+    first = begin(rows, positions)
+    for i in range(1, 16):
+        assert begin(rows, positions + i) is first
+    later = begin(rows, positions + 16)
+    assert later is not first and begin(rows, positions + 17) is later
+    assert begin(rows[:2], positions[:2] + 18) is not later
+    fewer = begin(rows[:2], positions[:2] + 19)
+    assert begin(rows[:2], positions[:2] + 20) is fewer
+    other_size = begin(rows[:2], positions[:2] + 21, size=4)
+    assert other_size is not fewer
+    # Row 3 ends, another sequence takes it.
+    inputs.build(
+        StepInput(
+            starts=[RowStart(3, 0, SamplingParams(), 0, (), 0, np.array([5], np.int32))],
+            chunks=[Chunk(3, 0, [1, 2], samples=True)],
+        )
+    )
+    assert begin(rows[:2], np.array([2, 722]), size=4) is not other_size
+
+
+@pytest.mark.gpu
+def test_a_decodes_inputs_on_a_gpu():
+    check_decode_inputs(torch.device("cuda"))
+
+
+def test_a_decodes_inputs_interpreted():
+    check_decode_inputs(CPU)
+
+
+def check_decode_inputs(device):
+    """begin_decode's kernel beside what numpy makes of the same step."""
+    rng = np.random.default_rng()
+    num_rows, size = 300, 280
+    inputs = InputBuilder(num_rows, 20, 16, TorchAttention(), Uploader(device))
+    inputs.host_tables[:] = rng.permutation(301 * 20).reshape(301, 20)
+    inputs.block_tables.copy_(torch.from_numpy(inputs.host_tables))
+    inputs.last_tokens.copy_(torch.from_numpy(rng.integers(0, 150_000, 301)))
+    seeds = rng.integers(0, 2**64, 301, np.uint64)
+    seeds[0] = 2**64 - 1
+    state = {
+        "temperature": torch.from_numpy(rng.random(301).astype(np.float32)).to(device),
+        "seed": torch.from_numpy(seeds.view(np.int64)).to(device),
+    }
+    for num_decodes in (1, 270, 280):
+        rows = rng.permutation(num_rows)[:num_decodes]
+        positions = rng.integers(0, 320, num_decodes)
+        opens = positions % 16 == 0
+        pages = np.where(opens, rng.integers(9000, 9999, num_decodes), -1).astype(np.int32)
+        step = decode_step(rows, positions, pages)
+        inputs.begin_decode(step, size, state)
+        written = {n: t[:size].cpu().numpy() for n, t in inputs.decode_inputs.items()}
+        n = num_decodes
+        arrays = inputs._arrays(step)
+        assert (inputs.host_tables[rows, positions // 16][opens] == pages[opens]).all()
+        assert np.array_equal(inputs.block_tables.cpu().numpy(), inputs.host_tables)
+        for name in ("rows", "positions", "context_lens", "slot_mapping"):
+            assert np.array_equal(written[name][:n], arrays[name]), name
+        assert (written["rows"][n:] == inputs.padding_row).all()
+        assert (written["slot_mapping"][n:] == -1).all()
+        assert (written["positions"][n:] == 0).all() and (written["context_lens"][n:] == 1).all()
+        all_rows = written["rows"]
+        assert np.array_equal(written["token_ids"], inputs.last_tokens.cpu().numpy()[all_rows])
+        assert np.array_equal(written["temperature"], state["temperature"].cpu().numpy()[all_rows])
+        keys = noise_keys(seeds[all_rows], written["positions"] + 1)
+        assert np.array_equal(written["noise_keys"], keys)
+
+        # And back: what is sampled for them.
+        token_ids = torch.from_numpy(rng.integers(0, 150_000, size)).to(device)
+        batch, tensors = inputs.decode_batch(size, {})
+        assert batch.query_start.tolist() == list(range(size + 1)) and batch.is_decode
+        inputs.keep_sampled(tensors["rows"], token_ids, tensors["turn"])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        assert inputs.sampled(n).tolist() == token_ids[:n].tolist()
+        assert inputs.last_tokens[rows].tolist() == token_ids[:n].tolist()
 
 
 def test_packed_arrays_come_back_as_they_were():

@@ -28,7 +28,8 @@ def make_step(starts, chunks, decodes=()):
 
 def test_decodes_feed_on_their_rows_last_token_and_chunks_on_the_steps():
     inputs = make_inputs(3, max_blocks=4)
-    inputs.keep_sampled(torch.tensor([2]), torch.tensor([77]))
+    turn = torch.tensor([0], dtype=torch.int32)
+    inputs.keep_sampled(torch.tensor([2]), torch.tensor([77]), turn)
     step = make_step(
         [start(2, [5, 3]), start(0, [9, 1])],
         [Chunk(row=0, position=2, token_ids=[10, 11, 12], samples=False)],
@@ -49,8 +50,8 @@ def test_tokens_in_shared_pages_are_not_stored_again():
     inputs = make_inputs(1, max_blocks=2)
     last = Chunk(row=0, position=7, token_ids=[10], samples=True)  # of 8 tokens, all cached
     step = make_step([start(0, [6, 7], num_cached_tokens=8)], [last])
-    batch, rows = inputs.build(step)
-    assert batch.slot_mapping.tolist() == [-1] and rows.tolist() == [0]
+    batch, tensors = inputs.build(step)
+    assert batch.slot_mapping.tolist() == [-1] and tensors["sampled_rows"].tolist() == [0]
 
 
 def test_a_reused_row_forgets_its_former_pages():

@@ -59,7 +59,10 @@ def record_launches() -> dict[str, tuple]:
             batch.attention.attend(q, kv, batch, 1.0)
             if query_len == 1:
                 label += ", projected"
-                qkv, norm = torch.zeros(1, 8 * head_dim, dtype=dtype), torch.zeros(head_dim, dtype=dtype)
+                qkv, norm = (
+                    torch.zeros(1, 8 * head_dim, dtype=dtype),
+                    torch.zeros(head_dim, dtype=dtype),
+                )
                 rotary = Rotary((norm, norm), 1e-6, torch.zeros(300, head_dim))
                 batch.attention.attend_projected(qkv, rotary, kv, batch, 1.0)
         if block_size != 16 or head_dim == 80:

@@ -205,9 +205,7 @@ def check_projected(
             assert len(rows) == 1 or (
                 relative_error(cache[~kept], expected[~kept]) < tolerance(dtype)
             )
-            torch.testing.assert_close(
-                cache[kept], before[kept], rtol=0, atol=0, equal_nan=True
-            )
+            torch.testing.assert_close(cache[kept], before[kept], rtol=0, atol=0, equal_nan=True)
 
 
 @interpreted
