@@ -99,7 +99,8 @@ class Attention(Protocol):
         name: vLLM's.
         attend_projected: None, or attention of a batch of decodes right from the projection: what
             qk_norm_rope_store and attend do, at once. It takes what ops.attention takes.
-        steps_per_list: for how many steps of the same decodes its host_arrays may serve.
+        steps_per_list: for how many steps of the same decodes its host_arrays may serve, if their
+            list_age, [1] int32, says how many steps old they are.
     """
 
     name: str

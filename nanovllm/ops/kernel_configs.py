@@ -62,6 +62,9 @@ ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
 # blocks, since then many programs hide each other's waiting and short contexts fill whole blocks.
 CROWDS: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 32, 2, 3, 8, 128)}
 CROWD_PROGRAMS_PER_SM = 15
+# Decodes come right from the projection to attention where it has no more programs than run at a
+# time: with more, they wait for the norms and RoPE of others longer than a kernel for them takes.
+PROJECTED_PROGRAMS_PER_SM = 4
 
 
 def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig]:

@@ -26,6 +26,7 @@ from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
+    PROJECTED_PROGRAMS_PER_SM,
     AttentionConfig,
     attention_configs,
 )
@@ -47,7 +48,7 @@ LOG2_E = 1.4426950408889634
 ROW = tl.constexpr(0)
 TOKEN = tl.constexpr(1)
 NUM_TOKENS = tl.constexpr(2)
-LAST_KEY = tl.constexpr(3)
+POSITION = tl.constexpr(3)
 KEY_START = tl.constexpr(4)
 KEY_END = tl.constexpr(5)
 SLOT = tl.constexpr(6)
@@ -84,27 +85,47 @@ def _pages_of(
 
 
 @triton.jit
+def _slots_of(
+    table, first_key, key_end, page_stride, slot_stride,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Where each key of a block lies, [N]."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    pages = _pages_of(table, first_key, key_end, BLOCK_SIZE, BLOCK_N, MASKED)
+    return pages.to(tl.int64) * page_stride + (keys % BLOCK_SIZE) * slot_stride
+
+
+@triton.jit
+def _load(ptrs, keys_ok, dims_ok, PAD_D: tl.constexpr, MASKED: tl.constexpr):
+    """A block of keys or values. What lies beyond a context belongs to others, and 0 times their
+    NaN would be NaN."""
+    if MASKED and PAD_D:
+        return tl.load(ptrs, mask=keys_ok & dims_ok, other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=keys_ok, other=0.0)
+    elif PAD_D:
+        return tl.load(ptrs, mask=dims_ok, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
 def _attend_block(
-    q, m, total, acc, first_key, key_end, position, k_head, v_head, table, scale_log2,
+    q, m, total, acc, k, v, first_key, key_end, position, k_head, v_head, table, scale_log2,
     page_stride, slot_stride, dims, dims_ok,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. Shapes: q [M, D], m and total [M], acc [M, D], position [M], dims [D]."""
+    """One block of keys; k and v are None, or what _load_block gave. Shapes: q [M, D], m and total
+    [M], acc [M, D], position [M], dims [D]."""
     keys = first_key + tl.arange(0, BLOCK_N)
     keys_ok = keys < key_end
-    pages = _pages_of(table, first_key, key_end, BLOCK_SIZE, BLOCK_N, MASKED)
-    slots = pages.to(tl.int64) * page_stride + (keys % BLOCK_SIZE) * slot_stride  # [N]
-    k_ptrs = k_head + slots[None, :] + dims[:, None]  # [D, N]
-    v_ptrs = v_head + slots[:, None] + dims[None, :]  # [N, D]
-    if MASKED and PAD_D:
-        k = tl.load(k_ptrs, mask=dims_ok[:, None] & keys_ok[None, :], other=0.0)
-    elif MASKED:
-        k = tl.load(k_ptrs, mask=keys_ok[None, :], other=0.0)
-    elif PAD_D:
-        k = tl.load(k_ptrs, mask=dims_ok[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptrs)
+    if k is None:
+        slots = _slots_of(
+            table, first_key, key_end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_N, MASKED
+        )
+        k = _load(k_head + slots[None, :] + dims[:, None], keys_ok[None, :], dims_ok[:, None],
+                  PAD_D, MASKED)  # fmt: skip
     s = tl.dot(q, k, input_precision=PRECISION)  # [M, N]
     if MASKED:
         s = tl.where((keys[None, :] <= position[:, None]) & keys_ok[None, :], s, float("-inf"))
@@ -114,15 +135,9 @@ def _attend_block(
     p = tl.exp2(s * scale_log2 - shift[:, None])
     alpha = tl.exp2(m - shift)
     total = total * alpha + tl.sum(p, 1)
-    # What lies beyond a context belongs to others, and 0 times their NaN would be NaN.
-    if MASKED and PAD_D:
-        v = tl.load(v_ptrs, mask=keys_ok[:, None] & dims_ok[None, :], other=0.0)
-    elif MASKED:
-        v = tl.load(v_ptrs, mask=keys_ok[:, None], other=0.0)
-    elif PAD_D:
-        v = tl.load(v_ptrs, mask=dims_ok[None, :], other=0.0)
-    else:
-        v = tl.load(v_ptrs)
+    if v is None:
+        v = _load(v_head + slots[:, None] + dims[None, :], keys_ok[:, None], dims_ok[None, :],
+                  PAD_D, MASKED)  # fmt: skip
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return m_new, total, acc
 
@@ -188,7 +203,7 @@ def _rotate(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def paged_attention_kernel(
-    out, q, k_cache, v_cache, block_tables, items, num_items, shared_tokens, positions,
+    out, q, k_cache, v_cache, block_tables, items, list_age, shared_tokens,
     slot_mapping, q_weight, k_weight, rope_table, eps,
     partial, stats, arrivals,
     scale_log2, table_stride, page_stride, slot_stride, head_stride,
@@ -202,14 +217,14 @@ def paged_attention_kernel(
     Args:
         out: [T, H, D].
         q: [T, H, D]; PROJECTED: queries, keys and values of decodes from the projection,
-            [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D], the
-            rope_table and eps count.
+            [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D] and
+            eps, and the rope_table count.
         k_cache, v_cache: pages, with strides of page, slot and head; dims are adjacent.
         block_tables: [rows, pages] int32.
-        items: [items, WIDTH] int32; num_items: [1] int32, how many count.
+        items: [items, WIDTH] int32; those without query tokens are none.
+        list_age: [1] int32, how many tokens longer the sequences are than the items say.
         shared_tokens: None, or the items are of shared keys, and their query tokens are indices of
             these, [shared tokens] int32, the query tokens of the batch.
-        positions: [T] int64.
         partial: [slots * H, BLOCK_D] float32, sums of values; _first_row says whose.
         stats: [slots * H, 2] float32, maximum and sum of the softmax.
         arrivals: [slots, K] int32, zeros before and after.
@@ -219,23 +234,24 @@ def paged_attention_kernel(
     if PDL:
         gdc_launch_dependents()
     unit = tl.program_id(0)
-    if unit >= tl.load(num_items) * NUM_KV_HEADS:
+    item = items + (unit // NUM_KV_HEADS) * WIDTH
+    num_tokens = tl.load(item + NUM_TOKENS)
+    if num_tokens == 0:
         return
     PAD_D: tl.constexpr = BLOCK_D != HEAD_DIM
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     dims_ok = dims < HEAD_DIM
-    item = items + (unit // NUM_KV_HEADS) * WIDTH
     head = unit % NUM_KV_HEADS
     token = tl.load(item + TOKEN)
-    num_tokens = tl.load(item + NUM_TOKENS)
+    position = tl.load(item + POSITION)
     key_start = tl.load(item + KEY_START)
     key_end = tl.load(item + KEY_END)
+    has_new = key_end > position
     if shared_tokens is None:
-        position = tl.load(positions + token).to(tl.int32)
-        key_end = tl.minimum(key_end, position + num_tokens)
-    else:
-        position = tl.load(item + LAST_KEY)
+        age = tl.load(list_age)
+        position += age
+        key_end += tl.where(has_new, age, 0)
     slot = tl.load(item + SLOT)
     table = block_tables + tl.load(item + ROW).to(tl.int64) * table_stride
     row_ok = rows < num_tokens * GROUP
@@ -262,6 +278,17 @@ def paged_attention_kernel(
         w_k = tl.load(k_weight + dims[None, :], mask=ok, other=0.0).to(tl.float32)
         w_k_others = tl.load(k_weight + others, mask=ok, other=0.0).to(tl.float32)
         new_slot = tl.load(slot_mapping + token)
+        # The new key comes first, from registers, so all others are from earlier steps: those of
+        # the first block are on their way before the wait.
+        key_end = tl.minimum(key_end, position)
+        keys_ok = key_start + tl.arange(0, BLOCK_N) < key_end
+        slots = _slots_of(
+            table, key_start, key_end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_N, True
+        )
+        k = _load(k_head + slots[None, :] + dims[:, None], keys_ok[None, :], dims_ok[:, None],
+                  PAD_D, True)  # fmt: skip
+        v = _load(v_head + slots[:, None] + dims[None, :], keys_ok[:, None], dims_ok[None, :],
+                  PAD_D, True)  # fmt: skip
     if PDL:
         gdc_wait()  # so far it read what was there before the first kernel of the step
 
@@ -269,7 +296,6 @@ def paged_attention_kernel(
         projected = q + token.to(tl.int64) * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
         q_heads = projected + (head * GROUP + rows[:, None]) * HEAD_DIM
         k_head_new = projected + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
-        has_new = key_end > position
         new_ok = tl.where(has_new, ok, False)
         new_v = tl.load(
             k_head_new + NUM_KV_HEADS * HEAD_DIM + dims[None, :], mask=new_ok, other=0.0
@@ -284,13 +310,17 @@ def paged_attention_kernel(
         in_page = new_slot // BLOCK_SIZE * page_stride + new_slot % BLOCK_SIZE * slot_stride
         tl.store(k_head + in_page + dims[None, :], new_k, mask=new_ok & (new_slot >= 0))
         tl.store(v_head + in_page + dims[None, :], new_v, mask=new_ok & (new_slot >= 0))
-        # The new key comes first, the others follow.
         new_s = tl.sum(q_tile.to(tl.float32) * new_k.to(tl.float32), 1) * scale_log2
         m = tl.where(has_new, new_s, float("-inf"))
         total = tl.where(has_new, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + new_v.to(tl.float32)
-        key_end = tl.minimum(key_end, position)
         position -= 1
+        m, total, acc = _attend_block(
+            q_tile, m, total, acc, k, v, key_start, key_end, position + rows // GROUP, k_head,
+            v_head, table, scale_log2, page_stride, slot_stride, dims, dims_ok,
+            BLOCK_SIZE, BLOCK_N, PAD_D, PRECISION, True,
+        )  # fmt: skip
+        key_start += BLOCK_N
     else:
         q_tile = tl.load(q + out_offsets, mask=q_ok, other=0.0)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -302,14 +332,14 @@ def paged_attention_kernel(
     whole_end = key_start + seen_by_all // BLOCK_N * BLOCK_N
     for first_key in range(key_start, whole_end, BLOCK_N):
         m, total, acc = _attend_block(
-            q_tile, m, total, acc, first_key, key_end, row_position, k_head, v_head, table,
-            scale_log2, page_stride, slot_stride, dims, dims_ok,
+            q_tile, m, total, acc, None, None, first_key, key_end, row_position, k_head, v_head,
+            table, scale_log2, page_stride, slot_stride, dims, dims_ok,
             BLOCK_SIZE, BLOCK_N, PAD_D, PRECISION, False,
         )  # fmt: skip
     for first_key in range(whole_end, key_end, BLOCK_N):
         m, total, acc = _attend_block(
-            q_tile, m, total, acc, first_key, key_end, row_position, k_head, v_head, table,
-            scale_log2, page_stride, slot_stride, dims, dims_ok,
+            q_tile, m, total, acc, None, None, first_key, key_end, row_position, k_head, v_head,
+            table, scale_log2, page_stride, slot_stride, dims, dims_ok,
             BLOCK_SIZE, BLOCK_N, PAD_D, PRECISION, True,
         )  # fmt: skip
 
@@ -361,7 +391,7 @@ class TritonAttention(Attention):
     """
 
     name = "TRITON_ATTN"
-    steps_per_list = 16  # the last parts grow by so many keys at most
+    steps_per_list = 16  # the last parts grow by fewer keys
 
     def __init__(
         self,
@@ -379,6 +409,7 @@ class TritonAttention(Attention):
         self.block_size = block_size
         self.block_d = triton.next_power_of_2(max(head_dim, 16))
         self.min_gain_bytes = MIN_GAIN_BYTES
+        self.max_projected = PROJECTED_PROGRAMS_PER_SM * num_sms // num_kv_heads  # decodes
         self.key_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # for 16 bits: no effect
         self.num_sms = num_sms
@@ -405,7 +436,7 @@ class TritonAttention(Attention):
     ) -> dict[str, np.ndarray]:
         """The step's work lists. A graph's has room for all that its decodes may need."""
         shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, graph_size)
-        arrays = dict(shared)
+        arrays = {"list_age": np.zeros(1, np.int32), **shared}
         short = query_lens <= self._tile_tokens(self.configs["short"])
         num_short = graph_size or np.count_nonzero(short)
         is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
@@ -474,9 +505,8 @@ class TritonAttention(Attention):
         self, qkv: torch.Tensor, rotary: Rotary, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
         """As reference.qk_norm_rope_store and reference.paged_attention."""
-        if "shared_items" not in batch.attention_arrays:
+        if len(qkv) <= self.max_projected and "shared_items" not in batch.attention_arrays:
             return self._launch(qkv, rotary, kv, batch, scale)
-        # Tiles of many queries are not rotated once more for each part of their keys.
         return self.attend(qk_norm_rope_store(qkv, rotary, batch, kv), kv, batch, scale)
 
     def _launch(
@@ -500,9 +530,8 @@ class TritonAttention(Attention):
             page_stride, slot_stride, head_stride, _ = kv.k.stride()
             paged_attention_kernel[(len(items) * self.num_kv_heads,)](
                 out, q, kv.k, kv.v, batch.block_tables,
-                items, arrays[f"num_{name}_items"],
-                arrays["shared_tokens"] if name == "shared" else None,
-                batch.positions, batch.slot_mapping, q_weight, k_weight,
+                items, arrays["list_age"], arrays["shared_tokens"] if name == "shared" else None,
+                batch.slot_mapping, q_weight, k_weight,
                 rotary.table if rotary else q, rotary.eps if rotary else 0.0,
                 self.partial, self.stats, self.arrivals,
                 scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
@@ -521,11 +550,10 @@ class TritonAttention(Attention):
     ) -> dict[str, np.ndarray]:
         """A work list for the device; for a CUDA graph with room for all that so many tiles may
         need."""
-        num_items = np.array([len(items)], np.int32)
         if num_tiles is not None:
             room = max_items(num_tiles, self._sizes(config))
             items = np.concatenate((items, np.zeros((room - len(items), ITEM_WIDTH), np.int32)))
-        return {f"{name}_items": items, f"num_{name}_items": num_items}
+        return {f"{name}_items": items}
 
     def _sizes(self, config: AttentionConfig) -> Sizes:
         return Sizes(

@@ -24,11 +24,13 @@ def _noise_keys(seed, position):
     return (x >> 32).to(tl.int64), (x & 0xFFFFFFFF).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "size", "turn", "padding_row", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_decodes", "size", "turn", "list_age", "padding_row", "table_stride"]
+)
 def begin_decode_kernel(
     decodes, block_tables, last_tokens, temperature_of, seed_of,
     rows, positions, context_lens, slot_mapping, token_ids, temperature, noise_keys, turn_out,
-    num_decodes, size, turn, padding_row, table_stride,
+    list_age_out, num_decodes, size, turn, list_age, padding_row, table_stride,
     BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program does BLOCK decodes of a batch that is padded to `size`."""
@@ -51,6 +53,7 @@ def begin_decode_kernel(
     tl.store(noise_keys + 2 * i, first, mask=ok)
     tl.store(noise_keys + 2 * i + 1, second, mask=ok)
     tl.store(turn_out, turn)
+    tl.store(list_age_out, list_age)
 
 
 def begin_decode(
@@ -59,6 +62,7 @@ def begin_decode(
     inputs: dict[str, torch.Tensor],
     size: int,
     turn: int,
+    list_age: int,
     block_size: int,
 ) -> None:
     """The inputs of a step of decodes, from what the engine says and the rows' state; pages that
@@ -69,17 +73,17 @@ def begin_decode(
             -1.
         state: of all rows: block_tables, last_tokens, temperature, seed.
         inputs: written: the first `size` elements of rows, positions, context_lens, slot_mapping,
-            token_ids (as in ForwardBatch), temperature, noise_keys (as ops.sample takes them), and
-            turn, [1] int32. Beyond the decodes they are those of the last row, which is no
-            sequence's.
+            token_ids (as in ForwardBatch), temperature, noise_keys (as ops.sample takes them);
+            turn and list_age, [1] int32. Beyond the decodes they are those of the last row, which
+            is no sequence's.
     """
     tables = state["block_tables"]
     begin_decode_kernel[(triton.cdiv(size, ROWS_BLOCK),)](
         decodes, tables, state["last_tokens"], state["temperature"], state["seed"],
         inputs["rows"], inputs["positions"], inputs["context_lens"], inputs["slot_mapping"],
         inputs["token_ids"], inputs["temperature"], inputs["noise_keys"], inputs["turn"],
-        decodes.shape[1], size, turn, len(tables) - 1, tables.stride(0),
-        BLOCK_SIZE=block_size, BLOCK=ROWS_BLOCK, num_warps=4,
+        inputs["list_age"], decodes.shape[1], size, turn, list_age, len(tables) - 1,
+        tables.stride(0), BLOCK_SIZE=block_size, BLOCK=ROWS_BLOCK, num_warps=4,
     )  # fmt: skip
 
 

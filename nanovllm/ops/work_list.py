@@ -10,7 +10,6 @@ import numpy as np
 IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
 ITEM_WIDTH = 13
-NO_END = 2**31 - 1
 
 
 class Sizes(NamedTuple):
@@ -95,9 +94,8 @@ def work_list(
         0 row of the block tables
         1 the tile's first query token in the batch
         2 its query tokens
-        3 of shared keys the last one
-        4, 5 the part's first key, and the end of its keys; of a tile's last part it is open, the
-          kernel knows the query tokens' positions. So a list of decodes stays right as they grow.
+        3 the first one's position in its sequence; of shared keys the last key
+        4, 5 the part's first key, and the end of its keys
         6 the first slot of the partial result, which takes one for each query token; -1: the item
           has all keys, there is nothing to merge
         7 the first slot of the tile's first part; those of the others follow
@@ -111,9 +109,11 @@ def work_list(
     first_token = tile_of_seq * tile_tokens
     num_tokens = np.minimum(tile_tokens, query_lens[seq] - first_token)
     if is_shared:
+        position = context_lens[seq] - 1
         end = context_lens[seq]
     else:
-        end = (context_lens - query_lens)[seq] + first_token + num_tokens
+        position = (context_lens - query_lens)[seq] + first_token
+        end = position + num_tokens
     start = prefixes.num_keys[seq] if prefixes else np.zeros_like(end)
     num_keys = end - start
 
@@ -128,15 +128,14 @@ def work_list(
     first_slot = num_slots.cumsum() - num_slots + (shared_from or 0)
     key_start = start[tile] + part * part_keys[tile]
     key_end = np.minimum(key_start + part_keys[tile], end[tile])
-    is_open = (part == num_parts[tile] - 1) & (not is_shared)
 
     items = np.zeros((len(tile), ITEM_WIDTH), np.int32)
     items[:, 0] = rows[seq][tile]
     items[:, 1] = (query_start[seq] + first_token)[tile]
     items[:, 2] = num_tokens[tile]
-    items[:, 3] = end[tile] - 1
+    items[:, 3] = position[tile]
     items[:, 4] = key_start
-    items[:, 5] = np.where(is_open, NO_END, key_end)
+    items[:, 5] = key_end
     items[:, 6] = np.where(has_slots[tile], first_slot[tile] + part * num_tokens[tile], -1)
     items[:, 7] = first_slot[tile]
     items[:, 8] = num_parts[tile]

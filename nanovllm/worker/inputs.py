@@ -82,18 +82,6 @@ class InputBuilder:
         assert not step.starts and not step.chunks
         self._begin(step)
         rows, positions, n = step.decode_rows, step.decode_positions, step.num_decodes
-        with self.uploader.pinned(3 * 8 * n) as pinned:
-            decodes = pinned.view(torch.int64).view(3, n)
-            host = decodes.numpy()
-            host[0], host[1], host[2] = rows, positions, step.decode_pages
-            ops.begin_decode(
-                decodes,
-                {**state, "block_tables": self.block_tables, "last_tokens": self.last_tokens},
-                self.decode_inputs,
-                size,
-                self.turn,
-                self.block_size,
-            )
         if (
             not 0 < self.steps_listed < self.attention.steps_per_list
             or size != self.listed_size
@@ -104,6 +92,19 @@ class InputBuilder:
                 self.host_tables, rows, query_start, ones, positions + 1, n, size
             )
             self.listed_rows, self.listed_size, self.steps_listed = rows, size, 0
+        with self.uploader.pinned(3 * 8 * n) as pinned:
+            decodes = pinned.view(torch.int64).view(3, n)
+            host = decodes.numpy()
+            host[0], host[1], host[2] = rows, positions, step.decode_pages
+            ops.begin_decode(
+                decodes,
+                {**state, "block_tables": self.block_tables, "last_tokens": self.last_tokens},
+                self.decode_inputs,
+                size,
+                self.turn,
+                self.steps_listed,
+                self.block_size,
+            )
         self.steps_listed += 1
         return self.attention_arrays
 
@@ -112,9 +113,9 @@ class InputBuilder:
     ) -> tuple[ForwardBatch, dict[str, torch.Tensor]]:
         """The batch after begin_decode, and all tensors that it is made of. It asks nothing of the
         host: a CUDA graph can hold it."""
-        tensors = {name: tensor[:size] for name, tensor in self.decode_inputs.items()}
+        tensors = dict(attention_tensors)
+        tensors |= {name: tensor[:size] for name, tensor in self.decode_inputs.items()}
         tensors["query_start"] = self.decode_inputs["query_start"][: size + 1]
-        tensors |= attention_tensors
         return self._batch(tensors, max_query_len=1, num_decodes=size), tensors
 
     def _arrays(self, step: StepInput) -> dict[str, np.ndarray]:
@@ -233,4 +234,5 @@ def _decode_inputs(size: int, device: torch.device) -> dict[str, torch.Tensor]:
         "temperature": zeros(size, dtype=torch.float32),
         "noise_keys": zeros(size, 2),
         "turn": zeros(1, dtype=torch.int32),
+        "list_age": zeros(1, dtype=torch.int32),
     }

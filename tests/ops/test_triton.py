@@ -167,6 +167,7 @@ def check_projected(
     )
     rows, tables = batch.rows.cpu().numpy(), batch.block_tables.cpu().numpy()
     query_start = np.arange(len(rows) + 1)
+    batch.attention.max_projected = len(rows)
     arrays = batch.attention.host_arrays(
         tables, rows, query_start, ones, context_lens, len(rows), None
     )
@@ -183,7 +184,7 @@ def check_projected(
             positions=torch.from_numpy(positions).to(device),
             context_lens=torch.from_numpy(positions + 1).int().to(device),
             slot_mapping=slots.clone(),
-            attention_arrays=arrays,
+            attention_arrays=arrays | {"list_age": torch.full((1,), longer, device=device).int()},
         )
         batch.slot_mapping[-1] = -1  # its page is shared, and has the key already
         qkv = torch.randn(len(rows), (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)

@@ -6,7 +6,6 @@ import pytest
 
 from nanovllm.ops.shared_prefix import find_groups, gain_of, max_tiles
 from nanovllm.ops.work_list import (
-    NO_END,
     Prefixes,
     Sizes,
     max_items,
@@ -55,9 +54,6 @@ def test_every_key_once_within_the_bounds(seed, with_prefixes):
     items = work_list(rows, query_start, query_lens, context_lens, sizes, prefixes=prefixes)
     num_tiles = int((-(-query_lens // sizes.tile_tokens)).sum())
     assert len(items) <= max_items(num_tiles, sizes)
-    is_open = items[:, 5] == NO_END  # the last part of every tile
-    assert is_open.sum() == num_tiles
-    items[is_open, 5] = items[is_open, 3] + 1
     num_keys = items[:, 5] - items[:, 4]
     assert (np.diff(num_keys) <= 0).all() and (num_keys > 0).all()
 
@@ -66,16 +62,16 @@ def test_every_key_once_within_the_bounds(seed, with_prefixes):
     assert len(slots) <= max_slots(sizes)
 
     tiles = {}
-    for row, token, num_tokens, last_key, *part, _, _, _, _ in items.tolist():
-        tiles.setdefault((row, token, num_tokens, last_key), []).append(part)
+    for row, token, num_tokens, position, *part, _, _, _, _ in items.tolist():
+        tiles.setdefault((row, token, num_tokens, position), []).append(part)
     seen = {}
-    for (row, token, num_tokens, last_key), parts in tiles.items():
+    for (row, token, num_tokens, position), parts in tiles.items():
         seq = rows.tolist().index(row)
         first = token - query_start[seq]
-        assert last_key == context_lens[seq] - query_lens[seq] + first + num_tokens - 1
+        assert position == context_lens[seq] - query_lens[seq] + first
         seen.setdefault(seq, []).append((first, first + num_tokens))
         start = prefixes.num_keys[seq] if prefixes else 0
-        check_parts(parts, start, last_key + 1, num_tokens, sizes)
+        check_parts(parts, start, position + num_tokens, num_tokens, sizes)
         if len(parts) == 1:
             assert parts[0][2] == -1
         if prefixes:
@@ -210,10 +206,10 @@ def test_shared_keys_and_own_keys_are_all_keys_once(seed):
 
     keys = {}  # of each decode: its parts' keys
     slots = {}
-    for row, token, num_tokens, last_key, *part, _, _, _, _ in items.tolist():
+    for row, token, num_tokens, position, *part, _, _, _, _ in items.tolist():
         for place, seq in enumerate(groups.members[token : token + num_tokens]):
             assert (tables[row, : part[1] // 16] == tables[rows[seq], : part[1] // 16]).all()
-            assert last_key >= part[1] - 1
+            assert position >= part[1] - 1
             keys.setdefault(seq, []).append(part)
             slots.setdefault(seq, []).append((part[2], place, num_tokens, part[4]))
     prefixes = prefixes_of(items, groups.members, len(rows))
