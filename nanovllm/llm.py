@@ -237,13 +237,17 @@ class LLM:
         request_id: str | None = None,
     ) -> list[Sequence]:
         """Checked sequences for all prompts, or an error before any is made."""
-        tokenized = prompts.normalize(prompt_list, self._checkpoint.tokenizer)
+        tokenized = prompts.normalize(
+            prompt_list,
+            self._checkpoint.tokenizer,
+            self.model_config.vocab_size,
+            self.max_model_len,
+            request_id,
+        )
         if sampling_params is None:
             sampling_params = self._checkpoint.default_sampling_params
         params = prompts.match_params(sampling_params, len(tokenized))
-        for i, (prompt, p) in enumerate(zip(tokenized, params, strict=True)):
-            name = f"prompt {i}" if request_id is None else f"request {request_id!r}"
-            prompts.check(prompt, name, self.model_config.vocab_size, self.max_model_len)
+        for p in params:
             self._check_stop_token_ids(p)
         now = time.monotonic()
         eos_token_ids = self._checkpoint.eos_token_ids
@@ -290,7 +294,7 @@ class LLM:
         return RequestOutput(
             request_id=seq.request_id,
             prompt=seq.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
+            prompt_tokens=seq.token_ids[: seq.num_prompt_tokens],
             prompt_logprobs=None,
             outputs=[completion],
             finished=seq.finished,

@@ -1,6 +1,8 @@
 """One request's state in the engine. Scheduler and block manager move it; the engine appends its
 tokens."""
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.outputs import RequestMetrics
@@ -26,7 +28,8 @@ class Sequence:
     every step, so the scheduler keeps it, in a column over all rows.
 
     Attributes:
-        token_ids: known tokens, prompt first.
+        token_ids: known tokens, prompt first, 32 bits each. It can't grow while a numpy view of it
+            lives, so whoever hands tokens on copies them.
         row: of the scheduler's columns and the worker's state while it runs, else -1.
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
@@ -64,7 +67,7 @@ class Sequence:
     def __init__(
         self,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Iterable[int],
         params: SamplingParams,
         *,
         seed: int,
@@ -75,8 +78,8 @@ class Sequence:
     ):
         self.request_id = request_id
         self.prompt = prompt
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = array("I", prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.seed = seed
         self.eos_token_ids = eos_token_ids
@@ -103,7 +106,7 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
     def finished(self) -> bool:

@@ -62,7 +62,7 @@ def test_pages_are_shared_as_far_as_they_are_computed_and_known():
     manager.append(seq)
     manager.register(seq, 8)  # decodes whose tokens are still on the device
     assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == 6
-    seq.token_ids += [7, 8]
+    seq.token_ids.extend([7, 8])
     manager.register(seq, 8)
     assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == 8
 
