@@ -336,7 +336,7 @@ def check_invariants(engine: Engine) -> None:
     counts = [0] * manager.num_blocks
     for page in (page for table in tables for page in table):
         counts[page] += 1
-    assert counts == manager.ref_counts
+    assert counts == manager.ref_counts.tolist()
     assert set(manager.free_blocks) == {page for page, count in enumerate(counts) if count == 0}
     # The pages without content are reused first.
     has_content = [manager.contents[page] is not None for page in manager.free_blocks]

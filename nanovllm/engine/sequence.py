@@ -36,16 +36,16 @@ class Sequence:
         max_len: prompt and generated tokens at most.
         stops: tokens that end it.
         block_table: its pages, in order of position.
-        hashed_blocks: tokens and hashes of its full pages, made when first needed.
+        block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
     """
 
     __slots__ = (
+        "block_hashes",
         "block_table",
         "cached_parent",
         "eos_token_ids",
         "finish_reason",
-        "hashed_blocks",
         "max_len",
         "metrics",
         "num_cached_tokens",
@@ -95,13 +95,13 @@ class Sequence:
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )
-        self.hashed_blocks: list = []
+        self.block_hashes: list[int] = []
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the tokens: what it held in the cache and on the worker is gone."""
         self.row = -1
-        self.block_table: list[int] = []
+        self.block_table = array("i")
         self.prefill_end = self.num_registered = self.cached_parent = 0
 
     @property
