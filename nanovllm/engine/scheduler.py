@@ -154,8 +154,8 @@ class Scheduler:
         positions = self.num_computed[rows]
         step.sampled.extend(self.seqs[rows].tolist())
         pages = np.full(len(rows), -1, np.int32)
-        opening = np.flatnonzero(self._opens_page(positions)).tolist()
-        pages[opening] = [self._open_page(step.sampled[i]) for i in opening]
+        for i in np.flatnonzero(self._opens_page(positions)).tolist():
+            pages[i] = self._open_page(step.sampled[i])
         step.input.decode_rows, step.input.decode_positions = rows, positions
         step.input.decode_pages = pages
         self.num_computed[rows] = positions + 1
