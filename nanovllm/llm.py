@@ -5,12 +5,14 @@ It tokenizes and checks requests; the engine decides what runs when; the worker 
 """
 
 import copy
+import gc
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -113,22 +115,31 @@ class LLM:
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
-        with self._use_engine() as engine:
+        with self._use_engine() as engine, ExitStack() as first_step:
+            first_step.enter_context(_no_collections())
             seqs = self._make_sequences(prompts, sampling_params)
             try:
                 engine.add_batch(seqs)
-                return self._run(engine, seqs, use_tqdm)
+                return self._run(engine, seqs, use_tqdm, on_step=first_step.close)
             except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
                 engine.abort(seqs)
                 raise
 
-    def _run(self, engine: Engine, seqs: list[Sequence], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self,
+        engine: Engine,
+        seqs: list[Sequence],
+        use_tqdm: bool,
+        on_step: Callable[[], None],
+    ) -> list[RequestOutput]:
         """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
         running, outputs = set(seqs), {}
         with _Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
             while running:
-                # Texts are decoded as requests end: a GPU runs the next step meanwhile.
-                for seq in running.intersection(engine.step()):
+                ended = engine.step()
+                # What follows costs nothing: a GPU runs the next step meanwhile.
+                on_step()
+                for seq in running.intersection(ended):
                     running.remove(seq)
                     outputs[seq] = self._output(seq)
                 progress.show(num_finished=len(outputs))
@@ -237,13 +248,17 @@ class LLM:
         request_id: str | None = None,
     ) -> list[Sequence]:
         """Checked sequences for all prompts, or an error before any is made."""
-        tokenized = prompts.normalize(prompt_list, self._checkpoint.tokenizer)
+        tokenized = prompts.normalize(
+            prompt_list,
+            self._checkpoint.tokenizer,
+            self.model_config.vocab_size,
+            self.max_model_len,
+            request_id,
+        )
         if sampling_params is None:
             sampling_params = self._checkpoint.default_sampling_params
         params = prompts.match_params(sampling_params, len(tokenized))
-        for i, (prompt, p) in enumerate(zip(tokenized, params, strict=True)):
-            name = f"prompt {i}" if request_id is None else f"request {request_id!r}"
-            prompts.check(prompt, name, self.model_config.vocab_size, self.max_model_len)
+        for p in params:
             self._check_stop_token_ids(p)
         now = time.monotonic()
         eos_token_ids = self._checkpoint.eos_token_ids
@@ -290,13 +305,27 @@ class LLM:
         return RequestOutput(
             request_id=seq.request_id,
             prompt=seq.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
+            prompt_tokens=seq.token_ids[: seq.num_prompt_tokens],
             prompt_logprobs=None,
             outputs=[completion],
             finished=seq.finished,
-            metrics=copy.copy(seq.metrics),
+            metrics=replace(seq.metrics),
             num_cached_tokens=seq.num_cached_tokens or 0,
         )
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Garbage collections wait. A new batch sets one off, and it goes through all of the user's
+    prompts; a full one through all objects of torch and transformers, which takes 0.1 s."""
+    if not gc.isenabled():  # the user's choice, or another thread will enable them
+        yield
+        return
+    try:
+        gc.disable()
+        yield
+    finally:
+        gc.enable()
 
 
 class _Progress:

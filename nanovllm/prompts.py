@@ -1,20 +1,22 @@
 """What users pass as prompts and parameters -> one checked list of each. llm.py calls it before
 anything runs."""
 
-import copy
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's token ids, and its text if it was given as text."""
+    """A prompt's token ids, 32 bits each, and its text if it was given as text."""
 
-    token_ids: list[int]
+    token_ids: "array[int]"
     text: str | None = None
 
 
@@ -29,12 +31,22 @@ def is_single(prompts: Any) -> bool:
     )
 
 
-def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
+def normalize(
+    prompts: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    max_model_len: int,
+    request_id: str | None = None,
+) -> list[TokenizedPrompt]:
     """Every accepted form of prompts as a list; texts are tokenized in one batch.
+
+    Args:
+        request_id: what errors call a single prompt; None: they count.
 
     Raises:
         TypeError: a prompt has none of the accepted forms.
-        ValueError: a text without a tokenizer, or one that is not valid Unicode.
+        ValueError: a text without a tokenizer, or one that is not valid Unicode; or the model can't
+            run the prompt.
     """
     prompts = plain(prompts)
     if is_single(prompts):
@@ -44,7 +56,11 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
             f"prompts must be a string, a list of token ids, a dict or a list of those, "
             f"got {prompts!r:.80}"
         )
-    contents = [_content(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    names = [f"prompt {i}" if request_id is None else f"request {request_id!r}"
+             for i in range(len(prompts))]  # fmt: skip
+    contents = [
+        _content(prompt, name, vocab_size) for prompt, name in zip(prompts, names, strict=True)
+    ]
     texts = [content for content in contents if isinstance(content, str)]
     if texts and tokenizer is None:
         raise ValueError(
@@ -52,10 +68,13 @@ def normalize(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
         )
     options = {"return_attention_mask": False, "verbose": False}
     tokenized = iter(tokenizer(texts, **options)["input_ids"] if texts else [])
-    return [
-        TokenizedPrompt(list(next(tokenized)), content) if isinstance(content, str) else content
-        for content in contents
-    ]
+    result = []
+    for content, name in zip(contents, names, strict=True):
+        if isinstance(content, str):
+            content = TokenizedPrompt(_token_ids(next(tokenized), name, vocab_size), content)
+        _check_length(len(content.token_ids), name, max_model_len)
+        result.append(content)
+    return result
 
 
 def plain(value: Any) -> Any:
@@ -66,7 +85,7 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _content(prompt: Any, name: str) -> str | TokenizedPrompt:
+def _content(prompt: Any, name: str, vocab_size: int) -> str | TokenizedPrompt:
     """A text that is still to be tokenized, or token ids."""
     if isinstance(prompt, Mapping):
         text, token_ids = prompt.get("prompt"), plain(prompt.get("prompt_token_ids"))
@@ -77,11 +96,11 @@ def _content(prompt: Any, name: str) -> str | TokenizedPrompt:
                 f"token ids}}, got {prompt!r:.80}"
             )
         if token_ids is not None:
-            return TokenizedPrompt(_checked_ids(token_ids, name), text)
+            return TokenizedPrompt(_token_ids(token_ids, name, vocab_size), text)
         prompt = text
     prompt = plain(prompt)
     if not isinstance(prompt, str):
-        return TokenizedPrompt(_checked_ids(prompt, name))
+        return TokenizedPrompt(_token_ids(prompt, name, vocab_size))
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -89,27 +108,35 @@ def _content(prompt: Any, name: str) -> str | TokenizedPrompt:
     return prompt
 
 
-def _checked_ids(value: Any, name: str) -> list[int]:
-    if isinstance(value, Sequence):
-        if set(map(type, value)) == {int}:
-            return list(value)
-        if all(isinstance(token, Integral) and not isinstance(token, bool) for token in value):
-            return [int(token) for token in value]  # numpy's integers
-    raise TypeError(f"{name} must be a string or a list of token ids, got {value!r:.80}")
-
-
-def check(prompt: TokenizedPrompt, name: str, vocab_size: int, max_model_len: int) -> None:
-    """Raise ValueError unless the model can run the prompt."""
-    token_ids = prompt.token_ids
-    if not token_ids:
-        raise ValueError(f"{name} is empty: it must have at least one token")
-    low, high = min(token_ids), max(token_ids)
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
+def _token_ids(value: Any, name: str, vocab_size: int) -> "array[int]":
+    """Token ids, checked without a look at each from Python: there may be millions. A bool is
+    noticed where it is the first."""
+    if not isinstance(value, Sequence) or (len(value) and isinstance(value[0], bool)):
+        raise _not_a_prompt(value, name)
+    try:
+        token_ids = array("I", value)  # three times as fast as "i"
+    except TypeError:
+        raise _not_a_prompt(value, name) from None
+    except OverflowError:  # negative or beyond 32 bits
+        is_inside = False
+    else:
+        is_inside = not token_ids or np.asarray(token_ids).max() < vocab_size
+    if not is_inside:
+        wrong = min(value) if min(value) < 0 else max(value)
         raise ValueError(f"{name} has the token id {wrong}, outside [0, {vocab_size})")
-    if len(token_ids) >= max_model_len:
+    return token_ids
+
+
+def _not_a_prompt(value: Any, name: str) -> TypeError:
+    return TypeError(f"{name} must be a string or a list of token ids, got {value!r:.80}")
+
+
+def _check_length(num_tokens: int, name: str, max_model_len: int) -> None:
+    if num_tokens == 0:
+        raise ValueError(f"{name} is empty: it must have at least one token")
+    if num_tokens >= max_model_len:
         raise ValueError(
-            f"{name} has {len(token_ids)} tokens; max_model_len={max_model_len} allows "
+            f"{name} has {num_tokens} tokens; max_model_len={max_model_len} allows "
             f"{max_model_len - 1}, so that one can be generated: shorten it or raise max_model_len"
         )
 
@@ -140,6 +167,4 @@ def _copy(params: SamplingParams) -> SamplingParams:
     """The caller may go on changing its own; what it set after construction is checked here."""
     if not isinstance(params, SamplingParams):
         raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
-    params = copy.copy(params)
-    params.__post_init__()
-    return params
+    return replace(params)  # which constructs it anew

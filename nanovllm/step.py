@@ -5,6 +5,7 @@ its sampling parameters. A StepInput carries only what changes, so a step of pla
 arrays: row numbers, positions, new pages. It can go to another process.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -58,7 +59,7 @@ class Chunk:
 
     row: int
     position: int
-    token_ids: list[int]
+    token_ids: Sequence[int]
     samples: bool
 
 

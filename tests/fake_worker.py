@@ -164,7 +164,7 @@ class FakeWorker:
             queries.append(Query(row, position, [row.last_token], samples=True))
         for chunk in step.chunks:
             row = self.rows[chunk.row]
-            queries.append(Query(row, chunk.position, chunk.token_ids, chunk.samples))
+            queries.append(Query(row, chunk.position, list(chunk.token_ids), chunk.samples))
         return queries
 
     def _check_writers(self, step: StepInput, queries: list[Query]) -> None:
@@ -299,7 +299,7 @@ def run(engine: Engine, *seqs: Sequence) -> list[Sequence]:
 
 def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
     for seq in seqs:
-        prompt = seq.token_ids[: seq.num_prompt_tokens]
+        prompt = seq.token_ids[: seq.num_prompt_tokens].tolist()
         tokens, reason = expected_tokens(
             prompt, seq.params, max_model_len=max_model_len, seed=seq.seed
         )
@@ -336,7 +336,7 @@ def check_invariants(engine: Engine) -> None:
     counts = [0] * manager.num_blocks
     for page in (page for table in tables for page in table):
         counts[page] += 1
-    assert counts == manager.ref_counts
+    assert counts == manager.ref_counts.tolist()
     assert set(manager.free_blocks) == {page for page, count in enumerate(counts) if count == 0}
     # The pages without content are reused first.
     has_content = [manager.contents[page] is not None for page in manager.free_blocks]

@@ -2,13 +2,15 @@
 parameters for each."""
 
 import re
+from array import array
 
 import numpy as np
 import pytest
 import torch
 
 from nanovllm import SamplingParams
-from nanovllm.prompts import TokenizedPrompt, check, match_params, normalize
+from nanovllm import prompts as prompts_module
+from nanovllm.prompts import TokenizedPrompt, match_params
 
 
 def tokenizer(texts, **_):
@@ -16,8 +18,12 @@ def tokenizer(texts, **_):
     return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
 
-A = TokenizedPrompt([97], "a")
-IDS = TokenizedPrompt([1, 2])
+def normalize(prompts, tokenizer, vocab_size=128, max_model_len=64):
+    return prompts_module.normalize(prompts, tokenizer, vocab_size, max_model_len)
+
+
+A = TokenizedPrompt(array("I", [97]), "a")
+IDS = TokenizedPrompt(array("I", [1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +64,33 @@ def test_text_needs_a_tokenizer_and_token_ids_do_not():
 
 
 def test_a_prompt_may_fill_all_but_one_place():
-    check(TokenizedPrompt([0, 9, 0]), "prompt 7", vocab_size=10, max_model_len=4)
-    with pytest.raises(ValueError, match="prompt 7 has 3 tokens; max_model_len=3 allows 2"):
-        check(TokenizedPrompt([0, 9, 0]), "prompt 7", vocab_size=10, max_model_len=3)
+    normalize([[0, 9, 0]], None, max_model_len=4)
+    with pytest.raises(ValueError, match="prompt 0 has 3 tokens; max_model_len=3 allows 2"):
+        normalize([[0, 9, 0]], None, max_model_len=3)
+
+
+@pytest.mark.parametrize("wrong", [-(2**70), -1, 10, 2**31, 2**32 - 1, 2**32, 2**64])
+@pytest.mark.parametrize("make", [list, tuple])
+def test_a_token_id_outside_the_vocabulary_is_named(wrong, make):
+    message = rf"^prompt 1 has the token id {wrong}, outside \[0, 10\)$"
+    with pytest.raises(ValueError, match=message):
+        normalize([[9], make([3, wrong, 4])], None, vocab_size=10)
+
+
+def test_the_tokenizers_token_ids_are_checked_too():
+    with pytest.raises(ValueError, match=r"^prompt 1 has the token id 98, outside \[0, 98\)$"):
+        normalize(["a", "ab"], tokenizer, vocab_size=98)
+
+
+def test_a_request_is_named_by_its_id():
+    with pytest.raises(ValueError, match=r"^request 'x' is empty"):
+        prompts_module.normalize([[]], None, 10, 64, request_id="x")
+
+
+@pytest.mark.parametrize("value", [[True, 2], [1.0], [1, 2.0], ["1"], [1, None], [[1]], 5, {1}])
+def test_what_is_no_list_of_integers_is_refused(value):
+    with pytest.raises(TypeError, match=r"^prompt 0 must be a string or a list of token ids, got "):
+        normalize([{"prompt_token_ids": value}], None)
 
 
 GREEDY, RANDOM = SamplingParams(temperature=0), SamplingParams(seed=3)

@@ -5,9 +5,11 @@ The scheduler asks for pages and gives them back; the worker only ever sees page
 the scheme: Kwon et al. 2023 (PagedAttention) and vLLM's automatic prefix caching.
 """
 
+from array import array
 from collections import OrderedDict
-from struct import Struct
+from typing import NamedTuple
 
+import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from nanovllm.engine.sequence import Sequence
@@ -18,9 +20,20 @@ from nanovllm.engine.sequence import Sequence
 Content = tuple[int, int, bytes]
 
 
+class Lookup(NamedTuple):
+    """A sequence's tokens, the hashes of its full pages as far as they are known, the pages that
+    were hit, and how many contents were forgotten before."""
+
+    tokens: bytes
+    hashes: list[int]
+    hits: "array[int]"
+    num_forgotten: int
+
+
 class BlockManager:
     """Hands out the cache's pages. Every page is free (perhaps with content that a later request
-    may hit) or owned by one or more sequences. Every operation on a page is O(1).
+    may hit) or owned by one or more sequences. Every operation on a page is O(1); those on all
+    pages of a prefix are few, on arrays, as hundreds of sequences may share it.
 
     Args:
         num_blocks: pages in the cache.
@@ -32,16 +45,16 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.pack_tokens = Struct(f"{block_size}i").pack
-        self.ref_counts = [0] * num_blocks
+        self.ref_counts = np.zeros(num_blocks, np.int32)
         # Who took it, while nobody has shared it: it comes back when that one ends.
         self.owners: list[Sequence | None] = [None] * num_blocks
         self.contents: list[Content | None] = [None] * num_blocks
         self.serials = [0] * num_blocks  # of each content, never used twice
-        self.num_contents = 0
+        self.num_contents = self.num_forgotten = 0
         self.cached: dict[int, int] = {}  # hash -> the page that holds such a content
         # Least recently used first; pages without content stand before those with.
         self.free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.last_lookup = Lookup(b"", [], array("i"), 0)
 
     @property
     def num_free(self) -> int:
@@ -50,22 +63,34 @@ class BlockManager:
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def num_held(self, blocks: list[int]) -> int:
+    def num_held(self, blocks: "array[int]") -> int:
         """How many of these pages sequences hold."""
-        return sum(self.ref_counts[block] > 0 for block in blocks)
+        return int(np.count_nonzero(self.ref_counts[np.array(blocks)])) if blocks else 0
 
-    def allocate(self, seq: Sequence, hits: list[int]) -> None:
+    def owners_of(self, blocks: "array[int]") -> list[Sequence]:
+        """The owner of each of these pages that has one."""
+        pages = np.array(blocks)
+        held_once = pages[self.ref_counts[pages] == 1].tolist()
+        return [owner for block in held_once if (owner := self.owners[block])]
+
+    def allocate(self, seq: Sequence, hits: "array[int]") -> None:
         """Give a sequence the pages for all its known tokens. As many must be free.
 
         Args:
             hits: what find_prefix found; these are shared.
         """
-        num_new = self.num_pages(len(seq.token_ids)) - len(hits)
-        for block in hits:
-            self.owners[block] = None if self.ref_counts[block] else seq
-            self.free_blocks.pop(block, None)
-            self.ref_counts[block] += 1
-        seq.block_table = hits + [self._take(seq) for _ in range(num_new)]
+        if hits:
+            pages = np.array(hits)
+            counts = self.ref_counts[pages]
+            for block in pages[counts == 0].tolist():
+                self.owners[block] = seq
+                del self.free_blocks[block]
+            for block in pages[counts == 1].tolist():
+                self.owners[block] = None
+            self.ref_counts[pages] = counts + 1
+        seq.block_table = hits[:]
+        for _ in range(self.num_pages(len(seq.token_ids)) - len(hits)):
+            self.append(seq)
         seq.num_registered = len(hits)
         seq.cached_parent = self.serials[hits[-1]] if hits else 0
 
@@ -84,8 +109,8 @@ class BlockManager:
         num_full = min(num_computed, len(seq.token_ids)) // self.block_size
         while seq.num_registered < num_full:
             block = seq.block_table[seq.num_registered]
-            key, tokens = self._hashed(seq, seq.num_registered)
-            content = (key, seq.cached_parent, tokens)
+            key = self._hash(seq, seq.num_registered)
+            content = (key, seq.cached_parent, self._tokens(seq, seq.num_registered))
             holder = self.cached.get(key)
             if holder is None or self.contents[holder] != content:
                 if holder is not None:  # a collision, or its parent is gone: the newest stays
@@ -100,17 +125,19 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Take a sequence's pages back. The last ones are reused first: a prefix is worth more than
         what follows it."""
-        for block in reversed(seq.block_table):
-            self.ref_counts[block] -= 1
-            if self.ref_counts[block] == 0:
-                self.owners[block] = None
-                self.free_blocks[block] = None
-                if self.contents[block] is None:
-                    self.free_blocks.move_to_end(block, last=False)
-        seq.block_table = []
+        pages = np.array(seq.block_table)[::-1]
+        counts = self.ref_counts[pages] - 1
+        self.ref_counts[pages] = counts
+        for block in pages[counts == 0].tolist():
+            self.owners[block] = None
+            self.free_blocks[block] = None
+            if self.contents[block] is None:
+                self.free_blocks.move_to_end(block, last=False)
+        seq.block_table = array("i")
 
     def _forget(self, block: int) -> None:
         self.contents[block] = None
+        self.num_forgotten += 1
         if block in self.free_blocks:
             self.free_blocks.move_to_end(block, last=False)
 
@@ -119,32 +146,49 @@ class BlockManager:
         content = self.contents[block]
         if content is not None:
             del self.cached[content[0]]
-            self.contents[block] = None
+            self._forget(block)
         self.ref_counts[block] = 1
         self.owners[block] = seq
         return block
 
-    def find_prefix(self, seq: Sequence) -> list[int]:
-        """The cached pages of the longest prefix of a sequence's known tokens."""
-        hits: list[int] = []
+    def find_prefix(self, seq: Sequence) -> "array[int]":
+        """The cached pages of the longest prefix of a sequence's known tokens. Where it begins like
+        the sequence before, as many do that share a prefix, only the rest is looked up."""
         if not self.enable_prefix_caching:
-            return hits
-        parent = 0
-        for i in range(len(seq.token_ids) // self.block_size):
-            key, tokens = self._hashed(seq, i)
+            return array("i")
+        last, tokens = self.last_lookup, seq.token_ids.tobytes()
+        num_equal = _num_equal(last.tokens, tokens) // self.block_size
+        if not seq.block_hashes:
+            seq.block_hashes = last.hashes[:num_equal]
+        # What was hit is still there if nothing is gone since then.
+        hits = last.hits[: num_equal if last.num_forgotten == self.num_forgotten else 0]
+        parent = self.serials[hits[-1]] if hits else 0
+        for i in range(len(hits), len(seq.token_ids) // self.block_size):
+            key = self._hash(seq, i)
             block = self.cached.get(key)
-            if block is None or self.contents[block] != (key, parent, tokens):
+            if block is None or self.contents[block] != (key, parent, self._tokens(seq, i)):
                 break
             hits.append(block)
             parent = self.serials[block]
+        self.last_lookup = Lookup(tokens, seq.block_hashes, hits, self.num_forgotten)
         return hits
 
-    def _hashed(self, seq: Sequence, index: int) -> tuple[int, bytes]:
-        """The chained hash and the tokens of a full page."""
-        hashed, size = seq.hashed_blocks, self.block_size
-        while len(hashed) <= index:
-            start = len(hashed) * size
-            tokens = self.pack_tokens(*seq.token_ids[start : start + size])
-            seed = hashed[-1][0] if hashed else 0
-            hashed.append((xxh3_64_intdigest(tokens, seed=seed), tokens))
-        return hashed[index]
+    def _hash(self, seq: Sequence, index: int) -> int:
+        """The chained hash of a full page."""
+        hashes = seq.block_hashes
+        while len(hashes) <= index:
+            tokens = self._tokens(seq, len(hashes))
+            hashes.append(xxh3_64_intdigest(tokens, seed=hashes[-1] if hashes else 0))
+        return hashes[index]
+
+    def _tokens(self, seq: Sequence, index: int) -> bytes:
+        start = index * self.block_size
+        return seq.token_ids[start : start + self.block_size].tobytes()
+
+
+def _num_equal(a: bytes, b: bytes) -> int:
+    """With how many equal tokens both begin."""
+    a_tokens, b_tokens = np.frombuffer(a, np.uint32), np.frombuffer(b, np.uint32)
+    n = min(len(a_tokens), len(b_tokens))
+    differ = a_tokens[:n] != b_tokens[:n]
+    return int(differ.argmax()) if differ.any() else n

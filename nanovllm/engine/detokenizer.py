@@ -5,6 +5,7 @@ unless a tokenizer decodes bytes that are no UTF-8 differently with what follows
 tokenizers only by `decode`.
 """
 
+from array import array
 from typing import Protocol
 
 from nanovllm.engine.sequence import Sequence
@@ -53,5 +54,5 @@ class Detokenizer:
                 state.read = end
         return state.text
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+    def _decode(self, token_ids: "array[int]") -> str:
+        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)

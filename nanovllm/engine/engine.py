@@ -120,7 +120,7 @@ class Engine:
         what the sequences know, and compute all of it again."""
         self.pending.clear()
         for seq in self.unfinished.values():
-            if seq.output_token_ids and not seq.finished:
+            if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
                 seq.check_stop()  # the exception may have come between a token and its check
             if seq.finished and seq.finish_reason != "abort":
                 seq.metrics.finished_time = time.monotonic()

@@ -9,6 +9,7 @@ else. So what changes in every step lies in columns, arrays indexed by row, and 
 begins, ends or opens a page is looked at by itself.
 """
 
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -153,8 +154,8 @@ class Scheduler:
         positions = self.num_computed[rows]
         step.sampled.extend(self.seqs[rows].tolist())
         pages = np.full(len(rows), -1, np.int32)
-        opening = np.flatnonzero(self._opens_page(positions)).tolist()
-        pages[opening] = [self._open_page(step.sampled[i]) for i in opening]
+        for i in np.flatnonzero(self._opens_page(positions)).tolist():
+            pages[i] = self._open_page(step.sampled[i])
         step.input.decode_rows, step.input.decode_positions = rows, positions
         step.input.decode_pages = pages
         self.num_computed[rows] = positions + 1
@@ -219,11 +220,12 @@ class Scheduler:
         that are still to come."""
         seq, pages = self.waiting[0], self.block_manager
         hits = pages.find_prefix(seq)
-        if not self._has_pages(seq, hits, budget):
-            return False
-        for owner in filter(None, map(pages.owners.__getitem__, hits)):
-            self.num_shared[owner.row] += 1
         num_shared = pages.num_held(hits)
+        if not self._has_pages(seq, hits, num_shared, budget):
+            return False
+        if num_shared:
+            for owner in pages.owners_of(hits):
+                self.num_shared[owner.row] += 1
         pages.allocate(seq, hits)
         self.waiting.popleft()
         self.running[seq] = None
@@ -254,18 +256,18 @@ class Scheduler:
         )
         return True
 
-    def _has_pages(self, seq: Sequence, hits: list[int], budget: int) -> bool:
+    def _has_pages(self, seq: Sequence, hits: "array[int]", num_shared: int, budget: int) -> bool:
         """Whether a waiting sequence can run beside those that do, and nobody need be preempted
         until they end, as far as that can be known (docs/decisions/0010)."""
         pages = self.block_manager
-        num_new = pages.num_pages(len(seq.token_ids)) - pages.num_held(hits)
+        num_new = pages.num_pages(len(seq.token_ids)) - num_shared
         if num_new > pages.num_free:
             return False
         if num_new + self._num_to_come(seq) + self.pages_to_come <= pages.num_free:
             return True  # even if nobody gives any back
         rows = np.flatnonzero(self.max_len)
         num_owned = -(-self.num_computed[rows] // pages.block_size) - self.num_shared[rows]
-        for owner in filter(None, map(pages.owners.__getitem__, hits)):
+        for owner in pages.owners_of(hits):
             num_owned[rows == owner.row] -= 1
         # Pages without an owner stay for those who share them.
         num_staying = pages.num_blocks - pages.num_free - int(num_owned.sum())

@@ -1,6 +1,8 @@
 """One request's state in the engine. Scheduler and block manager move it; the engine appends its
 tokens."""
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.outputs import RequestMetrics
@@ -26,23 +28,24 @@ class Sequence:
     every step, so the scheduler keeps it, in a column over all rows.
 
     Attributes:
-        token_ids: known tokens, prompt first.
+        token_ids: known tokens, prompt first, 32 bits each. It can't grow while a numpy view of it
+            lives, so whoever hands tokens on copies them.
         row: of the scheduler's columns and the worker's state while it runs, else -1.
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
         max_len: prompt and generated tokens at most.
         stops: tokens that end it.
         block_table: its pages, in order of position.
-        hashed_blocks: tokens and hashes of its full pages, made when first needed.
+        block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
     """
 
     __slots__ = (
+        "block_hashes",
         "block_table",
         "cached_parent",
         "eos_token_ids",
         "finish_reason",
-        "hashed_blocks",
         "max_len",
         "metrics",
         "num_cached_tokens",
@@ -64,7 +67,7 @@ class Sequence:
     def __init__(
         self,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Iterable[int],
         params: SamplingParams,
         *,
         seed: int,
@@ -75,8 +78,8 @@ class Sequence:
     ):
         self.request_id = request_id
         self.prompt = prompt
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = array("I", prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.seed = seed
         self.eos_token_ids = eos_token_ids
@@ -92,18 +95,18 @@ class Sequence:
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )
-        self.hashed_blocks: list = []
+        self.block_hashes: list[int] = []
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the tokens: what it held in the cache and on the worker is gone."""
         self.row = -1
-        self.block_table: list[int] = []
+        self.block_table = array("i")
         self.prefill_end = self.num_registered = self.cached_parent = 0
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
     def finished(self) -> bool:

@@ -125,17 +125,17 @@ class InputBuilder:
         context_lens = first_positions + query_lens
         # Per token: its sequence, its position, its slot.
         seqs = np.repeat(np.arange(len(rows)), query_lens)
+        known_tokens = [chunk.token_ids for chunk in step.chunks]
         positions = np.arange(query_start[-1]) + (first_positions - query_start[:-1])[seqs]
         slots = self._slots(rows[seqs], positions)
         slots[positions < self.num_cached_tokens[rows[seqs]]] = -1
-        known_tokens = [token for chunk in step.chunks for token in chunk.token_ids]
         return {
             "rows": rows,
             "positions": positions,
             "slot_mapping": slots,
             "query_start": query_start.astype(np.int32),
             "context_lens": context_lens.astype(np.int32),
-            "known_tokens": np.array(known_tokens, np.int64),
+            "known_tokens": np.concatenate([np.empty(0, np.int64), *known_tokens]),
             "logits_indices": query_start[1:][step.samples] - 1,
             "sampled_rows": rows[step.samples],
             "turn": np.array([self.turn], np.int32),

@@ -315,6 +315,28 @@ def test_chosen_ids_that_look_like_ours_do_not_clash(llm):
     assert list(drain(llm)) == [str(following)]
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collections_wait_for_the_first_step_only(llm, monkeypatch, enabled):
+    seen = []
+    submit = llm._engine.executor.submit
+
+    def noting(step):
+        seen.append(gc.isenabled())
+        return submit(step)
+
+    monkeypatch.setattr(llm._engine.executor, "submit", noting)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        tokens(llm, TEXT, greedy(3))
+        assert gc.isenabled() == enabled
+        with pytest.raises(ValueError, match="is empty"):
+            llm.generate("")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert seen == [False, enabled, enabled]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_what_breaks_into_generate_ends_its_requests_only(llm, monkeypatch, error, nth):

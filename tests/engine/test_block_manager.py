@@ -1,10 +1,16 @@
 """Which pages are shared, which are reused first, and that only equal contents are ever shared."""
 
+from array import array
+
 import pytest
 from fake_worker import make_sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager
 from nanovllm.engine.block_manager import BlockManager
+
+NO_LOOKUP = BlockManager(1, 1).last_lookup
 
 
 def allocate(manager, seq):
@@ -62,7 +68,7 @@ def test_pages_are_shared_as_far_as_they_are_computed_and_known():
     manager.append(seq)
     manager.register(seq, 8)  # decodes whose tokens are still on the device
     assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == 6
-    seq.token_ids += [7, 8]
+    seq.token_ids.extend([7, 8])
     manager.register(seq, 8)
     assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == 8
 
@@ -127,6 +133,89 @@ def test_a_duplicate_of_a_cached_page_keeps_the_first_holder():
     assert num_cached(manager, [1, 2]) == 2
 
 
+def hashed_pages(monkeypatch):
+    """The tokens of the pages that are hashed from now on."""
+    pages, real_hash = [], block_manager.xxh3_64_intdigest
+
+    def note(data, seed):
+        pages.append(array("I", data).tolist())
+        return real_hash(data, seed)
+
+    monkeypatch.setattr(block_manager, "xxh3_64_intdigest", note)
+    return pages
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cached", "hashed"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7], 6, []),  # the same again
+        ([1, 2, 3, 4, 5, 6, 8, 9, 9, 9], 6, [[8, 9]]),  # the rest only as far as it is cached
+        ([1, 2, 3, 4, 9, 6, 7], 4, [[9, 6]]),
+        ([1, 2, 3, 9], 2, [[3, 9]]),  # differs within a page
+        ([1, 2, 3, 4, 5], 4, []),  # ends within a page
+        ([1, 2, 3, 4], 4, []),  # ends with one
+        ([9, 2, 3, 4], 0, [[9, 2]]),
+        ([1], 0, []),
+    ],
+)
+def test_what_begins_like_the_sequence_before_is_not_looked_up_again(
+    monkeypatch, tokens, cached, hashed
+):
+    manager = BlockManager(num_blocks=16, block_size=2)
+    compute(manager, [1, 2, 3, 4, 5, 6, 7])
+    assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7]) == 6
+    pages = hashed_pages(monkeypatch)
+    assert (num_cached(manager, tokens), pages) == (cached, hashed)
+
+
+def test_a_page_that_is_gone_since_the_lookup_before_is_no_hit():
+    manager = BlockManager(num_blocks=4, block_size=2)
+    long = [1, 2, 3, 4, 5, 6, 7, 8]
+    fill(manager, long)
+    assert num_cached(manager, long) == 8
+    manager.append(make_sequence([]))  # takes the last page
+    assert num_cached(manager, long) == 6
+    assert compute(manager, [1, 2, 3, 4, 9])[1] == 4  # takes the third
+    assert num_cached(manager, long) == 4
+
+
+def test_a_page_that_came_since_the_lookup_before_is_a_hit():
+    manager = BlockManager(num_blocks=8, block_size=2)
+    seq = make_sequence([1, 2, 3, 4, 5, 6])
+    allocate(manager, seq)
+    for num_computed in (2, 6):
+        manager.register(seq, num_computed)
+        assert num_cached(manager, [1, 2, 3, 4, 5, 6]) == num_computed
+
+
+TEXTS = ([1, 2] * 8, [1] * 16, [1, 2] * 3 + [2] * 10)
+CUTS = st.tuples(st.sampled_from(TEXTS), st.integers(1, 16), st.lists(st.integers(1, 2)))
+ACTIONS = st.lists(st.tuples(CUTS, st.sampled_from(["look", "compute", "compute", "free"])))
+
+
+@settings(max_examples=500, derandomize=True, database=None, deadline=None)
+@given(ACTIONS, st.integers(1, 4), st.sampled_from([0, 1, 2, 64]))
+def test_lookups_find_the_same_without_the_one_before(actions, block_size, hash_bits):
+    manager = BlockManager(num_blocks=24, block_size=block_size)
+    real_hash, held = block_manager.xxh3_64_intdigest, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            block_manager,
+            "xxh3_64_intdigest",
+            lambda data, seed: real_hash(data, seed) % 2**hash_bits,
+        )
+        for (text, length, tail), action in actions:
+            tokens = (text[:length] + tail)[:24]
+            found = manager.find_prefix(make_sequence(tokens))
+            last, manager.last_lookup = manager.last_lookup, NO_LOOKUP
+            assert manager.find_prefix(make_sequence(tokens)) == found
+            manager.last_lookup = last
+            if action == "compute" and manager.num_pages(len(tokens)) <= manager.num_free:
+                held.append(compute(manager, tokens)[0])
+            elif action == "free" and held:
+                manager.free(held.pop(len(tokens) % len(held)))
+
+
 def test_without_prefix_caching_nothing_is_shared():
     manager = BlockManager(num_blocks=4, block_size=2, enable_prefix_caching=False)
     fill(manager, [1, 2])
@@ -180,4 +269,4 @@ def test_a_collision_with_an_evicted_parent_is_no_hit(monkeypatch):
 
 
 def page_bytes(tokens):
-    return BlockManager(1, len(tokens))._hashed(make_sequence(tokens), 0)[1]
+    return make_sequence(tokens).token_ids.tobytes()

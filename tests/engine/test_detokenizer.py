@@ -130,6 +130,6 @@ class ByteFallbackTokenizer(ByteTokenizer):
 def test_a_context_that_begins_inside_a_character_is_widened():
     tokenizer = ByteFallbackTokenizer()
     seq = make_sequence(list("a😀😀".encode()))
-    seq.token_ids += list("😀😀b".encode())
+    seq.token_ids.extend("😀😀b".encode())
     seq.finish_reason = "length"
     assert Detokenizer(tokenizer).text(seq) == "😀😀b"
