@@ -69,10 +69,12 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's pages: keys and values, each [blocks, block_size, kv_heads, head_dim]."""
+    """One layer's pages: keys and values, each [blocks, block_size, kv_heads, head_dim]; and those
+    of the next layer, if there is one."""
 
     k: torch.Tensor
     v: torch.Tensor
+    next: "KVLayer | None" = None
 
 
 class KVCache:
@@ -81,7 +83,11 @@ class KVCache:
 
     def __init__(self, data: torch.Tensor):
         self.data = data
-        self.layers = [KVLayer(keys, values) for keys, values in data]
+        self.layers: list[KVLayer] = []
+        layer = None
+        for keys, values in reversed(list(data)):
+            layer = KVLayer(keys, values, layer)
+            self.layers.insert(0, layer)
 
     @property
     def first_layer(self) -> "KVCache":

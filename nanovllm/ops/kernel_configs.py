@@ -19,9 +19,6 @@ ROWS_BLOCK = 128  # of the rows' state
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 VOCAB_BLOCK = 4096  # of sampling
 
-# Keys that decodes share are attended to with the configuration for chunks, but as many programs as
-# fit at a time: every further part is one more partial result for each decode.
-SHARED_PROGRAMS_PER_SM = 2
 # They have a launch of their own in each layer, which must save some microseconds of reading.
 MIN_GAIN_BYTES = 32 * 2**20
 
@@ -62,14 +59,21 @@ ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
 # blocks, since then many programs hide each other's waiting and short contexts fill whole blocks.
 CROWDS: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 32, 2, 3, 8, 128)}
 CROWD_PROGRAMS_PER_SM = 15
+# And of so few sequences that they are split into parts of a single block: large ones.
+FEW: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 128, 8, 2, 1, 128)}
+FEW_PROGRAMS_PER_SM = 1 / 8
+# Keys that decodes share are read by as many programs as fit at a time: every further part is one
+# more partial result for each decode.
+SHARED: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(64, 64, 4, 3, 2, 256)}
+SHARED_PROGRAMS_PER_SM = 2
 # Decodes come right from the projection to attention where it has no more programs than run at a
 # time: with more, they wait for the norms and RoPE of others longer than a kernel for them takes.
 PROJECTED_PROGRAMS_PER_SM = 4
 
 
 def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig]:
-    """By name: for short queries, for those of a crowd of sequences, for chunks ("long"), and for
-    keys that decodes share. Raises ValueError for heads that no entry is for."""
+    """By name: for short queries, for those of few or of a crowd of sequences, for chunks ("long"),
+    and for keys that decodes share. Raises ValueError for heads that no entry is for."""
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"on a GPU head_dim is at most {MAX_HEAD_DIM}, this model's is {head_dim}; "
@@ -78,8 +82,9 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
     key = itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize
     short, long = ATTENTION[key]
     return {
-        "shared": replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM),
+        "shared": SHARED.get(key, replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM)),
         "short": short,
+        "few": FEW.get(key, short),
         "crowd": CROWDS.get(key, short),
         "long": long,
     }

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
+    FEW_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
     PROJECTED_PROGRAMS_PER_SM,
     AttentionConfig,
@@ -110,6 +111,15 @@ def _load(ptrs, keys_ok, dims_ok, PAD_D: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(ptrs):
+    """Bring what lies there into the L2 cache; nobody waits for it."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _attend_block(
     q, m, total, acc, k, v, first_key, key_end, position, k_head, v_head, table, scale_log2,
     page_stride, slot_stride, dims, dims_ok,
@@ -152,11 +162,10 @@ def _first_row(slot, head, num_tokens, NUM_KV_HEADS: tl.constexpr, GROUP: tl.con
 @triton.jit
 def _merge(
     m, total, acc, partial, stats, first_part, num_parts, part_stride, rows, row_ok, dims,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's other partial results to one: a sum weighted by their softmaxes' sums."""
-    # Small tiles load several parts at once: their loads do not wait for each other.
-    AT_ONCE: tl.constexpr = 4 if acc.shape[0] <= 16 else 1
+    """Adds a tile's other partial results to one: a sum weighted by their softmaxes' sums. AT_ONCE
+    parts are loaded without waiting for each other."""
     for first in range(0, num_parts, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             is_part = tl.full(rows.shape, first + i, tl.int32) < num_parts  # the last are none
@@ -204,7 +213,7 @@ def _rotate(
 @triton.jit(do_not_specialize=["table_stride"])
 def paged_attention_kernel(
     out, q, k_cache, v_cache, block_tables, items, list_age, shared_tokens,
-    slot_mapping, q_weight, k_weight, rope_table, eps,
+    slot_mapping, q_weight, k_weight, rope_table, eps, next_k, next_v,
     partial, stats, arrivals,
     scale_log2, table_stride, page_stride, slot_stride, head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -218,7 +227,7 @@ def paged_attention_kernel(
         out: [T, H, D].
         q: [T, H, D]; PROJECTED: queries, keys and values of decodes from the projection,
             [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D] and
-            eps, and the rope_table count.
+            eps, the rope_table, and next_k and next_v, the next layer's pages, count.
         k_cache, v_cache: pages, with strides of page, slot and head; dims are adjacent.
         block_tables: [rows, pages] int32.
         items: [items, WIDTH] int32; those without query tokens are none.
@@ -253,6 +262,13 @@ def paged_attention_kernel(
         position += age
         key_end += tl.where(has_new, age, 0)
     slot = tl.load(item + SLOT)
+    if HAS_PREFIXES:
+        prefix_parts = tl.load(item + PREFIX_PARTS)
+        prefix_tokens = tl.load(item + PREFIX_TOKENS)
+        prefix_row = _first_row(
+            tl.load(item + PREFIX_SLOT), head, prefix_tokens, NUM_KV_HEADS, GROUP
+        )
+        prefix_row += tl.load(item + PREFIX_TOKEN) * GROUP
     table = block_tables + tl.load(item + ROW).to(tl.int64) * table_stride
     row_ok = rows < num_tokens * GROUP
     k_head = k_cache + head.to(tl.int64) * head_stride
@@ -289,6 +305,14 @@ def paged_attention_kernel(
                   PAD_D, True)  # fmt: skip
         v = _load(v_head + slots[:, None] + dims[None, :], keys_ok[:, None], dims_ok[None, :],
                   PAD_D, True)  # fmt: skip
+        if PDL:
+            # One layer's pages are far from another's: the first touch takes microseconds.
+            LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # 128 bytes
+            lines = tl.arange(0, triton.cdiv(BLOCK_D, LINE)) * LINE
+            first = head.to(tl.int64) * head_stride
+            offsets = tl.where(keys_ok, slots, 0)[:, None] + first + lines[None, :]
+            _prefetch(next_k + offsets)
+            _prefetch(next_v + offsets)
     if PDL:
         gdc_wait()  # so far it read what was there before the first kernel of the step
 
@@ -361,19 +385,15 @@ def paged_attention_kernel(
                     m, total, acc, partial, stats,
                     _first_row(first_slot, head, num_tokens, NUM_KV_HEADS, GROUP), num_parts,
                     num_tokens * (NUM_KV_HEADS * GROUP), rows, row_ok, dims, BLOCK_D,
+                    4 if BLOCK_M <= 16 else 1,
                 )  # fmt: skip
                 tl.store(arrival, 0)
                 slot = -1
     if slot < 0:
         if HAS_PREFIXES:
-            prefix_tokens = tl.load(item + PREFIX_TOKENS)
-            prefix = _first_row(
-                tl.load(item + PREFIX_SLOT), head, prefix_tokens, NUM_KV_HEADS, GROUP
-            )
             m, total, acc = _merge(
-                m, total, acc, partial, stats, prefix + tl.load(item + PREFIX_TOKEN) * GROUP,
-                tl.load(item + PREFIX_PARTS), prefix_tokens * (NUM_KV_HEADS * GROUP),
-                rows, row_ok, dims, BLOCK_D,
+                m, total, acc, partial, stats, prefix_row, prefix_parts,
+                prefix_tokens * (NUM_KV_HEADS * GROUP), rows, row_ok, dims, BLOCK_D, 2,
             )  # fmt: skip
         tl.store(out + out_offsets, acc / total[:, None], mask=q_ok)
 
@@ -440,7 +460,9 @@ class TritonAttention(Attention):
         short = query_lens <= self._tile_tokens(self.configs["short"])
         num_short = graph_size or np.count_nonzero(short)
         is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
-        for name, seqs in (("crowd" if is_crowd else "short", short), ("long", ~short)):
+        is_few = num_short * self.num_kv_heads <= FEW_PROGRAMS_PER_SM * self.num_sms
+        short_name = "crowd" if is_crowd else "few" if is_few else "short"
+        for name, seqs in ((short_name, short), ("long", ~short)):
             if not seqs.any():
                 continue
             config = self.configs[name]
@@ -533,12 +555,13 @@ class TritonAttention(Attention):
                 items, arrays["list_age"], arrays["shared_tokens"] if name == "shared" else None,
                 batch.slot_mapping, q_weight, k_weight,
                 rotary.table if rotary else q, rotary.eps if rotary else 0.0,
+                *((kv.next.k, kv.next.v) if kv.next else (kv.k, kv.v)),
                 self.partial, self.stats, self.arrivals,
                 scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
                 NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=head_dim,
                 BLOCK_SIZE=self.block_size, BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
                 BLOCK_D=self.block_d, PRECISION=self.precision,
-                HAS_PREFIXES=name in ("short", "crowd") and "shared_items" in arrays,
+                HAS_PREFIXES=name not in ("shared", "long") and "shared_items" in arrays,
                 PROJECTED=rotary is not None, NORM=norm_weights is not None,
                 num_warps=config.num_warps, num_stages=config.num_stages,
                 **pdl_options(q.device),

@@ -42,7 +42,7 @@ class Sampler:
     def start_rows(self, starts: list[RowStart]) -> None:
         """Sequences take over rows."""
         for start in starts:
-            self._start_row(start)
+            self.start_row(start)
         if starts and self.uploader.device.type != "cpu":
             rows = np.array([start.row for start in starts])
             temperature, seed = self.temperature[rows], self.seed[rows].view(np.int64)
@@ -50,7 +50,7 @@ class Sampler:
             for name, column in self.device_state.items():
                 column[new["rows"]] = new[name]
 
-    def _start_row(self, start: RowStart) -> None:
+    def start_row(self, start: RowStart) -> None:
         row, params = start.row, start.params
         self.temperature[row] = 0 if params.is_greedy else params.temperature
         self.top_k[row] = (

@@ -53,16 +53,16 @@ def record_launches() -> dict[str, tuple]:
         (256, torch.float32, 64),
         (128, torch.bfloat16, 5),
     ]:
-        for query_len in (1, 200) if block_size == 16 else (1,):
-            label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries of {query_len}"
-            q, kv, batch = paged_case([query_len], [300], 4, 2, head_dim, block_size, dtype, cpu)
+        # One, some and long queries.
+        for query_lens in ([1], [1] * 9, [200]) if block_size == 16 else ([1],):
+            label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries {query_lens}"
+            lens = [300] * len(query_lens)
+            q, kv, batch = paged_case(query_lens, lens, 4, 2, head_dim, block_size, dtype, cpu)
             batch.attention.attend(q, kv, batch, 1.0)
-            if query_len == 1:
+            if query_lens[0] == 1:
                 label += ", projected"
-                qkv, norm = (
-                    torch.zeros(1, 8 * head_dim, dtype=dtype),
-                    torch.zeros(head_dim, dtype=dtype),
-                )
+                qkv = torch.zeros(len(query_lens), 8 * head_dim, dtype=dtype)
+                norm = torch.zeros(head_dim, dtype=dtype)
                 rotary = Rotary((norm, norm), 1e-6, torch.zeros(300, head_dim))
                 batch.attention.attend_projected(qkv, rotary, kv, batch, 1.0)
         if block_size != 16 or head_dim == 80:
