@@ -69,12 +69,10 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's pages: keys and values, each [blocks, block_size, kv_heads, head_dim]; and those
-    of the next layer, if there is one."""
+    """One layer's pages: keys and values, each [blocks, block_size, kv_heads, head_dim]."""
 
     k: torch.Tensor
     v: torch.Tensor
-    next: "KVLayer | None" = None
 
 
 class KVCache:
@@ -83,11 +81,7 @@ class KVCache:
 
     def __init__(self, data: torch.Tensor):
         self.data = data
-        self.layers: list[KVLayer] = []
-        layer = None
-        for keys, values in reversed(list(data)):
-            layer = KVLayer(keys, values, layer)
-            self.layers.insert(0, layer)
+        self.layers = [KVLayer(keys, values) for keys, values in data]
 
     @property
     def first_layer(self) -> "KVCache":

@@ -59,8 +59,8 @@ ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
 # blocks, since then many programs hide each other's waiting and short contexts fill whole blocks.
 CROWDS: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 32, 2, 3, 8, 128)}
 CROWD_PROGRAMS_PER_SM = 15
-# And of so few sequences that they are split into parts of a single block: large ones.
-FEW: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 128, 8, 2, 1, 128)}
+# And of so few sequences that latency is all: parts of a single block, and all warps on it.
+FEW: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 64, 8, 3, 1, 64)}
 FEW_PROGRAMS_PER_SM = 1 / 8
 # Keys that decodes share are read by as many programs as fit at a time: every further part is one
 # more partial result for each decode.

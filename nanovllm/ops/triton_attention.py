@@ -111,15 +111,6 @@ def _load(ptrs, keys_ok, dims_ok, PAD_D: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(ptrs):
-    """Bring what lies there into the L2 cache; nobody waits for it."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _attend_block(
     q, m, total, acc, k, v, first_key, key_end, position, k_head, v_head, table, scale_log2,
     page_stride, slot_stride, dims, dims_ok,
@@ -213,7 +204,7 @@ def _rotate(
 @triton.jit(do_not_specialize=["table_stride"])
 def paged_attention_kernel(
     out, q, k_cache, v_cache, block_tables, items, list_age, shared_tokens,
-    slot_mapping, q_weight, k_weight, rope_table, eps, next_k, next_v,
+    slot_mapping, q_weight, k_weight, rope_table, eps,
     partial, stats, arrivals,
     scale_log2, table_stride, page_stride, slot_stride, head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -227,7 +218,7 @@ def paged_attention_kernel(
         out: [T, H, D].
         q: [T, H, D]; PROJECTED: queries, keys and values of decodes from the projection,
             [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D] and
-            eps, the rope_table, and next_k and next_v, the next layer's pages, count.
+            eps, and the rope_table count.
         k_cache, v_cache: pages, with strides of page, slot and head; dims are adjacent.
         block_tables: [rows, pages] int32.
         items: [items, WIDTH] int32; those without query tokens are none.
@@ -305,14 +296,6 @@ def paged_attention_kernel(
                   PAD_D, True)  # fmt: skip
         v = _load(v_head + slots[:, None] + dims[None, :], keys_ok[:, None], dims_ok[None, :],
                   PAD_D, True)  # fmt: skip
-        if PDL:
-            # One layer's pages are far from another's: the first touch takes microseconds.
-            LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # 128 bytes
-            lines = tl.arange(0, triton.cdiv(BLOCK_D, LINE)) * LINE
-            first = head.to(tl.int64) * head_stride
-            offsets = tl.where(keys_ok, slots, 0)[:, None] + first + lines[None, :]
-            _prefetch(next_k + offsets)
-            _prefetch(next_v + offsets)
     if PDL:
         gdc_wait()  # so far it read what was there before the first kernel of the step
 
@@ -555,7 +538,6 @@ class TritonAttention(Attention):
                 items, arrays["list_age"], arrays["shared_tokens"] if name == "shared" else None,
                 batch.slot_mapping, q_weight, k_weight,
                 rotary.table if rotary else q, rotary.eps if rotary else 0.0,
-                *((kv.next.k, kv.next.v) if kv.next else (kv.k, kv.v)),
                 self.partial, self.stats, self.arrivals,
                 scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
                 NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=head_dim,
