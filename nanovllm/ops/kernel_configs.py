@@ -16,7 +16,6 @@ MAX_HEAD_DIM = 256
 SILU_BLOCK = 1024
 COPY_BLOCK = 1024
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
-VOCAB_BLOCK = 4096  # of sampling
 
 # Keys that decodes share are attended to with the configuration for chunks, but as many programs as
 # fit at a time: every further part is one more partial result for each decode.

@@ -268,24 +268,43 @@ def test_qk_norm_rope_store(device, dtype, norm, heads, kv_heads, head_dim):
 # Sampling
 
 
+def assert_drawn_by(logits, temperature, keys, token_ids):
+    """In float64, a row's two uniform numbers lie in the parts of (0, 1) that are its block's and
+    its token's, up to the rounding of sums in float32."""
+    vocab, block_size = logits.shape[1], reference.VOCAB_BLOCK
+    probs = (logits.double() / temperature[:, None].double()).softmax(-1)
+    probs = torch.nn.functional.pad(probs, (0, -vocab % block_size)).unflatten(1, (-1, block_size))
+    block, uniforms = token_ids // block_size, reference.uniforms(keys).double()
+    stages = [
+        (probs.sum(-1), block),
+        (probs[torch.arange(len(block)), block], token_ids % block_size),
+    ]
+    for uniform, (weights, index) in zip(uniforms.unbind(1), stages, strict=True):
+        weight = weights.gather(1, index[:, None]).squeeze(1)
+        end = weights.cumsum(-1).gather(1, index[:, None]).squeeze(1)
+        total = weights.sum(-1)
+        assert (weight > 0).all()
+        assert (uniform < end / total + 1e-5).all()
+        assert (uniform > (end - weight) / total - 1e-5).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [50, 4096, 10_001])
 def test_draws_equal_the_references(device, dtype, vocab):
     logits = (torch.randn(30, vocab, device=device) * 3).to(dtype)
     logits[7] = 0.0  # all alike: greedy takes the first
+    logits[8:12, : vocab // 2] = -torch.inf
+    logits[10:14, 1 - vocab // 3 :] = -torch.inf
     temperature = torch.linspace(0.2, 2.0, 30, device=device)
     temperature[::7] = 0.0
     keys = torch.from_numpy(noise_keys(np.arange(30, dtype=np.uint64), np.arange(30))).to(device)
-    drawn = triton_ops.sample(logits, temperature, keys)
-    expected = reference.sample(logits, temperature, keys)
-    tokens = torch.arange(vocab, device=device)
-    noise = reference.gumbel_noise(keys, tokens)
     random = temperature > 0
-    values = logits.float() / torch.where(random, temperature, 1)[:, None] + noise * random[:, None]
-    pick = [values.gather(1, ids[:, None]).squeeze(1) for ids in (drawn, expected)]
-    torch.testing.assert_close(*pick, rtol=1e-4, atol=1e-4)  # ties within rounding may differ
-    assert torch.equal(drawn[~random], logits[~random].float().argmax(-1)) and drawn[7] == 0
+    drawn = triton_ops.sample(logits, temperature, keys)
+    for token_ids in (drawn, reference.sample(logits, temperature, keys)):
+        assert torch.equal(token_ids[~random], logits[~random].float().argmax(-1))
+        assert token_ids[7] == 0
+        assert_drawn_by(logits[random], temperature[random], keys[random], token_ids[random])
 
     limits = dict(
         top_k=torch.full((30,), vocab, device=device),
@@ -300,10 +319,59 @@ def test_draws_equal_the_references(device, dtype, vocab):
     assert torch.equal(logits.gather(1, cut[:, None]).squeeze(1)[5:15], best[5:15])
 
 
+SAMPLES = pytest.mark.parametrize("sample", [triton_ops.sample, reference.sample])
+
+
+@SAMPLES
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_of_nan_give_a_token_that_exists(device):
-    logits = torch.full((2, 50), torch.nan, device=device)
-    temperature = torch.tensor([0.0, 1.0], device=device)
-    keys = torch.zeros(2, 2, dtype=torch.int64, device=device)
-    tokens = triton_ops.sample(logits, temperature, keys)
-    assert ((tokens >= 0) & (tokens < 50)).all()
+def test_the_ends_of_the_uniforms_draw_tokens_that_are_not_masked(device, sample):
+    logits = torch.full((4, 13_000), -torch.inf, device=device)
+    logits[:2, 5000:9000] = 0.0
+    logits[2:, 4095:4097] = torch.tensor([-20.0, 0.0], device=device)  # the first is too rare
+    keys = torch.tensor([0, 2**32 - 1] * 2, device=device)[:, None].expand(4, 2).contiguous()
+    token_ids = sample(logits, torch.ones(4, device=device), keys)
+    assert token_ids.tolist() == [5000, 8999, 4096, 4096]
+
+
+@SAMPLES
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_temperatures_take_the_best_token(device, dtype, sample):
+    """1e-40 has no reciprocal in float32."""
+    logits = (torch.randn(5, 9001, device=device) * 1e4).to(dtype)
+    best = torch.tensor([0, 1, 4096, 8191, 9000], device=device)
+    logits[torch.arange(5), best] = 1e6
+    keys = torch.from_numpy(noise_keys(np.arange(5, dtype=np.uint64), np.arange(5))).to(device)
+    for temperature in (0.0, 1e-40, 1e-6):
+        token_ids = sample(logits, torch.full((5,), temperature, device=device), keys)
+        assert torch.equal(token_ids, best)
+
+
+@SAMPLES
+@pytest.mark.parametrize("device", DEVICES)
+def test_greedy_takes_the_first_of_the_best(device, sample):
+    logits = torch.zeros(4, 10_001, device=device)
+    logits[0, [9000, 5000, 5001]] = 1.0
+    logits[1, [10_000, 4095]] = 1.0
+    logits[2, [8192, 8191]] = torch.inf
+    logits[3, 4096:] = 1e-40
+    keys = torch.full((4, 2), 2**32 - 1, device=device)
+    token_ids = sample(logits, torch.zeros(4, device=device), keys)
+    assert token_ids.tolist() == [5000, 4095, 8191, 4096]
+
+
+@SAMPLES
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocab", [50, 9001])
+def test_whatever_the_logits_the_token_exists(device, vocab, sample):
+    nan, inf = torch.nan, torch.inf
+    logits = torch.full((5, vocab), nan, device=device)
+    logits[1], logits[2], logits[3, ::2] = -inf, inf, 1.0
+    logits[4] = 0.0
+    logits[4, vocab - 2] = inf  # is certain
+    for temperature in (0.0, 1e-6, 1.0):
+        for key in (0, 2**32 - 1):
+            keys = torch.full((5, 2), key, device=device)
+            token_ids = sample(logits, torch.full((5,), temperature, device=device), keys)
+            assert ((token_ids >= 0) & (token_ids < vocab)).all()
+            assert token_ids[4] == vocab - 2
