@@ -244,18 +244,19 @@ def sample(
             limits = (None if limit is None else limit[rows] for limit in (top_k, top_p, min_p))
             # What is kept is drawn by its logits as they were, like rows that ask for nothing.
             logits32[keep_likely(logits32 / t, *limits) == -torch.inf] = -torch.inf
-        token_ids[rows] = draw(logits32, t, uniforms(noise_keys[rows]))
+        token_ids[rows] = draw(logits32, t, noise_keys[rows])
     return token_ids
 
 
-def draw(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Draw from softmax(logits / temperature) by inverting its cumulative sums: a block of the
-    vocabulary by the first uniform number, a token of the block by the second.
+def draw(logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tensor) -> torch.Tensor:
+    """Draw from softmax(logits / temperature) by the Gumbel-max trick: what has the largest
+    log-probability plus Gumbel noise is drawn, first a block of the vocabulary, then a token of
+    the block.
 
     Args:
         logits: [S, vocab] float32.
         temperature: [S, 1] above 0.
-        uniforms: [S, 2] in (0, 1).
+        noise_keys: [S, 2] int64, two 32-bit keys a row.
 
     Returns: [S] int64.
     """
@@ -267,38 +268,56 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor
     best = blocks.amax(-1)
     sums = (blocks - best[:, :, None]).div_(temperature[:, :, None]).exp_().sum(-1)
     sums.masked_fill_(sums.isnan(), 1.0)  # inf - inf: the best is infinite
-    block = invert_cdf(softmax_weights(best, temperature) * sums, uniforms[:, 0])
-    weights = softmax_weights(blocks[torch.arange(len(block)), block], temperature)
-    token_ids = block * block_size + invert_cdf(weights, uniforms[:, 1])
-    return token_ids.clamp_(max=vocab - 1)  # NaN may lead into the padding
+    # A block's noise is that of token -1 - block: no token's.
+    block_ids = -1 - torch.arange(best.shape[1], device=logits.device)
+    weights = log_weights(best, temperature).add_(sums.log_())
+    block = weights.add_(gumbel_noise(noise_keys, block_ids)).argmax(-1, keepdim=True)
+
+    tokens = block * block_size + torch.arange(block_size, device=logits.device)  # [S, block]
+    weights = log_weights(logits.gather(1, tokens), temperature)
+    weights.add_(gumbel_noise(noise_keys, tokens)).masked_fill_(tokens >= vocab, -torch.inf)
+    return tokens.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1)
 
 
-def softmax_weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """softmax(logits / temperature) before it is normalised: the largest are 1, also if they are
-    infinite. Differences are divided, which are 0 where a low temperature would overflow."""
+def log_weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """logits / temperature relative to the largest, which is 0, also if it is infinite. Differences
+    are divided, which are 0 where a low temperature would overflow."""
     best = logits.amax(-1, keepdim=True)
-    return (logits - best).div_(temperature).exp_().masked_fill_(logits == best, 1.0)
+    return (logits - best).div_(temperature).masked_fill_(logits == best, 0.0)
 
 
-def invert_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first index whose cumulative sum exceeds uniform * total: its weight is positive, and as
-    uniform is below 1, also after rounding, there is one unless there is NaN.
+def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise for each id: -log(E), E exponential, from 32 hashed bits. With the same
+    keys, different ids have different bits.
 
     Args:
-        weights: [S, n] float32.
-        uniform: [S].
+        keys: [S, 2] int64, two 32-bit keys a row.
+        ids: [n] or [S, n] int64, of which 32 bits count.
 
-    Returns: [S] int64, below n in any case.
+    Returns: [S, n] float32.
     """
-    sums = weights.cumsum(-1)
-    index = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).squeeze(1)
-    return index.clamp_(max=weights.shape[1] - 1)
+    first, second = _int32(keys[:, :1]), _int32(keys[:, 1:])
+    bits = _mix32(_int32(ids * 0x9E3779B9) + first)
+    return gumbel_of_bits(_mix32(bits.bitwise_xor_(second)).long().bitwise_and_(0xFFFFFFFF))
 
 
-def uniforms(noise_keys: torch.Tensor) -> torch.Tensor:
-    """Numbers in (0, 1), exact in float32, from the upper 23 bits of 32-bit keys. (24 bits and a
-    half would round to 1.)"""
-    return ((noise_keys >> 9).float() + 0.5) * 2.0**-23
+def gumbel_of_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of uniform 32-bit values in int64. Through log1p small E, which decide the draw,
+    keep all their bits. E is finite, or the only token that is left might lose to those masked."""
+    minus_uniform = bits.float().add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
+    return minus_uniform.log1p_().neg_().log_().neg_()
+
+
+def _int32(x: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits of int64 values; int32 arithmetic wraps as unsigned arithmetic does."""
+    return x.to(torch.int32)
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """murmur3's 32-bit finalizer (Appleby 2011), in place. The masks make >> shift in zeros."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x85EBCA6B - 2**32)
+    x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(0xC2B2AE35 - 2**32)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 def keep_likely(

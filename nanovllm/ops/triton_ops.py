@@ -183,29 +183,36 @@ def qk_norm_rope_store(
 
 
 @triton.jit
-def _softmax_weights(values, scale, ok):
-    """reference.softmax_weights; scale: log2(e) / temperature, infinite for greedy rows. 0 where
-    not ok."""
+def _mix32(x):
+    """murmur3's 32-bit finalizer, as in reference.py."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _log2_noise(first, second, ids):
+    """reference.gumbel_noise / log(2); first, second: the row's keys in uint32."""
+    bits = _mix32(_mix32(ids.to(tl.uint32) * 0x9E3779B9 + first) ^ second)
+    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    u = tl.minimum(u, 0.999999940395355)  # 1 - 2^-24
+    # -log(1 - u). For small u, which decide the draw, by its series: 1 - u would lose their bits.
+    series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * 0.25)))
+    return -tl.log2(tl.where(u < 0.01, series, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def _log2_weights(values, scale):
+    """reference.log_weights / log(2); scale: log2(e) / temperature, infinite for greedy rows, of
+    which only the best are above -inf."""
     best = tl.max(values, 0)
-    weights = tl.where(values == best, 1.0, tl.exp2((values - best) * scale))
-    return tl.where(ok, weights, 0.0)
+    return tl.where(values == best, 0.0, (values - best) * scale)
 
 
 @triton.jit
-def _invert_cdf(weights, uniform):
-    """reference.invert_cdf. By its rounding a parallel scan may rise at a weight of 0, which is
-    passed over, also if no other exceeds uniform * total any more: then it is the last one."""
-    index = tl.arange(0, weights.shape[0])
-    sums = tl.cumsum(weights, 0)
-    exceeds = (weights > 0) & (sums > uniform * tl.max(sums, 0))
-    first = tl.min(tl.where(exceeds, index, weights.shape[0]), 0)
-    return tl.minimum(first, tl.max(tl.where(weights > 0, index, 0), 0))
-
-
-@triton.jit
-def _uniform(key):
-    """reference.uniforms."""
-    return ((key >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+def _first_of_the_best(values, ids, last):
+    """The first id of the largest value, `last` at most: among NaN there is none."""
+    return tl.min(tl.where(values == tl.max(values, 0), ids, last), 0)
 
 
 @triton.jit
@@ -247,21 +254,27 @@ def sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     t = tl.load(temperature + row)
     scale = _log2e_over(t)
-    # At 0 the first of positive weight is drawn, and in a greedy row only the best have any.
-    first = tl.where(t > 0, _uniform(tl.load(noise_keys + row * 2)), 0.0)
-    second = tl.where(t > 0, _uniform(tl.load(noise_keys + row * 2 + 1)), 0.0)
+    first = tl.load(noise_keys + row * 2).to(tl.uint32)
+    second = tl.load(noise_keys + row * 2 + 1).to(tl.uint32)
 
     blocks = tl.arange(0, BLOCKS)
     there = blocks < NUM_BLOCKS
     best = tl.load(bests + row * NUM_BLOCKS + blocks, mask=there, other=float("-inf"))
-    total = tl.load(sums + row * NUM_BLOCKS + blocks, mask=there, other=0.0)
-    block = _invert_cdf(_softmax_weights(best, scale, there) * total, first)
+    total = tl.load(sums + row * NUM_BLOCKS + blocks, mask=there, other=1.0)
+    weights = _log2_weights(best, scale) + tl.log2(total)
+    if t > 0:
+        weights += _log2_noise(first, second, -1 - blocks)
+    weights = tl.where(there, weights, float("-inf"))
+    block = _first_of_the_best(weights, blocks, NUM_BLOCKS - 1)
 
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     ok = tokens < VOCAB
     values = tl.load(logits + row * VOCAB + tokens, mask=ok, other=float("-inf")).to(tl.float32)
-    token = block * BLOCK + _invert_cdf(_softmax_weights(values, scale, ok), second)
-    tl.store(token_ids + row, token.to(tl.int64))
+    weights = _log2_weights(values, scale)
+    if t > 0:
+        weights += _log2_noise(first, second, tokens)
+    weights = tl.where(ok, weights, float("-inf"))
+    tl.store(token_ids + row, _first_of_the_best(weights, tokens, VOCAB - 1).to(tl.int64))
 
 
 def draw(logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import ops
-from nanovllm.ops.reference import VOCAB_BLOCK, keep_likely, uniforms
+from nanovllm.ops.reference import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.step import RowStart
 from nanovllm.worker.sampler import Sampler, noise_keys
@@ -88,24 +88,43 @@ def test_draws_follow_the_cut_softmax(cuts):
     assert abs(chi_square(counts, probs)) < 4
 
 
-def test_uniforms_are_uniform_and_within_0_and_1():
-    ends = uniforms(torch.tensor([[0, 2**32 - 1]]))
-    assert ends.dtype == torch.float32 and ends.tolist() == [[2.0**-24, 1 - 2.0**-24]]
-    keys = noise_keys(np.full(200_000, 7, np.uint64), np.arange(200_000))
-    u = uniforms(torch.from_numpy(keys)).double()
+def test_noise_is_gumbel_distributed_over_ids():
+    noise = gumbel_noise(torch.tensor([[12345, 67890]]), torch.arange(-100_000, 100_000))
+    noise = noise[0].double().sort()[0]
     quantile = (torch.arange(200_000).double() + 0.5) / 200_000
-    distance = (u.sort(0)[0] - quantile[:, None]).abs().max()
+    distance = (torch.exp(-torch.exp(-noise)) - quantile).abs().max()
     assert distance < 1.95 / 200_000**0.5  # Kolmogorov-Smirnov at 0.1%
 
 
-def test_uniforms_of_different_keys_are_uncorrelated():
-    seeds, positions = np.array([7, 8], np.uint64)[:, None], np.arange(100_000)[None]
-    keys = noise_keys(*map(np.ravel, np.broadcast_arrays(seeds, positions)))
-    u = uniforms(torch.from_numpy(keys)).double()
-    u = u.view(2, -1, 2).movedim(1, 2).flatten(0, 1)  # both numbers of both seeds
-    u = torch.cat((u[:, 1:], u[:, :-1]))  # and of the position before
-    correlation = torch.corrcoef(u) - torch.eye(8)
+def test_the_noises_upper_tail_keeps_all_bits():
+    bits = torch.tensor([0, 1, 2, 1000, 2**31])
+    exact = -torch.log(-torch.log1p(-(bits.double() + 0.5) / 2**32))
+    torch.testing.assert_close(gumbel_of_bits(bits), exact.float())
+    assert exact[0] > 22
+    assert -3 < gumbel_of_bits(torch.tensor([2**32 - 1])) < -2.5
+
+
+def test_noise_of_different_keys_is_uncorrelated():
+    tokens = torch.arange(100_000)
+    keys = torch.from_numpy(noise_keys(np.array([7, 7, 8], np.uint64), np.array([0, 1, 0])))
+    of_blocks = gumbel_noise(keys, -1 - tokens)
+    noise = torch.cat((gumbel_noise(keys, tokens), of_blocks))
+    correlation = torch.corrcoef(noise) - torch.eye(6)
     assert correlation.abs().max() < 4 / 100_000**0.5
+
+
+def test_noise_of_blocks_is_independent_of_their_tokens():
+    positions = np.arange(20_000)
+    keys = torch.from_numpy(noise_keys(np.full(20_000, 7, np.uint64), positions))
+    for block in (0, 1, 30):
+        ids = torch.tensor([-1 - block, *(block * VOCAB_BLOCK + i for i in range(6))])
+        noise = gumbel_noise(keys, ids).double()
+        correlation = torch.corrcoef(torch.cat((noise, noise.roll(1, 0)), 1).T) - torch.eye(14)
+        assert correlation.abs().max() < 4 / 20_000**0.5
+        # Whether a block's noise is high says nothing about which of its tokens has the highest.
+        high = noise[:, 0] > noise[:, 0].median()
+        counts = torch.bincount(noise[high, 1:].argmax(1), minlength=6).double()
+        assert abs(chi_square(counts, torch.full((6,), 1 / 6).double())) < 4
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 30, 64])
