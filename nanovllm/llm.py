@@ -326,7 +326,7 @@ def _freeze_modules() -> None:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Garbage collections wait: a new batch sets them off, and they go through all of its tokens."""
+    """Garbage collections wait: a new batch sets them off, and they look at all its tokens."""
     if not gc.isenabled():  # the user's choice, or another thread will enable them
         yield
         return

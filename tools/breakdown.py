@@ -32,7 +32,7 @@ GPU_KINDS = {
     "attention": r"paged_attention|flash|fmha",
     "products": r"matmul|linear|gemm|gemv|nvjet|cutlass|splitk|cublas|xmma",
     "norms, RoPE, activation": r"norm|rope|silu",
-    "sampling": r"gumbel|argmax|softmax|sort|topk|scan",
+    "sampling": r"sample|argmax|softmax|sort|topk|scan",
     "copies and indexing": r"memcpy|memset|copy|fill|cat|index|gather|scatter",
 }
 OTHER_KERNELS = "other kernels"

@@ -17,7 +17,6 @@ SILU_BLOCK = 1024
 COPY_BLOCK = 1024
 ROWS_BLOCK = 128  # of the rows' state
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
-VOCAB_BLOCK = 4096  # of sampling
 
 # They have a launch of their own in each layer, which must save some microseconds of reading.
 MIN_GAIN_BYTES = 32 * 2**20

@@ -11,8 +11,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.batch import ForwardBatch, KVLayer, Rotary
-from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK, VOCAB_BLOCK
-from nanovllm.ops.reference import keep_likely
+from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK
+from nanovllm.ops.reference import VOCAB_BLOCK, keep_likely
 
 # In Triton 3.4 the functions are there, but do not compile.
 TRITON_HAS_PDL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
@@ -186,67 +186,107 @@ def _mix32(x):
 
 
 @triton.jit
-def _gumbel_noise(first, second, tokens):
-    """reference.gumbel_noise; first, second: the row's keys in uint32."""
-    bits = _mix32(_mix32(tokens.to(tl.uint32) * 0x9E3779B9 + first) ^ second)
+def _log2_noise(first, second, ids):
+    """reference.gumbel_noise / log(2); first, second: the row's keys in uint32."""
+    bits = _mix32(_mix32(ids.to(tl.uint32) * 0x9E3779B9 + first) ^ second)
     u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    u = tl.minimum(u, 0.999999940395355)  # 1 - 2^-24
     # -log(1 - u). For small u, which decide the draw, by its series: 1 - u would lose their bits.
     series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * 0.25)))
-    exponential = tl.where(u < 0.01, series, -tl.log(1.0 - u))
-    return -tl.log(exponential)
+    return -tl.log2(tl.where(u < 0.01, series, -tl.log(1.0 - u)))
 
 
 @triton.jit
-def gumbel_argmax_kernel(
-    token_ids, logits, temperature, noise_keys, best_values, best_tokens, arrivals, num_blocks,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+def _log2_weights(values, scale):
+    """reference.log_weights / log(2); scale: log2(e) / temperature, infinite for greedy rows, of
+    which only the best are above -inf."""
+    best = tl.max(values, 0)
+    return tl.where(values == best, 0.0, (values - best) * scale)
+
+
+@triton.jit
+def _first_of_the_best(values, ids, last):
+    """The first id of the largest value, `last` at most: among NaN there is none."""
+    return tl.min(tl.where(values == tl.max(values, 0), ids, last), 0)
+
+
+@triton.jit
+def _log2e_over(t):
+    return tl.where(t > 0, 1.4426950408889634 / t, float("inf"))
+
+
+@triton.jit
+def sample_blocks_kernel(
+    bests, sums, logits, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program finds the best of one block of the vocabulary; a row's last one the best of all."""
+    """A program takes the best logit of one block of a row, and the sum of the block's softmax
+    weights, of which the best is 1."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    scale = _log2e_over(tl.load(temperature + row))
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(logits + row * VOCAB + tokens, mask=tokens < VOCAB, other=float("-inf"))
+    values = values.to(tl.float32)
+    best = tl.max(values, 0)
+    total = tl.sum(tl.exp2((values - best) * scale), 0)
+    # NaN is inf - inf, or 0 * inf in a greedy row, which takes the first of its best blocks.
+    total = tl.where(total == total, total, 1.0)
+    tl.store(bests + row * tl.num_programs(1) + block, best)
+    tl.store(sums + row * tl.num_programs(1) + block, total)
+
+
+@triton.jit
+def sample_kernel(
+    token_ids, logits, temperature, noise_keys, bests, sums,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program draws one row's block and in it the token."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
+    t = tl.load(temperature + row)
+    scale = _log2e_over(t)
+    first = tl.load(noise_keys + row * 2).to(tl.uint32)
+    second = tl.load(noise_keys + row * 2 + 1).to(tl.uint32)
+
+    blocks = tl.arange(0, BLOCKS)
+    there = blocks < NUM_BLOCKS
+    best = tl.load(bests + row * NUM_BLOCKS + blocks, mask=there, other=float("-inf"))
+    total = tl.load(sums + row * NUM_BLOCKS + blocks, mask=there, other=1.0)
+    weights = _log2_weights(best, scale) + tl.log2(total)
+    if t > 0:
+        weights += _log2_noise(first, second, -1 - blocks)
+    weights = tl.where(there, weights, float("-inf"))
+    block = _first_of_the_best(weights, blocks, NUM_BLOCKS - 1)
+
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     ok = tokens < VOCAB
     values = tl.load(logits + row * VOCAB + tokens, mask=ok, other=float("-inf")).to(tl.float32)
-    t = tl.load(temperature + row)
+    weights = _log2_weights(values, scale)
     if t > 0:
-        first = tl.load(noise_keys + row * 2).to(tl.uint32)
-        second = tl.load(noise_keys + row * 2 + 1).to(tl.uint32)
-        values = tl.where(ok, values / t + _gumbel_noise(first, second, tokens), float("-inf"))
-    best = tl.max(values, 0)
-    token = tl.min(tl.where(values == best, tokens, VOCAB), 0)
-    tl.store(best_values + row * num_blocks + block, best)
-    tl.store(best_tokens + row * num_blocks + block, token)
-    tl.debug_barrier()
-    if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == num_blocks - 1:
-        blocks = tl.arange(0, BLOCKS)
-        there = blocks < num_blocks
-        of_row = row * num_blocks + blocks
-        # .cg: past this multiprocessor's own cache, which does not see others' writes.
-        bests = tl.load(best_values + of_row, mask=there, other=float("-inf"), cache_modifier=".cg")
-        candidates = tl.load(best_tokens + of_row, mask=there, other=VOCAB, cache_modifier=".cg")
-        token = tl.min(tl.where(bests == tl.max(bests, 0), candidates, VOCAB), 0)
-        # Rows that pad a CUDA graph may be NaN throughout, which no comparison finds.
-        tl.store(token_ids + row, tl.minimum(token, VOCAB - 1).to(tl.int64))
+        weights += _log2_noise(first, second, tokens)
+    weights = tl.where(ok, weights, float("-inf"))
+    tl.store(token_ids + row, _first_of_the_best(weights, tokens, VOCAB - 1).to(tl.int64))
 
 
-def gumbel_argmax(
-    logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tensor
-) -> torch.Tensor:
+def draw(logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tensor) -> torch.Tensor:
     """reference.sample without limits."""
     num_rows, vocab = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return token_ids
     num_blocks = triton.cdiv(vocab, VOCAB_BLOCK)
-    best_values = torch.empty(num_rows, num_blocks, device=logits.device)
-    best_tokens = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits.device)
-    arrivals = torch.zeros(num_rows, dtype=torch.int32, device=logits.device)
-    gumbel_argmax_kernel[(num_rows, num_blocks)](
-        token_ids, logits, temperature, noise_keys, best_values, best_tokens, arrivals, num_blocks,
-        VOCAB=vocab, BLOCK=VOCAB_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
-        **pdl_options(logits.device),
+    bests, sums = (torch.empty(num_rows, num_blocks, device=logits.device) for _ in range(2))
+    sizes = dict(VOCAB=vocab, BLOCK=VOCAB_BLOCK, **pdl_options(logits.device))
+    sample_blocks_kernel[(num_rows, num_blocks)](
+        bests, sums, logits, temperature, num_warps=4, **sizes
+    )
+    sample_kernel[(num_rows,)](
+        token_ids, logits, temperature, noise_keys, bests, sums, NUM_BLOCKS=num_blocks,
+        BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8, **sizes,
     )  # fmt: skip
     return token_ids
 
@@ -260,7 +300,7 @@ def sample(
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if top_k is None and top_p is None and min_p is None:
-        return gumbel_argmax(logits, temperature, noise_keys)
+        return draw(logits, temperature, noise_keys)
     # Only now is there a float32 copy and a sort, of so many rows at a time.
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     num_rows = max(1, SORTED_LOGITS // logits.shape[1])
@@ -272,5 +312,5 @@ def sample(
         # What is dropped is taken from the logits themselves: a row's draw stays what it would be
         # beside rows that ask for nothing.
         likely = logits[rows].masked_fill(kept == -torch.inf, -torch.inf)
-        token_ids[rows] = gumbel_argmax(likely, t, noise_keys[rows])
+        token_ids[rows] = draw(likely, t, noise_keys[rows])
     return token_ids

@@ -39,7 +39,8 @@ ROOT = Path(__file__).parents[2]
             "silu_and_mul_kernel",
         ),
         "sampling": (
-            "gumbel_argmax_kernel",
+            "sample_blocks_kernel",
+            "sample_kernel",
             "void at::native::reduce_kernel<512, 1, ReduceOp<float, ArgMaxOps<float>>>",
         ),
         "copies and indexing": (
@@ -61,7 +62,7 @@ def test_a_gpus_time_is_parted_once():
         Event("paged_attention_kernel", 150, 190, step=0),  # launched before the product's end
         Event("rms_norm_kernel", 170, 180, step=0),  # beside the attention
         Event("nvjet_tst", 220, 290, step=1),
-        Event("gumbel_argmax_kernel", 290, 305, step=1),  # by its clock after the run
+        Event("sample_kernel", 290, 305, step=1),  # by its clock after the run
     ]
     parts = breakdown.gpu_parts(kernels, start=100, end=300)
     assert sum(parts.values()) == 200

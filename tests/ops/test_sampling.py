@@ -6,7 +6,7 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import ops
-from nanovllm.ops.reference import gumbel_noise, gumbel_of_bits, keep_likely
+from nanovllm.ops.reference import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.step import RowStart
 from nanovllm.worker.sampler import Sampler, noise_keys
@@ -26,10 +26,13 @@ def draw(logits, num_draws, temperature=1.0, seed=1, **cuts):
 def chi_square(counts, probs):
     """Of mean 0 and deviation 1 if `probs` is what was drawn from."""
     expected = probs * counts.sum()
-    kept = expected > 0
-    assert counts[~kept].sum() == 0
-    freedom = int(kept.sum()) - 1
-    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert counts[probs == 0].sum() == 0
+    rare = expected < 1  # one cell together
+    counts, expected = (
+        torch.cat((x[~rare], x[rare].sum()[None])) if rare.any() else x for x in (counts, expected)
+    )
+    freedom = int((expected > 0).sum()) - 1
+    statistic = ((counts - expected) ** 2 / expected)[expected > 0].sum()
     return float((statistic - freedom) / (2 * freedom) ** 0.5)
 
 
@@ -39,6 +42,39 @@ def test_draws_follow_the_softmax(temperature, seed):
     logits = torch.linspace(-1.5, 1.5, 40)
     counts = draw(logits, 40_000, temperature, seed)
     assert abs(chi_square(counts, (logits.double() / temperature).softmax(0))) < 4
+
+
+def flat(vocab):
+    return torch.linspace(-1.5, 1.5, vocab)[torch.randperm(vocab)]
+
+
+def peaked(vocab):
+    """A few tokens over a tail of as many as there are."""
+    logits = torch.zeros(vocab)
+    logits[:: vocab // 7] = vocab**0.5 / 10
+    return logits
+
+
+def masked(vocab):
+    """Whole blocks and the ends of others can't be drawn."""
+    logits = flat(vocab)
+    logits[: VOCAB_BLOCK + 50] = logits[-100:] = logits[vocab // 2 :: 2] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "logits_of, vocab",
+    [(flat, 2000), (flat, VOCAB_BLOCK), (flat, 9001), (peaked, 12_289), (masked, 10_001)],
+)
+def test_draws_of_large_vocabularies_follow_the_softmax(logits_of, vocab, temperature):
+    torch.manual_seed(0)
+    logits = logits_of(vocab)
+    probs = (logits.double() / temperature).softmax(0)
+    counts = draw(logits, 20_000, temperature)
+    assert abs(chi_square(counts, probs)) < 4
+    by_block = [torch.stack([part.sum() for part in x.split(VOCAB_BLOCK)]) for x in (counts, probs)]
+    assert vocab <= VOCAB_BLOCK or abs(chi_square(*by_block)) < 4
 
 
 @pytest.mark.parametrize("cuts", [dict(top_k=5), dict(top_p=0.6), dict(min_p=0.3)])
@@ -52,10 +88,9 @@ def test_draws_follow_the_cut_softmax(cuts):
     assert abs(chi_square(counts, probs)) < 4
 
 
-def test_noise_is_gumbel_distributed_over_token_ids():
-    noise = (
-        gumbel_noise(torch.tensor([[12345, 67890]]), torch.arange(200_000))[0].double().sort()[0]
-    )
+def test_noise_is_gumbel_distributed_over_ids():
+    noise = gumbel_noise(torch.tensor([[12345, 67890]]), torch.arange(-100_000, 100_000))
+    noise = noise[0].double().sort()[0]
     quantile = (torch.arange(200_000).double() + 0.5) / 200_000
     distance = (torch.exp(-torch.exp(-noise)) - quantile).abs().max()
     assert distance < 1.95 / 200_000**0.5  # Kolmogorov-Smirnov at 0.1%
@@ -66,15 +101,30 @@ def test_the_noises_upper_tail_keeps_all_bits():
     exact = -torch.log(-torch.log1p(-(bits.double() + 0.5) / 2**32))
     torch.testing.assert_close(gumbel_of_bits(bits), exact.float())
     assert exact[0] > 22
-    assert gumbel_of_bits(torch.tensor([2**32 - 1])) < -2.5
+    assert -3 < gumbel_of_bits(torch.tensor([2**32 - 1])) < -2.5
 
 
 def test_noise_of_different_keys_is_uncorrelated():
     tokens = torch.arange(100_000)
     keys = torch.from_numpy(noise_keys(np.array([7, 7, 8], np.uint64), np.array([0, 1, 0])))
-    noise = gumbel_noise(keys, tokens)
-    correlation = torch.corrcoef(noise) - torch.eye(3)
+    of_blocks = gumbel_noise(keys, -1 - tokens)
+    noise = torch.cat((gumbel_noise(keys, tokens), of_blocks))
+    correlation = torch.corrcoef(noise) - torch.eye(6)
     assert correlation.abs().max() < 4 / 100_000**0.5
+
+
+def test_noise_of_blocks_is_independent_of_their_tokens():
+    positions = np.arange(20_000)
+    keys = torch.from_numpy(noise_keys(np.full(20_000, 7, np.uint64), positions))
+    for block in (0, 1, 30):
+        ids = torch.tensor([-1 - block, *(block * VOCAB_BLOCK + i for i in range(6))])
+        noise = gumbel_noise(keys, ids).double()
+        correlation = torch.corrcoef(torch.cat((noise, noise.roll(1, 0)), 1).T) - torch.eye(14)
+        assert correlation.abs().max() < 4 / 20_000**0.5
+        # Whether a block's noise is high says nothing about which of its tokens has the highest.
+        high = noise[:, 0] > noise[:, 0].median()
+        counts = torch.bincount(noise[high, 1:].argmax(1), minlength=6).double()
+        assert abs(chi_square(counts, torch.full((6,), 1 / 6).double())) < 4
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 30, 64])
@@ -102,13 +152,14 @@ def make_sampler(params_list, vocab_size=50, stop_token_ids=(), min_len=0):
     return sampler
 
 
-def test_a_draw_does_not_depend_on_the_batch():
+@pytest.mark.parametrize("vocab", [50, 10_001])
+def test_a_draw_does_not_depend_on_the_batch(vocab):
     rng = np.random.default_rng(0)
     params = [SamplingParams(temperature=t, top_p=p, top_k=k, min_p=m)
               for t, p, k, m in [(0, 1, 0, 0), (1, 1, 0, 0), (0.7, 0.8, 0, 0), (2, 1, 5, 0),
                                  (1.5, 1, 0, 0.2), (0.8, 0.9, 20, 0.01)]]  # fmt: skip
-    sampler = make_sampler(params)
-    logits = torch.randn(6, 50)
+    sampler = make_sampler(params, vocab)
+    logits = torch.randn(6, vocab)
     positions = np.arange(6) + 3
     together = sampler.sample(logits.clone(), np.arange(6), positions)
     order = rng.permutation(6)
@@ -117,6 +168,21 @@ def test_a_draw_does_not_depend_on_the_batch():
         alone = sampler.sample(logits[row : row + 1], np.array([row]), positions[row : row + 1])
         assert alone == together[row]
     assert together[0] == logits[0].argmax()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_others_warpers_do_not_change_a_draw(dtype):
+    vocab = 10_001
+    logits = (torch.randn(40, vocab) * 2).to(dtype)
+    temperature = torch.linspace(0.05, 2, 40)
+    keys = torch.from_numpy(noise_keys(np.arange(40, dtype=np.uint64), np.arange(40)))
+    plain = ops.sample(logits, temperature, keys)
+    top_k, top_p, min_p = torch.full((40,), vocab), torch.ones(40), torch.zeros(40)
+    top_k[3], top_p[4], min_p[5] = 1, 0.1, 0.9
+    beside = ops.sample(logits, temperature, keys, top_k, top_p, min_p)
+    untouched = torch.ones(40, dtype=torch.bool)
+    untouched[3:6] = False
+    assert torch.equal(beside[untouched], plain[untouched])
 
 
 def test_stop_tokens_are_not_drawn_before_min_len():

@@ -363,24 +363,41 @@ def test_qk_norm_rope_store(device, dtype, norm, heads, kv_heads, head_dim):
 # Sampling
 
 
+def assert_drawn_by(logits, temperature, keys, token_ids):
+    """In float64, the drawn block's log-probability with its noise is the best of the row, and the
+    token's the best of the block, up to ties within float32's rounding."""
+    vocab = logits.shape[1]
+    scaled = logits.double() / temperature[:, None].double()
+    blocks = [block.logsumexp(-1) for block in scaled.split(reference.VOCAB_BLOCK, dim=1)]
+    ids = torch.arange(vocab, device=logits.device)
+    block_of, block = ids // reference.VOCAB_BLOCK, token_ids[:, None] // reference.VOCAB_BLOCK
+    by_block = torch.stack(blocks, 1)
+    by_block += reference.gumbel_noise(keys, -1 - ids[: len(blocks)])
+    by_token = scaled + reference.gumbel_noise(keys, ids)
+    by_token[block_of != block] = -torch.inf
+    for values, index in ((by_block, block), (by_token, token_ids[:, None])):
+        drawn = values.gather(1, index).squeeze(1)
+        torch.testing.assert_close(drawn, values.amax(1), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [50, 4096, 10_001])
 def test_draws_equal_the_references(device, dtype, vocab):
     logits = (torch.randn(30, vocab, device=device) * 3).to(dtype)
     logits[7] = 0.0  # all alike: greedy takes the first
+    logits[8:12, : vocab // 2] = -torch.inf
+    logits[10:14, 1 - vocab // 3 :] = -torch.inf
     temperature = torch.linspace(0.2, 2.0, 30, device=device)
     temperature[::7] = 0.0
     keys = torch.from_numpy(noise_keys(np.arange(30, dtype=np.uint64), np.arange(30))).to(device)
-    drawn = triton_ops.sample(logits, temperature, keys)
-    expected = reference.sample(logits, temperature, keys)
-    tokens = torch.arange(vocab, device=device)
-    noise = reference.gumbel_noise(keys, tokens)
     random = temperature > 0
-    values = logits.float() / torch.where(random, temperature, 1)[:, None] + noise * random[:, None]
-    pick = [values.gather(1, ids[:, None]).squeeze(1) for ids in (drawn, expected)]
-    torch.testing.assert_close(*pick, rtol=1e-4, atol=1e-4)  # ties within rounding may differ
-    assert torch.equal(drawn[~random], logits[~random].float().argmax(-1)) and drawn[7] == 0
+    drawn, expected = (m.sample(logits, temperature, keys) for m in (triton_ops, reference))
+    assert (drawn != expected).sum() <= 1  # a tie
+    for token_ids in (drawn, expected):
+        assert torch.equal(token_ids[~random], logits[~random].float().argmax(-1))
+        assert token_ids[7] == 0
+        assert_drawn_by(logits[random], temperature[random], keys[random], token_ids[random])
 
     limits = dict(
         top_k=torch.full((30,), vocab, device=device),
@@ -395,10 +412,77 @@ def test_draws_equal_the_references(device, dtype, vocab):
     assert torch.equal(logits.gather(1, cut[:, None]).squeeze(1)[5:15], best[5:15])
 
 
+SAMPLES = pytest.mark.parametrize("sample", [triton_ops.sample, reference.sample])
+
+
+def keys_for(token, bits):
+    """Keys for which an id's noise is made of these bits. The second is found backwards: murmur3's
+    finalizer undone for the bits, and done for what the first has made of the id."""
+    multipliers = 0x85EBCA6B, 0xC2B2AE35
+    x = (token * 0x9E3779B9 + 12345) % 2**32
+    for shift, multiplier in zip((16, 13), multipliers, strict=True):
+        x = (x ^ (x >> shift)) * multiplier % 2**32
+    bits ^= bits >> 16
+    bits = bits * pow(multipliers[1], -1, 2**32) % 2**32
+    bits ^= (bits >> 13) ^ (bits >> 26)
+    bits = bits * pow(multipliers[0], -1, 2**32) % 2**32
+    return [12345, (x ^ (x >> 16)) ^ (bits ^ (bits >> 16))]
+
+
+@SAMPLES
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_of_nan_give_a_token_that_exists(device):
-    logits = torch.full((2, 50), torch.nan, device=device)
-    temperature = torch.tensor([0.0, 1.0], device=device)
-    keys = torch.zeros(2, 2, dtype=torch.int64, device=device)
-    tokens = triton_ops.sample(logits, temperature, keys)
-    assert ((tokens >= 0) & (tokens < 50)).all()
+def test_masked_tokens_are_not_drawn_whatever_the_noise(device, sample):
+    """The only token that is left wins with the lowest noise, for itself or its block, and against
+    the highest for another."""
+    logits = torch.full((4, 13_000), -torch.inf, device=device)
+    logits[:, 5000] = 0.0
+    ids = torch.tensor([5000, -2, 5001, -1], device=device)
+    bits = torch.tensor([2**32 - 1, 2**32 - 1, 0, 0], device=device)
+    keys = torch.tensor(list(map(keys_for, ids.tolist(), bits.tolist())), device=device)
+    assert torch.equal(reference.gumbel_noise(keys, ids).diag(), reference.gumbel_of_bits(bits))
+    token_ids = sample(logits, torch.ones(4, device=device), keys)
+    assert token_ids.tolist() == [5000] * 4
+
+
+@SAMPLES
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_temperatures_take_the_best_token(device, dtype, sample):
+    """1e-40 has no reciprocal in float32."""
+    logits = (torch.randn(5, 9001, device=device) * 1e4).to(dtype)
+    best = torch.tensor([0, 1, 4096, 8191, 9000], device=device)
+    logits[torch.arange(5), best] = 1e6
+    keys = torch.from_numpy(noise_keys(np.arange(5, dtype=np.uint64), np.arange(5))).to(device)
+    for temperature in (0.0, 1e-40, 1e-6):
+        token_ids = sample(logits, torch.full((5,), temperature, device=device), keys)
+        assert torch.equal(token_ids, best)
+
+
+@SAMPLES
+@pytest.mark.parametrize("device", DEVICES)
+def test_greedy_takes_the_first_of_the_best(device, sample):
+    logits = torch.zeros(4, 10_001, device=device)
+    logits[0, [9000, 5000, 5001]] = 1.0
+    logits[1, [10_000, 4095]] = 1.0
+    logits[2, [8192, 8191]] = torch.inf
+    logits[3, 4096:] = 1e-40
+    keys = torch.full((4, 2), 2**32 - 1, device=device)
+    token_ids = sample(logits, torch.zeros(4, device=device), keys)
+    assert token_ids.tolist() == [5000, 4095, 8191, 4096]
+
+
+@SAMPLES
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocab", [50, 9001])
+def test_whatever_the_logits_the_token_exists(device, vocab, sample):
+    nan, inf = torch.nan, torch.inf
+    logits = torch.full((5, vocab), nan, device=device)
+    logits[1], logits[2], logits[3, ::2] = -inf, inf, 1.0
+    logits[4] = 0.0
+    logits[4, vocab - 2] = inf  # is certain
+    for temperature in (0.0, 1e-6, 1.0):
+        for key in (0, 2**32 - 1):
+            keys = torch.full((5, 2), key, device=device)
+            token_ids = sample(logits, torch.full((5,), temperature, device=device), keys)
+            assert ((token_ids >= 0) & (token_ids < vocab)).all()
+            assert token_ids[4] == vocab - 2
