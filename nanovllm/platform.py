@@ -170,6 +170,9 @@ def use(device: torch.device) -> AbstractContextManager[object]:
     step must see what the one before it left."""
     if device.type == "cpu":
         return nullcontext()
+    index = 0 if device.index is None else device.index
+    if torch.cuda.current_device() == index and torch.cuda.current_stream().cuda_stream == 0:
+        return nullcontext()  # it is so already, as nearly always; entering takes longer to do
     return torch.cuda.stream(torch.cuda.default_stream(device))
 
 

@@ -58,8 +58,10 @@ class HostExecutor(NullExecutor):
             attention.steps_per_list = steps_per_list
         uploader = Uploader(device)
         self.size = max_num_seqs
-        self.inputs = InputBuilder(max_num_seqs, 256, BLOCK_SIZE, attention, uploader)
         self.sampler = Sampler(max_num_seqs + 1, 151936, uploader)
+        self.inputs = InputBuilder(
+            max_num_seqs, 256, BLOCK_SIZE, attention, uploader, self.sampler.device_state
+        )
         self.arrays: dict[str, np.ndarray] = {}
         self.offsets: dict[tuple[str, ...], dict[str, int]] = {}
         self.buffer = np.empty(1 << 22, np.uint8)
@@ -76,7 +78,7 @@ class HostExecutor(NullExecutor):
         return super().submit(step)
 
     def _run_decodes(self, step: StepInput) -> None:
-        arrays = self.inputs.begin_decode(step, self.size, self.sampler.device_state)
+        arrays = self.inputs.begin_decode(step, self.size)
         if arrays is not self.arrays:
             names = tuple(arrays)
             if names not in self.offsets:

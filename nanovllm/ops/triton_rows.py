@@ -24,21 +24,20 @@ def _noise_keys(seed, position):
     return (x >> 32).to(tl.int64), (x & 0xFFFFFFFF).to(tl.int64)
 
 
-@triton.jit(
-    do_not_specialize=["num_decodes", "size", "turn", "list_age", "padding_row", "table_stride"]
-)
+@triton.jit(do_not_specialize=["num_rows", "table_stride"])
 def begin_decode_kernel(
     decodes, block_tables, last_tokens, temperature_of, seed_of,
     rows, positions, context_lens, slot_mapping, token_ids, temperature, noise_keys, turn_out,
-    list_age_out, num_decodes, size, turn, list_age, padding_row, table_stride,
-    BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    list_age_out, num_rows, table_stride, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program does BLOCK decodes of a batch that is padded to `size`."""
+    """A program does BLOCK decodes of a batch that is padded to `size` with the last row."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    num_decodes, size = tl.load(decodes), tl.load(decodes + 1)
+    width = tl.maximum(num_rows, 4)
     ok, is_decode = i < size, i < num_decodes
-    row = tl.load(decodes + i, mask=is_decode, other=padding_row)
-    position = tl.load(decodes + num_decodes + i, mask=is_decode, other=0)
-    opened = tl.load(decodes + 2 * num_decodes + i, mask=is_decode, other=-1)
+    row = tl.load(decodes + width + i, mask=is_decode, other=num_rows)
+    position = tl.load(decodes + 2 * width + i, mask=is_decode, other=0)
+    opened = tl.load(decodes + 3 * width + i, mask=is_decode, other=-1)
     entry = block_tables + row * table_stride + position // BLOCK_SIZE
     page = tl.where(opened >= 0, opened, tl.load(entry, mask=is_decode, other=0).to(tl.int64))
     tl.store(entry, page.to(tl.int32), mask=opened >= 0)
@@ -52,25 +51,24 @@ def begin_decode_kernel(
     tl.store(temperature + i, tl.load(temperature_of + row, mask=ok, other=0.0), mask=ok)
     tl.store(noise_keys + 2 * i, first, mask=ok)
     tl.store(noise_keys + 2 * i + 1, second, mask=ok)
-    tl.store(turn_out, turn)
-    tl.store(list_age_out, list_age)
+    tl.store(turn_out, tl.load(decodes + 2).to(tl.int32))
+    tl.store(list_age_out, tl.load(decodes + 3).to(tl.int32))
 
 
 def begin_decode(
     decodes: torch.Tensor,
     state: dict[str, torch.Tensor],
     inputs: dict[str, torch.Tensor],
-    size: int,
-    turn: int,
-    list_age: int,
     block_size: int,
 ) -> None:
     """The inputs of a step of decodes, from what the engine says and the rows' state; pages that
-    decodes open go to their block tables.
+    decodes open go to their block tables. All that differs from step to step lies in memory, so a
+    CUDA graph can hold it.
 
     Args:
-        decodes: [3, decodes] int64 in page-locked memory: rows, positions, pages that they open or
-            -1.
+        decodes: [4, at least 4, and rows but for the last] int64 in page-locked memory. First how
+            many decodes there are, the size that they are padded to, turn and list_age; then of
+            each decode its row, its position, and the page that it opens or -1.
         state: of all rows: block_tables, last_tokens, temperature, seed.
         inputs: written: the first `size` elements of rows, positions, context_lens, slot_mapping,
             token_ids (as in ForwardBatch), temperature, noise_keys (as ops.sample takes them);
@@ -78,12 +76,13 @@ def begin_decode(
             is no sequence's.
     """
     tables = state["block_tables"]
-    begin_decode_kernel[(triton.cdiv(size, ROWS_BLOCK),)](
+    num_rows = len(tables) - 1
+    begin_decode_kernel[(triton.cdiv(num_rows, ROWS_BLOCK),)](
         decodes, tables, state["last_tokens"], state["temperature"], state["seed"],
         inputs["rows"], inputs["positions"], inputs["context_lens"], inputs["slot_mapping"],
         inputs["token_ids"], inputs["temperature"], inputs["noise_keys"], inputs["turn"],
-        inputs["list_age"], decodes.shape[1], size, turn, list_age, len(tables) - 1,
-        tables.stride(0), BLOCK_SIZE=block_size, BLOCK=ROWS_BLOCK, num_warps=4,
+        inputs["list_age"], num_rows, tables.stride(0), BLOCK_SIZE=block_size, BLOCK=ROWS_BLOCK,
+        num_warps=4,
     )  # fmt: skip
 
 

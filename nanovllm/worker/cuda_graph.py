@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*sizes, max_num_seqs]
 
 
+Result = TypeVar("Result")
 # A step of so many decodes, padding included, on what its attention needs.
 Decode = Callable[[int, dict[str, torch.Tensor]], DecodeOutput]
 
@@ -105,6 +108,12 @@ class DecodeGraphs:
         memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
         tensors = self.uploader.upload(arrays, out=memory)
         warmed = warm_up(size, tensors)
+        graph, output = self.record(partial(decode, size, tensors))
+        self.graphs[size, tuple(arrays)] = Captured(graph, memory, offsets, arrays, output)
+        return warmed
+
+    def record(self, operations: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """A graph of operations whose kernels have run before, and what they return."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
         platform.drop_workspaces()
@@ -112,7 +121,7 @@ class DecodeGraphs:
             with torch.cuda.stream(self.stream):
                 try:
                     graph.capture_begin(self.pool, capture_error_mode="thread_local")
-                    output = decode(size, tensors)
+                    result = operations()
                 except BaseException:
                     with suppress(RuntimeError):  # it would hide what was wrong
                         graph.capture_end()
@@ -120,5 +129,4 @@ class DecodeGraphs:
                 graph.capture_end()
         finally:
             platform.drop_workspaces()
-        self.graphs[size, tuple(arrays)] = Captured(graph, memory, offsets, arrays, output)
-        return warmed
+        return graph, result

@@ -4,7 +4,9 @@ process."""
 import traceback
 from collections import deque
 from contextlib import suppress
+from itertools import cycle
 
+import numpy as np
 import torch
 
 from nanovllm import platform
@@ -44,13 +46,20 @@ class InProcessExecutor:
             platform.release_memory(device)
             raise
         # A step in flight writes into page-locked memory, also when nobody wants its tokens.
+        self.events = None
+        if device.type == "cuda":
+            self.events = cycle([torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)])
         self.recent: deque[SampledTokens] = deque(maxlen=STEPS_IN_FLIGHT)
         self.plan, self.dtype = self.runner.plan, self.runner.dtype
         self.description = self.runner.description
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
-            tokens = SampledTokens(self.runner.run(step), self.device)
+            token_ids = self.runner.run(step)
+            written = next(self.events) if self.events else None
+            if written is not None:
+                written.record()
+        tokens = SampledTokens(token_ids, written)
         self.recent.append(tokens)
         return tokens
 
@@ -67,15 +76,13 @@ class SampledTokens:
     """Tokens on their way from the device.
 
     Args:
-        token_ids: [n] int64 of the host, which the device writes to; they stay for some steps.
-        device: that does.
+        token_ids: [n] int64, which the device writes to.
+        written: recorded behind that; None: they are there.
     """
 
-    def __init__(self, token_ids: torch.Tensor, device: torch.device):
+    def __init__(self, token_ids: np.ndarray, written: torch.cuda.Event | None):
         self.token_ids = token_ids
-        self.written = torch.cuda.Event() if device.type == "cuda" else None
-        if self.written is not None:
-            self.written.record()
+        self.written = written
 
     def result(self) -> StepOutput:
         if self.written is not None:

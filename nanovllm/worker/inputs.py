@@ -6,12 +6,15 @@ built on the host, in numpy. One of decodes alone differs little from the step b
 kernel makes its inputs from the rows' state, and the attention's list of work serves several steps.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from nanovllm import ops
 from nanovllm.batch import Attention, ForwardBatch
 from nanovllm.step import StepInput
+from nanovllm.worker.cuda_graph import DecodeGraphs
 from nanovllm.worker.upload import RING, Uploader
 
 
@@ -24,11 +27,14 @@ class InputBuilder:
         block_size: tokens a page.
         attention: the backend that reads the cache.
         uploader: to the device of the batches.
+        draws: what the sampler keeps on the device: temperature and seed of all rows.
 
     Attributes:
-        block_tables, last_tokens: the rows' state on the device.
+        block_tables, last_tokens: the rows' state on the device, which has all of it in `state`.
         decode_inputs: what begin_decode has written there, of max_num_seqs decodes.
-        turn: which row of host_tokens gets the step's sampled tokens.
+        turn: which part of the page-locked memory is the step's. It is used again when the step's
+            tokens have been read: RING steps are more than are ever in flight.
+        begin_graphs: launch_begin of every turn as a CUDA graph; none: it is launched.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class InputBuilder:
         block_size: int,
         attention: Attention,
         uploader: Uploader,
+        draws: dict[str, torch.Tensor],
     ):
         self.block_size = block_size
         self.attention = attention
@@ -48,13 +55,18 @@ class InputBuilder:
         # On a CPU the table is the host's own memory.
         self.block_tables = torch.from_numpy(self.host_tables).to(uploader.device)
         self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=uploader.device)
+        self.state = {"block_tables": self.block_tables, "last_tokens": self.last_tokens, **draws}
         self.decode_inputs = _decode_inputs(num_rows, uploader.device)
         self.listed_rows, self.listed_size, self.steps_listed = np.empty(0), 0, 0
         self.attention_arrays: dict[str, np.ndarray] = {}
         self.turn = 0
-        self.host_tokens = torch.empty(
-            RING, num_rows, dtype=torch.int64, pin_memory=uploader.device.type == "cuda"
-        )
+        self.begin_graphs: list[torch.cuda.CUDAGraph] = []
+        # Both sides see the same memory, as tensors and as arrays.
+        pin = uploader.device.type == "cuda"
+        decodes = torch.zeros(RING, 4, max(num_rows, 4), dtype=torch.int64, pin_memory=pin)
+        self.decodes, self.host_decodes = decodes.unbind(), decodes.numpy()
+        self.tokens = torch.empty(RING, num_rows, dtype=torch.int64, pin_memory=pin)
+        self.host_tokens = self.tokens.numpy()
 
     def build(self, step: StepInput) -> tuple[ForwardBatch, dict[str, torch.Tensor]]:
         """The step's batch, in new memory, and all tensors that it was made of: sampled_rows among
@@ -68,45 +80,45 @@ class InputBuilder:
         tensors["token_ids"] = token_ids
         return self._batch(tensors, int(step.query_lens.max()), n), tensors
 
-    def begin_decode(
-        self, step: StepInput, size: int, state: dict[str, torch.Tensor]
-    ) -> dict[str, np.ndarray]:
+    def begin_decode(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
         """Put the inputs of a step of decodes on the GPU, padded to a size; decode_batch is made of
         them. What its attention needs is still to be uploaded, and shapes depend on the size alone.
-
-        Args:
-            state: temperature and seed of all rows.
 
         Returns: the same arrays as for the step before, if they still serve.
         """
         assert not step.starts and not step.chunks
         self._begin(step)
         rows, positions, n = step.decode_rows, step.decode_positions, step.num_decodes
-        if (
-            not 0 < self.steps_listed < self.attention.steps_per_list
-            or size != self.listed_size
-            or not np.array_equal(rows, self.listed_rows)
+        if not (
+            0 < self.steps_listed < self.attention.steps_per_list
+            and size == self.listed_size
+            and n == len(self.listed_rows)
+            and (rows == self.listed_rows).all()
         ):
             ones, query_start = np.ones(n, np.int64), np.arange(n + 1)
             self.attention_arrays = self.attention.host_arrays(
                 self.host_tables, rows, query_start, ones, positions + 1, n, size
             )
             self.listed_rows, self.listed_size, self.steps_listed = rows, size, 0
-        with self.uploader.pinned(3 * 8 * n) as pinned:
-            decodes = pinned.view(torch.int64).view(3, n)
-            host = decodes.numpy()
-            host[0], host[1], host[2] = rows, positions, step.decode_pages
-            ops.begin_decode(
-                decodes,
-                {**state, "block_tables": self.block_tables, "last_tokens": self.last_tokens},
-                self.decode_inputs,
-                size,
-                self.turn,
-                self.steps_listed,
-                self.block_size,
-            )
+        host = self.host_decodes[self.turn]
+        host[0, :4] = n, size, self.turn, self.steps_listed
+        host[1, :n], host[2, :n], host[3, :n] = rows, positions, step.decode_pages
+        if self.begin_graphs:
+            self.begin_graphs[self.turn].replay()
+        else:
+            self.launch_begin(self.turn)
         self.steps_listed += 1
         return self.attention_arrays
+
+    def capture_begin(self, graphs: DecodeGraphs) -> None:
+        """Replay a graph of a single kernel from now on: Triton takes many times as long to launch
+        one. It has run before."""
+        for turn in range(RING):
+            graph, _ = graphs.record(partial(self.launch_begin, turn))
+            self.begin_graphs.append(graph)
+
+    def launch_begin(self, turn: int) -> None:
+        ops.begin_decode(self.decodes[turn], self.state, self.decode_inputs, self.block_size)
 
     def decode_batch(
         self, size: int, attention_tensors: dict[str, torch.Tensor]
@@ -174,10 +186,10 @@ class InputBuilder:
         Args:
             turn: [1] int32, of the step's tensors.
         """
-        ops.keep_sampled(self.last_tokens, self.host_tokens, rows, token_ids, turn)
+        ops.keep_sampled(self.last_tokens, self.tokens, rows, token_ids, turn)
 
-    def sampled(self, num_sampled: int) -> torch.Tensor:
-        """Where the step's sampled tokens will be at the host, [num_sampled] int64."""
+    def sampled(self, num_sampled: int) -> np.ndarray:
+        """Where the step's sampled tokens will be, [num_sampled] int64."""
         return self.host_tokens[self.turn, :num_sampled]
 
     def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -192,8 +204,9 @@ class InputBuilder:
             self.num_cached_tokens[start.row] = start.num_cached_tokens
             self.host_tables[start.row] = 0
             self.host_tables[start.row, : len(start.block_table)] = start.block_table
-        rows, indices, pages = self._opened(step)
-        self.host_tables[rows, indices] = pages
+        if (step.decode_pages >= 0).any():
+            rows, indices, pages = self._opened(step)
+            self.host_tables[rows, indices] = pages
 
     def _upload_tables(self, step: StepInput) -> None:
         """The same for the device's."""

@@ -108,6 +108,7 @@ class ModelRunner:
             laps.end("cache")
             if self.uses_graphs:
                 self.graphs = self._capture(graph_sizes(max_num_seqs))
+                self.inputs.capture_begin(self.graphs)
                 laps.end("CUDA graphs")
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -137,9 +138,9 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> torch.Tensor:
+    def run(self, step: StepInput) -> np.ndarray:
         """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64, in
-        memory of the host that the device writes to; they stay there for some steps."""
+        memory that the device writes to; they stay there for some steps."""
         self.sampler.start_rows(step.starts)
         if self.is_gpu and not step.chunks:
             self._run_decodes(step)
@@ -163,7 +164,7 @@ class ModelRunner:
     def _run_decodes(self, step: StepInput) -> None:
         num_decodes = step.num_decodes
         size = self.graph_size(step) or num_decodes
-        arrays = self.inputs.begin_decode(step, size, self.sampler.device_state)
+        arrays = self.inputs.begin_decode(step, size)
         if self.graphs:
             output = self.graphs.run(size, arrays, self._decode)
         else:
@@ -260,7 +261,12 @@ class ModelRunner:
         shape = (config.num_layers, 2, *pages)
         kv = KVCache(torch.empty(shape, dtype=self.dtype, device=self.device))
         inputs = InputBuilder(
-            self.max_num_seqs, max_blocks, self.block_size, self.attention, self.uploader
+            self.max_num_seqs,
+            max_blocks,
+            self.block_size,
+            self.attention,
+            self.uploader,
+            self.sampler.device_state,
         )
         return kv, inputs
 
@@ -351,7 +357,7 @@ class ModelRunner:
             decode_pages=np.full_like(rows, -1),
         )
         self.inputs.last_tokens.zero_()  # nobody has drawn any
-        return self.inputs.begin_decode(step, size, self.sampler.device_state)
+        return self.inputs.begin_decode(step, size)
 
     def _decode(
         self, size: int, attention_tensors: dict[str, torch.Tensor], kv: KVCache | None = None

@@ -30,6 +30,7 @@ class Sampler:
         self.top_p = np.ones(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
         self.warps = np.zeros(num_rows, bool)  # draws by more than temperature
+        self.all_plain = True  # all rows that were ever started
         self.seed = np.zeros(num_rows, np.uint64)
         # The same on the device, for the draws of ops.begin_decode.
         self.device_state = {
@@ -43,6 +44,8 @@ class Sampler:
         """Sequences take over rows."""
         for start in starts:
             self.start_row(start)
+        if starts:
+            self.all_plain = not (self.warps.any() or self.min_len.any())
         if starts and self.uploader.device.type != "cpu":
             rows = np.array([start.row for start in starts])
             temperature, seed = self.temperature[rows], self.seed[rows].view(np.int64)
@@ -66,7 +69,9 @@ class Sampler:
 
     def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
         """Whether temperature and noise are all that the rows' draws depend on."""
-        return not (self.warps[rows].any() or (positions < self.min_len[rows]).any())
+        return self.all_plain or not (
+            self.warps[rows].any() or (positions < self.min_len[rows]).any()
+        )
 
     def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Draw a token for each row.

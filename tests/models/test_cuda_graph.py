@@ -31,7 +31,7 @@ def make_inputs(num_rows, max_blocks, **heads):
     attention = TritonAttention(
         **heads, block_size=16, dtype=torch.bfloat16, device=CPU, num_sms=132, max_decodes=num_rows
     )
-    return InputBuilder(num_rows, max_blocks, 16, attention, Uploader(CPU))
+    return InputBuilder(num_rows, max_blocks, 16, attention, Uploader(CPU), no_state(num_rows))
 
 
 def no_state(num_rows):
@@ -58,7 +58,7 @@ def test_a_graphs_arrays_have_the_shapes_of_its_size(size):
                 rows = rng.permutation(40)[:num_decodes]
                 inputs.steps_listed = 0
                 step = decode_step(rows, rng.integers(1, longest, num_decodes))
-                arrays = inputs.begin_decode(step, size, no_state(40))
+                arrays = inputs.begin_decode(step, size)
                 shares = "shared_items" in arrays
                 shapes[shares].add(tuple((name, a.shape, a.dtype) for name, a in arrays.items()))
     assert len(shapes[False]) == 1
@@ -66,11 +66,11 @@ def test_a_graphs_arrays_have_the_shapes_of_its_size(size):
 
 
 def test_a_list_of_work_serves_while_the_decodes_are_the_same():
-    inputs, state = make_inputs(8, 300), no_state(8)
+    inputs = make_inputs(8, 300)
     rows, positions = np.array([3, 1, 6]), np.array([30, 700, 2])
 
     def begin(rows, positions, size=8):
-        return inputs.begin_decode(decode_step(rows, positions), size, state)
+        return inputs.begin_decode(decode_step(rows, positions), size)
 
     first = begin(rows, positions)
     for i in range(1, 16):
@@ -105,23 +105,23 @@ def check_decode_inputs(device):
     """begin_decode's kernel beside what numpy makes of the same step."""
     rng = np.random.default_rng()
     num_rows, size = 300, 280
-    inputs = InputBuilder(num_rows, 20, 16, TorchAttention(), Uploader(device))
-    inputs.host_tables[:] = rng.permutation(301 * 20).reshape(301, 20)
-    inputs.block_tables.copy_(torch.from_numpy(inputs.host_tables))
-    inputs.last_tokens.copy_(torch.from_numpy(rng.integers(0, 150_000, 301)))
     seeds = rng.integers(0, 2**64, 301, np.uint64)
     seeds[0] = 2**64 - 1
     state = {
         "temperature": torch.from_numpy(rng.random(301).astype(np.float32)).to(device),
         "seed": torch.from_numpy(seeds.view(np.int64)).to(device),
     }
+    inputs = InputBuilder(num_rows, 20, 16, TorchAttention(), Uploader(device), state)
+    inputs.host_tables[:] = rng.permutation(301 * 20).reshape(301, 20)
+    inputs.block_tables.copy_(torch.from_numpy(inputs.host_tables))
+    inputs.last_tokens.copy_(torch.from_numpy(rng.integers(0, 150_000, 301)))
     for num_decodes in (1, 270, 280):
         rows = rng.permutation(num_rows)[:num_decodes]
         positions = rng.integers(0, 320, num_decodes)
         opens = positions % 16 == 0
         pages = np.where(opens, rng.integers(9000, 9999, num_decodes), -1).astype(np.int32)
         step = decode_step(rows, positions, pages)
-        inputs.begin_decode(step, size, state)
+        inputs.begin_decode(step, size)
         written = {n: t[:size].cpu().numpy() for n, t in inputs.decode_inputs.items()}
         n = num_decodes
         arrays = inputs._arrays(step)
