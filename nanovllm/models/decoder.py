@@ -35,7 +35,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm."""
+    """Embedding and layers; the final norm comes with the LM head, for the tokens that need it."""
 
     def __init__(self, config: ModelConfig, layers: list[DecoderLayer]):
         super().__init__()
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(batch.token_ids)  # [T, hidden], new memory, which layers add to
         for layer, pages in zip(self.layers, kv.layers, strict=False):
             x = layer(x, batch, pages)
-        return self.norm(x)
+        return x
 
 
 class CausalLM(nn.Module):
@@ -82,9 +82,10 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
-        """[T, hidden] of the batch's tokens; their keys and values go to the cache."""
+        """[T, hidden] of the batch's tokens, before the final norm; their keys and values go to the
+        cache."""
         return self.model(batch, kv)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocab] from [n, hidden]."""
-        return self.lm_head(hidden)
+        return self.lm_head(hidden, self.model.norm)

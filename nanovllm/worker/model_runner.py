@@ -216,8 +216,8 @@ class ModelRunner:
         """On a GPU, threads compile the kernels while what is within it runs; then they are there.
 
         Which ones? Those that the first layer launches, on weights that are anything yet, in the
-        largest step and in a decode of each graph's size. Those of odd batches follow when the
-        engine may be running already."""
+        largest step, in decodes of each graph's size, and in so many beside a chunk. Those of odd
+        batches follow when the engine may be running already."""
         if not self.is_gpu:
             yield
             return
@@ -235,6 +235,8 @@ class ModelRunner:
                 self._run_largest_step(max_model_len)
                 for size in graph_sizes(self.max_num_seqs):
                     self._decode(size, self.uploader.upload(self._begin_decodes(1, size)))
+                    if size < self.max_num_seqs:
+                        self._run_mixed_step(size)
             with compiler.instead_of_launches(), torch.inference_mode():  # nobody waits for these
                 # All rows' tables are zeros: a prefix that they share, if it is long enough.
                 size = self.max_num_seqs
@@ -329,6 +331,17 @@ class ModelRunner:
             # Cached to the end: the one page there is is read, and nothing is stored.
             step.starts.append(RowStart(row, max_model_len, params, 0, (), 0))
             step.chunks.append(Chunk(row, 0, [0] * query_len, samples=True))
+        self.run(step)
+
+    def _run_mixed_step(self, num_decodes: int) -> None:
+        """Decodes beside a chunk: they run other kernels than decodes alone."""
+        rows = np.arange(num_decodes)
+        zeros = np.zeros_like(rows)
+        step = StepInput(decode_rows=rows, decode_positions=zeros, decode_pages=zeros - 1)
+        params = SamplingParams(temperature=0.0)
+        step.starts.append(RowStart(num_decodes, 1, params, 0, (), 0))
+        step.chunks.append(Chunk(num_decodes, 0, [0], samples=True))
+        self.inputs.last_tokens.zero_()  # nobody has drawn any
         self.run(step)
 
     @torch.inference_mode()
