@@ -443,7 +443,9 @@ class TritonAttention(Attention):
         short = query_lens <= self._tile_tokens(self.configs["short"])
         num_short = graph_size or np.count_nonzero(short)
         is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
-        is_few = num_short * self.num_kv_heads <= FEW_PROGRAMS_PER_SM * self.num_sms
+        # Beside chunks nobody waits for few decodes; that would be one kernel more.
+        is_decode = num_decodes == len(rows)
+        is_few = is_decode and num_short * self.num_kv_heads <= FEW_PROGRAMS_PER_SM * self.num_sms
         short_name = "crowd" if is_crowd else "few" if is_few else "short"
         for name, seqs in ((short_name, short), ("long", ~short)):
             if not seqs.any():
