@@ -124,8 +124,8 @@ class Attention(Protocol):
             rows, query_lens, context_lens: [S] of the step's sequences.
             query_start: [S + 1].
             num_decodes: as in ForwardBatch.
-            graph_size: None, or the number of decodes that the step's CUDA graph was captured for:
-                then shapes depend on it alone.
+            graph_size: None, or there are decodes alone, and so many of them with padding: shapes
+                depend on it alone, as a CUDA graph needs.
         """
         ...
 

@@ -5,7 +5,6 @@ It tokenizes and checks requests; the engine decides what runs when; the worker 
 """
 
 import copy
-import functools
 import gc
 import logging
 import threading
@@ -67,7 +66,6 @@ class LLM:
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
         )
-        _freeze_modules()
         executor = InProcessExecutor(
             config, self.model_config, device, max_num_seqs, max_num_batched_tokens
         )
@@ -140,7 +138,7 @@ class LLM:
             while running:
                 ended = engine.step()
                 # What follows costs nothing: a GPU runs the next step meanwhile.
-                on_step()
+                on_step()  # ends the wait of garbage collections, once
                 for seq in running.intersection(ended):
                     running.remove(seq)
                     outputs[seq] = self._output(seq)
@@ -307,21 +305,13 @@ class LLM:
         return RequestOutput(
             request_id=seq.request_id,
             prompt=seq.prompt,
-            prompt_tokens=seq.token_ids[: seq.num_prompt_tokens],
+            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
             prompt_logprobs=None,
             outputs=[completion],
             finished=seq.finished,
             metrics=replace(seq.metrics),
             num_cached_tokens=seq.num_cached_tokens or 0,
         )
-
-
-@functools.cache
-def _freeze_modules() -> None:
-    """Once: what there is before the first LLM, most of it modules, is left out of Python's garbage
-    collections from now on. Going through it takes a tenth of a second, several steps' time."""
-    gc.collect()
-    gc.freeze()
 
 
 @contextmanager

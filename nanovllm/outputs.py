@@ -1,9 +1,7 @@
 """What generate and step give back. Fields carry vLLM's names."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 
@@ -50,7 +48,7 @@ class RequestOutput:
     Attributes:
         request_id: the id that add_request returned.
         prompt: the prompt's text, None if it was given as token ids.
-        prompt_tokens: the prompt's tokens, 32 bits each.
+        prompt_token_ids: the prompt's tokens.
         prompt_logprobs: None (not asked for).
         outputs: the completions.
         finished: whether all of them have ended.
@@ -60,17 +58,12 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_tokens: "array[int]"
+    prompt_token_ids: list[int]
     prompt_logprobs: Any
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int
-
-    @cached_property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt's tokens. Long prompts make long lists, and few ask for them."""
-        return self.prompt_tokens.tolist()
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

@@ -122,7 +122,9 @@ def _token_ids(value: Any, name: str, vocab_size: int) -> "array[int]":
     else:
         is_inside = not token_ids or np.asarray(token_ids).max() < vocab_size
     if not is_inside:
-        wrong = min(value) if min(value) < 0 else max(value)
+        if not all(isinstance(token, Integral) for token in value):
+            raise _not_a_prompt(value, name)
+        wrong = next(token for token in value if not 0 <= token < vocab_size)
         raise ValueError(f"{name} has the token id {wrong}, outside [0, {vocab_size})")
     return token_ids
 

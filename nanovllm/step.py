@@ -33,7 +33,7 @@ class RowStart:
         params: the request's sampling parameters.
         seed: 64 bits; with the position it determines the sampling noise.
         stop_token_ids: tokens that may not be drawn at positions below min_len.
-        min_len: prompt length plus min_tokens.
+        min_len: prompt length plus min_tokens; 0 without min_tokens.
         block_table: [pages] int32, those of all its known tokens.
     """
 

@@ -77,6 +77,14 @@ def test_a_token_id_outside_the_vocabulary_is_named(wrong, make):
         normalize([[9], make([3, wrong, 4])], None, vocab_size=10)
 
 
+@pytest.mark.parametrize("wrong", ["a", None, 1.5])
+@pytest.mark.parametrize("outside", [-1, 2**64])
+def test_what_is_no_token_id_is_named_beside_one_outside(wrong, outside):
+    for prompt in ([outside, wrong], [wrong, outside]):
+        with pytest.raises(TypeError, match="prompt 0 must be a string or a list of token"):
+            normalize([prompt], None, vocab_size=10)
+
+
 def test_the_tokenizers_token_ids_are_checked_too():
     with pytest.raises(ValueError, match=r"^prompt 1 has the token id 98, outside \[0, 98\)$"):
         normalize(["a", "ab"], tokenizer, vocab_size=98)

@@ -243,6 +243,7 @@ class Scheduler:
         self.empty_slots += self._num_empty(seq)
         self.pages_to_come += self._num_to_come(seq)
         step.metrics.cached_tokens += num_cached
+        min_tokens = seq.params.min_tokens
         step.input.starts.append(
             RowStart(
                 row=row,
@@ -250,7 +251,7 @@ class Scheduler:
                 params=seq.params,
                 seed=seq.seed,
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
-                min_len=min(seq.num_prompt_tokens + seq.params.min_tokens, seq.max_len),
+                min_len=min(seq.num_prompt_tokens + min_tokens, seq.max_len) if min_tokens else 0,
                 block_table=np.array(seq.block_table, np.int32),
             )
         )

@@ -1,5 +1,5 @@
 """The operations between the matrix products, by device. Layers and the worker call these names;
-each has its textbook in reference.py or torch, and its kernel for GPUs in triton_ops.py.
+each has its textbook in reference.py or torch, and its kernel for GPUs in a module of Triton's.
 """
 
 import functools

@@ -94,7 +94,7 @@ def _attend_block(
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys; k and v are None, or what _load_block gave. Shapes: q [M, D], m and total
+    """One block of keys; k and v are None, or loaded already. Shapes: q [M, D], m and total
     [M], acc [M, D], position [M], dims [D]."""
     keys = first_key + tl.arange(0, BLOCK_N)
     keys_ok = keys < key_end

@@ -23,7 +23,7 @@ SORTED_LOGITS = 2**25  # rows whose logits are sorted at a time have so many
 def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch options for programmatic dependent launch, which Hopper and newer GPUs have: a kernel
     starts while the one before it ends, and waits for its results with gdc_wait. Before the wait
-    it may read weights and uploaded inputs only."""
+    it may read only what was there before the step's first kernel: weights, inputs, older keys."""
     has_pdl = (
         TRITON_HAS_PDL
         and device.type == "cuda"

@@ -24,16 +24,15 @@ def _noise_keys(seed, position):
     return (x >> 32).to(tl.int64), (x & 0xFFFFFFFF).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_rows", "table_stride"])
+@triton.jit(do_not_specialize=["num_rows", "width", "table_stride"])
 def begin_decode_kernel(
     decodes, block_tables, last_tokens, temperature_of, seed_of,
     rows, positions, context_lens, slot_mapping, token_ids, temperature, noise_keys, turn_out,
-    list_age_out, num_rows, table_stride, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    list_age_out, num_rows, width, table_stride, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program does BLOCK decodes of a batch that is padded to `size` with the last row."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     num_decodes, size = tl.load(decodes), tl.load(decodes + 1)
-    width = tl.maximum(num_rows, 4)
     ok, is_decode = i < size, i < num_decodes
     row = tl.load(decodes + width + i, mask=is_decode, other=num_rows)
     position = tl.load(decodes + 2 * width + i, mask=is_decode, other=0)
@@ -42,7 +41,8 @@ def begin_decode_kernel(
     page = tl.where(opened >= 0, opened, tl.load(entry, mask=is_decode, other=0).to(tl.int64))
     tl.store(entry, page.to(tl.int32), mask=opened >= 0)
     slot = tl.where(is_decode, page * BLOCK_SIZE + position % BLOCK_SIZE, -1)
-    first, second = _noise_keys(tl.load(seed_of + row, mask=ok, other=0), position + 1)
+    drawn = position + 1  # the place of the token that will be
+    first, second = _noise_keys(tl.load(seed_of + row, mask=ok, other=0), drawn)
     tl.store(rows + i, row, mask=ok)
     tl.store(positions + i, position, mask=ok)
     tl.store(context_lens + i, (position + 1).to(tl.int32), mask=ok)
@@ -81,8 +81,8 @@ def begin_decode(
         decodes, tables, state["last_tokens"], state["temperature"], state["seed"],
         inputs["rows"], inputs["positions"], inputs["context_lens"], inputs["slot_mapping"],
         inputs["token_ids"], inputs["temperature"], inputs["noise_keys"], inputs["turn"],
-        inputs["list_age"], num_rows, tables.stride(0), BLOCK_SIZE=block_size, BLOCK=ROWS_BLOCK,
-        num_warps=4,
+        inputs["list_age"], num_rows, decodes.stride(0), tables.stride(0),
+        BLOCK_SIZE=block_size, BLOCK=ROWS_BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 process."""
 
 import traceback
-from collections import deque
 from contextlib import suppress
 from itertools import cycle
 
@@ -45,11 +44,9 @@ class InProcessExecutor:
             traceback.clear_frames(error.__traceback__)
             platform.release_memory(device)
             raise
-        # A step in flight writes into page-locked memory, also when nobody wants its tokens.
         self.events = None
         if device.type == "cuda":
             self.events = cycle([torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)])
-        self.recent: deque[SampledTokens] = deque(maxlen=STEPS_IN_FLIGHT)
         self.plan, self.dtype = self.runner.plan, self.runner.dtype
         self.description = self.runner.description
 
@@ -59,15 +56,14 @@ class InProcessExecutor:
             written = next(self.events) if self.events else None
             if written is not None:
                 written.record()
-        tokens = SampledTokens(token_ids, written)
-        self.recent.append(tokens)
-        return tokens
+        return SampledTokens(token_ids, written)
 
     def close(self) -> None:
         """Give the memory back; no step may follow."""
-        with suppress(RuntimeError):  # a device that failed has nothing in flight
-            for tokens in self.recent:
-                tokens.result()
+        # A step in flight writes into page-locked memory, also when nobody wants its tokens.
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # a device that failed has nothing in flight
+                torch.cuda.synchronize(self.device)
         del self.runner
         platform.release_memory(self.device)
 

@@ -35,6 +35,8 @@ class InputBuilder:
         turn: which part of the page-locked memory is the step's. It is used again when the step's
             tokens have been read: RING steps are more than are ever in flight.
         begin_graphs: launch_begin of every turn as a CUDA graph; none: it is launched.
+        attention_arrays: the last list of work for decodes: of listed_rows, padded to listed_size,
+            and used for steps_listed steps.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class InputBuilder:
     def build(self, step: StepInput) -> tuple[ForwardBatch, dict[str, torch.Tensor]]:
         """The step's batch, in new memory, and all tensors that it was made of: sampled_rows among
         them, [n] int64."""
-        self._begin(step)
+        self._take_turn(step)
         self._upload_tables(step)
         self.steps_listed = 0  # rows that start may be those of sequences that have ended
         tensors = self.uploader.upload(self._arrays(step))
@@ -87,7 +89,7 @@ class InputBuilder:
         Returns: the same arrays as for the step before, if they still serve.
         """
         assert not step.starts and not step.chunks
-        self._begin(step)
+        self._take_turn(step)
         rows, positions, n = step.decode_rows, step.decode_positions, step.num_decodes
         if not (
             0 < self.steps_listed < self.attention.steps_per_list
@@ -197,8 +199,8 @@ class InputBuilder:
         index, offset = np.divmod(positions, self.block_size)
         return self.host_tables[rows, index] * np.int64(self.block_size) + offset
 
-    def _begin(self, step: StepInput) -> None:
-        """Bring the host's tables up to date."""
+    def _take_turn(self, step: StepInput) -> None:
+        """What every step begins with: its turn, and the host's tables up to date."""
         self.turn = (self.turn + 1) % RING
         for start in step.starts:
             self.num_cached_tokens[start.row] = start.num_cached_tokens

@@ -105,6 +105,7 @@ class ModelRunner:
             self.kv, self.inputs = self._make_cache(self.plan.num_blocks, self.plan.max_blocks)
             if self.is_gpu:
                 self._run_largest_step(self.plan.max_model_len)
+            self.sampler.forget_rows()  # those of the steps that were tried
             laps.end("cache")
             if self.uses_graphs:
                 self.graphs = self._capture(graph_sizes(max_num_seqs))
@@ -370,6 +371,7 @@ class ModelRunner:
             decode_pages=np.full_like(rows, -1),
         )
         self.inputs.last_tokens.zero_()  # nobody has drawn any
+        self.inputs.steps_listed = 0  # it does not follow the step before
         return self.inputs.begin_decode(step, size)
 
     def _decode(

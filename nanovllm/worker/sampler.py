@@ -30,15 +30,19 @@ class Sampler:
         self.top_p = np.ones(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
         self.warps = np.zeros(num_rows, bool)  # draws by more than temperature
-        self.all_plain = True  # all rows that were ever started
+        self.all_plain = True  # of all rows, as they were last started
         self.seed = np.zeros(num_rows, np.uint64)
-        # The same on the device, for the draws of ops.begin_decode.
+        # The same on a GPU, for the draws of ops.begin_decode.
         self.device_state = {
             "temperature": torch.zeros(num_rows, device=uploader.device),
             "seed": torch.zeros(num_rows, dtype=torch.int64, device=uploader.device),
         }
         self.min_len = np.zeros(num_rows, np.int64)  # no stop tokens before it
         self.stop_token_ids: list[tuple[int, ...]] = [()] * num_rows
+
+    def forget_rows(self) -> None:
+        """As if none was ever started."""
+        self.warps[:], self.min_len[:], self.all_plain = False, 0, True
 
     def start_rows(self, starts: list[RowStart]) -> None:
         """Sequences take over rows."""
@@ -61,7 +65,7 @@ class Sampler:
         )
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
-        limits = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        limits = self.top_k[row] < self.vocab_size or params.top_p < 1 or params.min_p > 0
         self.warps[row] = limits and not params.is_greedy
         self.seed[row] = start.seed
         self.min_len[row] = start.min_len if start.stop_token_ids else 0

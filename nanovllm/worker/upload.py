@@ -9,7 +9,7 @@ import torch
 from nanovllm import ops
 
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
-RING = 16  # uses until page-locked memory is used again: those of two steps and more
+RING = 16  # turns until page-locked memory is used again: more than two steps take
 ROOM = 2**20  # bytes of a buffer at first: growing takes long, and may wait for the device
 
 
@@ -66,9 +66,11 @@ class Uploader:
             self.buffers[self.turn] = torch.empty(
                 room, dtype=torch.uint8, pin_memory=event is not None
             )
-        yield self.buffers[self.turn][:size]
-        if event is not None:
-            event.record()
+        try:
+            yield self.buffers[self.turn][:size]
+        finally:  # after an interrupt too: they may have been launched
+            if event is not None:
+                event.record()
 
 
 def layout(arrays: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:

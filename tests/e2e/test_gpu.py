@@ -195,7 +195,7 @@ def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
     folder, prompts, expected = setting
     with load(folder) as llm:
         runner = llm.llm_engine.executor.runner
-        update, calls = runner.inputs._begin, []  # of every step, with graphs and without
+        update, calls = runner.inputs._take_turn, []  # of every step, with graphs and without
 
         def fail(step):
             calls.append(1)
@@ -203,7 +203,7 @@ def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
                 raise KeyboardInterrupt
             update(step)
 
-        monkeypatch.setattr(runner.inputs, "_begin", fail)
+        monkeypatch.setattr(runner.inputs, "_take_turn", fail)
         with pytest.raises(KeyboardInterrupt):
             generate(llm, prompts, greedy())
         assert generate(llm, prompts, greedy()) == expected

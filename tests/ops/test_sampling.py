@@ -205,3 +205,27 @@ def test_a_reused_row_forgets_its_former_parameters():
     rows = np.array([0])
     tokens = {int(sampler.sample(logits.clone(), rows, np.array([i]))) for i in range(200)}
     assert len(tokens) > 20
+
+
+def test_plain_rows_are_known_by_what_they_ask_for():
+    rows, positions = np.array([0]), np.array([5])
+
+    def is_plain(stop_token_ids=(3,), min_len=0, **params):
+        sampler = make_sampler([SamplingParams(**params)], 50, stop_token_ids, min_len)
+        plain = sampler.is_plain(rows, positions)
+        sampler.start_rows([RowStart(0, 0, SamplingParams(**params), 1, stop_token_ids, min_len)])
+        assert sampler.is_plain(rows, positions) == plain
+        return plain
+
+    assert is_plain(temperature=1.0) and is_plain(temperature=0.0, top_p=0.5)
+    assert is_plain(temperature=1.0, top_k=50)  # all there are
+    assert not is_plain(temperature=1.0, top_k=49)
+    assert not is_plain(temperature=1.0, top_p=0.9)
+    assert not is_plain(temperature=1.0, min_p=0.1)
+    assert not is_plain(temperature=1.0, min_len=9)
+    assert is_plain(temperature=1.0, min_len=9, stop_token_ids=())
+
+    sampler = make_sampler([SamplingParams(temperature=1.0, top_k=1)])
+    sampler.start_rows([])
+    sampler.forget_rows()
+    assert sampler.all_plain and sampler.is_plain(rows, positions)
