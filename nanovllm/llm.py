@@ -85,6 +85,7 @@ class LLM:
             enable_prefix_caching=config.enable_prefix_caching is not False,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if overlaps else 1,
+            detokenizer=self._detokenizer,
         )
         logger.info(
             "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
@@ -261,7 +262,7 @@ class LLM:
             sampling_params = self._checkpoint.default_sampling_params
         params = prompts.match_params(sampling_params, len(tokenized))
         for p in params:
-            self._check_stop_token_ids(p)
+            self._check_stops(p)
         now = time.monotonic()
         eos_token_ids = self._checkpoint.eos_token_ids
         seqs = []
@@ -282,7 +283,11 @@ class LLM:
             )
         return seqs
 
-    def _check_stop_token_ids(self, params: SamplingParams) -> None:
+    def _check_stops(self, params: SamplingParams) -> None:
+        if params.stop and self._detokenizer is None:
+            raise ValueError(
+                "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
+            )
         for token in params.stop_token_ids or ():
             if not 0 <= token < self.model_config.vocab_size:
                 raise ValueError(

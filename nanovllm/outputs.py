@@ -13,12 +13,14 @@ class CompletionOutput:
 
     Attributes:
         index: which of the request's samples this is.
-        text: the generated text so far, without special tokens.
+        text: the generated text so far; while it runs, without an end that may be the beginning of
+            a stop string.
         token_ids: the generated tokens, with the EOS or stop token that ended them.
         cumulative_logprob, logprobs: None (log-probabilities were not asked for).
-        finish_reason: "stop" (EOS or a stop token), "length" (max_tokens or max_model_len), None
-            while it runs.
-        stop_reason: the member of stop_token_ids that ended it; None after EOS or "length".
+        finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
+            max_model_len), None while it runs.
+        stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after EOS
+            or "length".
     """
 
     index: int

@@ -1,0 +1,121 @@
+"""The text side of vLLM's offline API, as its scripts use it, on the model in the box."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = "In the beginning"
+SMALL = {"dtype": "float32", "kv_cache_memory_bytes": 4 << 20}
+
+
+def greedy(max_tokens=40, **values):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **values)
+
+
+def generate(llm, prompts, params):
+    return [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["depth 1", "depth 2"])
+def llm(tiny, request):
+    with LLM(str(tiny), async_scheduling=request.param, **SMALL) as llm:
+        yield llm
+        assert not llm.llm_engine.unfinished
+
+
+@pytest.fixture
+def question(llm):
+    return llm.get_tokenizer().apply_chat_template(
+        [{"role": "user", "content": "Who are you?"}], tokenize=False, add_generation_prompt=True
+    )
+
+
+# Stop strings
+
+
+def test_stop_strings_cut_the_text(llm):
+    [whole] = generate(llm, TEXT, greedy())
+    middle = whole.text[len(whole.text) // 2 :][:7]
+    end = whole.text.index(middle)
+    for params in (greedy(stop=middle), greedy(stop=["never there", middle])):
+        [cut] = generate(llm, TEXT, params)
+        assert cut.text == whole.text[:end]
+        assert (cut.finish_reason, cut.stop_reason) == ("stop", middle)
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+        decode = llm.get_tokenizer().decode
+        assert middle in decode(cut.token_ids) and middle not in decode(cut.token_ids[:-1])
+    [kept] = generate(llm, TEXT, greedy(stop=middle, include_stop_str_in_output=True))
+    assert kept.text == whole.text[: end + len(middle)] and kept.token_ids == cut.token_ids
+
+
+def test_each_request_has_its_own_stop_strings(llm):
+    [whole] = generate(llm, TEXT, greedy())
+    params = [greedy(), greedy(stop=" "), greedy(stop=whole.text[9:12]), greedy(stop="\0")]
+    texts = [out.text for out in generate(llm, [TEXT] * 4, params)]
+    stops = [whole.text.index(p.stop[0]) for p in params[1:3]]
+    assert texts == [whole.text, *(whole.text[:end] for end in stops), whole.text]
+
+
+def test_min_tokens_holds_stop_strings_back(llm):
+    [whole] = generate(llm, TEXT, greedy())
+    [cut] = generate(llm, TEXT, greedy(stop=" ", min_tokens=12))
+    assert len(cut.token_ids) > 12 and cut.text == whole.text[: len(cut.text)]
+    assert whole.text[len(cut.text)] == " " and " " in cut.text
+
+
+def test_a_stop_string_in_the_last_token_counts_before_the_length(llm):
+    [whole] = generate(llm, TEXT, greedy())
+    num = 1 + next(i for i in range(40) if " " in llm.get_tokenizer().decode(whole.token_ids[i]))
+    [cut] = generate(llm, TEXT, greedy(num, stop=" "))
+    assert (len(cut.token_ids), cut.finish_reason, cut.stop_reason) == (num, "stop", " ")
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_stops_where_transformers_stops(llm, tiny, length):
+    tokenizer = llm.get_tokenizer()
+    oracle = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    prompts = [TEXT, "The king said unto", "It is a truth universally acknowledged, that"]
+    for prompt, whole in zip(prompts, generate(llm, prompts, greedy()), strict=True):
+        stop = whole.text[20 : 20 + length]
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        options = {"do_sample": False, "max_new_tokens": 40, "tokenizer": tokenizer}
+        expected = oracle.generate(ids, stop_strings=[stop], **options)[0, ids.shape[1] :].tolist()
+        [cut] = generate(llm, prompt, greedy(stop=[stop]))
+        assert cut.token_ids == expected and cut.stop_reason == stop
+
+
+def test_stop_strings_need_a_tokenizer(tiny):
+    with (
+        LLM(str(tiny), skip_tokenizer_init=True, **SMALL) as llm,
+        pytest.raises(ValueError, match="stop needs a tokenizer: after skip_tokenizer_init=True"),
+    ):
+        llm.generate([[5], [6]], [greedy(), greedy(stop="a")])
+
+
+# How text is made
+
+
+def test_detokenize_false_leaves_the_text_empty(llm):
+    [whole, bare] = generate(llm, [TEXT] * 2, [greedy(), greedy(detokenize=False)])
+    assert (bare.text, bare.token_ids) == ("", whole.token_ids) and whole.text
+
+
+def test_special_tokens_are_shown_if_asked_for(llm, question):
+    params = greedy(200, skip_special_tokens=False, spaces_between_special_tokens=False)
+    [plain] = generate(llm, question, greedy(200))
+    assert plain.finish_reason == "stop"
+    [shown] = generate(llm, question, params)
+    assert shown.text == plain.text, "EOS stopped it, so it stays out"
+    params.include_stop_str_in_output = True
+    [shown] = generate(llm, question, params)
+    assert shown.text == plain.text + "<|im_end|>" and shown.stop_reason is None
+    params.ignore_eos, params.max_tokens = True, len(plain.token_ids) + 5
+    [longer] = generate(llm, question, params)
+    assert longer.text == llm.get_tokenizer().decode(longer.token_ids)
+    params.stop = ["<|im_end|>"]
+    [cut] = generate(llm, question, params)
+    assert cut.text == shown.text and cut.stop_reason == "<|im_end|>"
