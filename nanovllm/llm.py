@@ -28,7 +28,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
 from nanovllm.models import model_class
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
 
 logger = logging.getLogger(__name__)
@@ -181,11 +181,15 @@ class LLM:
         return seq.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one round of the engine. Returns the outputs, so far, of the requests that got a
-        token; may be empty while there is more to do."""
+        """Run one round of the engine. Returns the outputs of the requests that got a token, each
+        as its output_kind says; may be empty while there is more to do."""
         with self._use_engine() as engine:
             engine.step()
-            outputs = [self._output(seq) for seq in engine.advanced]
+            outputs = [
+                self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
+                for seq in engine.advanced
+                if seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY
+            ]
             engine.advanced.clear()
             return outputs
 
@@ -301,11 +305,18 @@ class LLM:
             request_id += "'"
         return request_id
 
-    def _output(self, seq: Sequence) -> RequestOutput:
+    def _output(self, seq: Sequence, delta: bool = False) -> RequestOutput:
+        """What a request has so far, or only what is new since the last such call."""
+        text = self._detokenizer.text(seq) if self._detokenizer else ""
+        token_ids = seq.output_token_ids
+        if delta:
+            num_tokens, num_characters = seq.delivered
+            seq.delivered = len(token_ids), len(text)
+            text, token_ids = text[num_characters:], token_ids[num_tokens:]
         completion = CompletionOutput(
             index=0,
-            text=self._detokenizer.text(seq) if self._detokenizer else "",
-            token_ids=seq.output_token_ids,
+            text=text,
+            token_ids=token_ids,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )

@@ -13,7 +13,8 @@ class CompletionOutput:
 
     Attributes:
         index: which of the request's samples this is.
-        text: the generated text so far; while it runs, without an end that may be the beginning of
+        text: the generated text so far (of RequestOutputKind.DELTA only what is new, as for
+            token_ids); while it runs, without an end that may be the beginning of
             a stop string.
         token_ids: the generated tokens, with the EOS or stop token that ended them.
         cumulative_logprob, logprobs: None (log-probabilities were not asked for).

@@ -5,6 +5,7 @@ Users construct it; llm.py copies it on admission; the sampler and the stop chec
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,6 +17,15 @@ _FLAGS = (
     "spaces_between_special_tokens",
 )
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
+
+
+class RequestOutputKind(Enum):
+    """What step() gives of a request after each of its tokens; generate waits for the end in any
+    case."""
+
+    CUMULATIVE = 0  # all so far
+    DELTA = 1  # what is new
+    FINAL_ONLY = 2  # nothing before it has ended
 
 
 @dataclass(kw_only=True)
@@ -41,6 +51,7 @@ class SamplingParams:
         detokenize: whether there is a text at all.
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: handed to the tokenizer; fast ones don't look at it.
+        output_kind: what step() gives of it.
         seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
             the engine's own.
 
@@ -62,6 +73,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +87,8 @@ class SamplingParams:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         if self.seed == -1:  # as in vLLM
             self.seed = None
         self._check_ranges()

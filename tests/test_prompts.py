@@ -144,6 +144,7 @@ WRONG_TYPE = [
         [1, None],
         "a bool",
     ),
+    (["output_kind"], [0, "DELTA", None], "a RequestOutputKind"),
     (["stop"], [1, [1], {"a": 1}, ["a", None], b"a"], "a string or a list of strings"),
     (["stop_token_ids"], [2, "2", {2: 2}, [2.0], [True], [[2]]], "a list of token ids"),
 ]

@@ -37,6 +37,8 @@ class Sequence:
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
         max_len: prompt and generated tokens at most.
+        delivered: how many of its output tokens, and characters of its text, were handed out as
+            increments.
         stops: tokens that end it.
         check_from: with so many tokens, and from then on, every token may end it: at max_len, or
             earlier where its text is searched for stop strings.
@@ -50,6 +52,7 @@ class Sequence:
         "block_table",
         "cached_parent",
         "check_from",
+        "delivered",
         "eos_token_ids",
         "finish_reason",
         "max_len",
@@ -104,6 +107,7 @@ class Sequence:
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )
+        self.delivered = (0, 0)
         self.block_hashes: list[int] = []
         self.reset()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestOutputKind, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,3 +119,62 @@ def test_special_tokens_are_shown_if_asked_for(llm, question):
     params.stop = ["<|im_end|>"]
     [cut] = generate(llm, question, params)
     assert cut.text == shown.text and cut.stop_reason == "<|im_end|>"
+
+
+# output_kind
+
+
+def step_all(llm, *requests):
+    """Step until all is done. The completions that came, by request."""
+    names = [llm.add_request(prompt, params) for prompt, params in requests]
+    seen = {name: [] for name in names}
+    while not llm.is_finished():
+        for out in llm.step():
+            assert out.finished == out.outputs[0].finished()
+            seen[out.request_id].append(out.outputs[0])
+    return [seen[name] for name in names]
+
+
+def test_output_kinds_are_vllms(llm, question):
+    [whole] = generate(llm, question, greedy(200))
+    kinds = RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
+    requests = [(question, greedy(200, output_kind=kind)) for kind in kinds]
+    so_far, deltas, final = step_all(llm, *requests)
+    assert final == [whole] and so_far[-1] == whole and deltas[-1].finish_reason == "stop"
+    assert len(so_far) == len(deltas) == len(whole.token_ids)
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+    assert all(len(delta.token_ids) == 1 for delta in deltas)
+    for i, out in enumerate(so_far):
+        assert out.token_ids == whole.token_ids[: i + 1]
+        assert out.text == "".join(delta.text for delta in deltas[: i + 1])
+
+
+def test_deltas_hold_back_what_may_begin_a_stop_string(llm):
+    [whole] = generate(llm, TEXT, greedy())
+    stop = whole.text[30:50]
+    params = greedy(stop=["never there", stop], output_kind=RequestOutputKind.DELTA)
+    [deltas] = step_all(llm, (TEXT, params))
+    assert "".join(delta.text for delta in deltas) == whole.text[:30]
+    shown = decoded = ""
+    for delta in deltas[:-1]:
+        shown, decoded = shown + delta.text, decoded + llm.get_tokenizer().decode(delta.token_ids)
+        assert len(shown) == max(0, len(decoded) - len(stop) + 1)
+
+
+def test_a_delta_is_all_that_came_since_the_last_one(llm):
+    [whole] = generate(llm, TEXT, greedy(20))
+    name = llm.add_request(TEXT, greedy(20, output_kind=RequestOutputKind.DELTA))
+    deltas = llm.step()
+    generate(llm, "The king", greedy(10))
+    while not llm.is_finished():
+        deltas += llm.step()
+    assert {out.request_id for out in deltas} == {name}
+    assert max(len(out["token_ids"]) for out in deltas) >= 9
+    assert "".join(out["text"] for out in deltas) == whole.text
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_generate_waits_for_the_end_whatever_the_output_kind(llm, kind):
+    [whole] = generate(llm, TEXT, greedy())
+    assert generate(llm, TEXT, greedy(output_kind=kind)) == [whole]
