@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from xxhash import xxh3_64_intdigest
 
-from nanovllm import platform, prompts
+from nanovllm import chat, platform, prompts
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
@@ -34,6 +34,7 @@ from nanovllm.worker.executor import InProcessExecutor
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]
+Message = dict[str, Any]
 
 
 class LLM:
@@ -127,6 +128,46 @@ class LLM:
             except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
                 engine.abort(seqs)
                 raise
+
+    def chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of every conversation, and wait.
+
+        Args:
+            messages: a conversation, that is a list of {"role": ..., "content": ...}, or a list of
+                conversations.
+            sampling_params, use_tqdm: as for generate.
+            chat_template: a Jinja template; None: the checkpoint's.
+            add_generation_prompt: begin the answer's message.
+            continue_final_message: go on with the last message instead.
+            tools: functions that the template tells the model of, as JSON schemas.
+            chat_template_kwargs: what else the template reads.
+
+        Returns: an output for each conversation, in their order.
+
+        Raises:
+            ValueError, TypeError: the conversations, or the parameters, won't do; then none has
+            run.
+        """
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        prompts = chat.render(messages, self.get_tokenizer(), options)
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def _run(
         self,

@@ -178,3 +178,64 @@ def test_a_delta_is_all_that_came_since_the_last_one(llm):
 def test_generate_waits_for_the_end_whatever_the_output_kind(llm, kind):
     [whole] = generate(llm, TEXT, greedy())
     assert generate(llm, TEXT, greedy(output_kind=kind)) == [whole]
+
+
+# chat
+
+WHO = [{"role": "user", "content": "Who are you?"}]
+KING = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a king."}]
+
+
+def chat(llm, messages, params=None, **options):
+    return llm.chat(messages, params or greedy(), use_tqdm=False, **options)
+
+
+def test_chat_is_generate_on_the_templates_tokens(llm):
+    apply = llm.get_tokenizer().apply_chat_template
+    ids = [apply(m, add_generation_prompt=True, return_dict=False) for m in (WHO, KING)]
+    expected = generate(llm, ids, [greedy(200), greedy(20)])
+    outputs = chat(llm, [WHO, KING], [greedy(200), greedy(20)])
+    assert [out.outputs[0] for out in outputs] == expected
+    assert [out.prompt_token_ids for out in outputs] == ids
+    [alone] = chat(llm, WHO, greedy(200))
+    assert alone.outputs == [expected[0]] and "I am" in alone["text"]
+    assert alone.prompt == apply(WHO, add_generation_prompt=True, tokenize=False)
+
+
+def test_chat_goes_on_with_the_last_message(llm):
+    begun = [*WHO, {"role": "assistant", "content": "I am a"}]
+    options = dict(add_generation_prompt=False, continue_final_message=True)
+    [out] = chat(llm, begun, greedy(200), **options)
+    [whole] = chat(llm, WHO, greedy(200))
+    assert out.prompt.endswith("assistant\nI am a")
+    assert whole["text"] == "I am a" + out["text"]
+
+
+def test_chat_takes_another_template_and_what_it_reads(llm):
+    template = "{{ messages[0].content }}{{ word }}{{ tools | length }}"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    options = dict(chat_template=template, chat_template_kwargs={"word": " In"}, tools=tools)
+    [out] = chat(llm, WHO, **options)
+    assert out.prompt == "Who are you? In1"
+
+
+def test_chat_errors_come_before_anything_runs(llm):
+    steps = llm.llm_engine.metrics.steps
+    for messages, params, options, error, text in (
+        (WHO, [], {}, ValueError, "1 prompts but 0 sampling_params"),
+        ([WHO, "b"], None, {}, TypeError, "conversation 1 must be a list of messages"),
+        (WHO, None, {"continue_final_message": True}, ValueError, "add_generation_prompt=False"),
+        (WHO, None, {"chat_template": "{{"}, ValueError, "the chat template refuses"),
+        (WHO, None, {"lora_request": None}, TypeError, "lora_request"),
+    ):
+        with pytest.raises(error, match=text):
+            llm.chat(messages, params, **options)
+    assert llm.llm_engine.metrics.steps == steps
+
+
+def test_chat_needs_a_tokenizer(tiny):
+    with (
+        LLM(str(tiny), skip_tokenizer_init=True, **SMALL) as llm,
+        pytest.raises(ValueError, match="there is no tokenizer: skip_tokenizer_init=True"),
+    ):
+        llm.chat(WHO)
