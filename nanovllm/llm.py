@@ -64,6 +64,7 @@ class LLM:
         tokenizer = self._checkpoint.tokenizer
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._num_requests = 0
+        self._streamed: set[Sequence] = set()  # stream hands these out, step doesn't
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
@@ -191,6 +192,65 @@ class LLM:
             engine.advanced.pop(seq, None)
         return [outputs[seq] for seq in seqs]
 
+    # As it comes
+
+    def stream(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Generate for every prompt, and hand out each token as it comes.
+
+        The requests are queued by this call. Those that are unfinished when the iterator is closed
+        or dropped (by `break`, by an exception) are aborted.
+
+        Args:
+            prompts, sampling_params: as for generate.
+
+        Returns: an iterator over outputs of what is new, as of RequestOutputKind.DELTA; `index`
+            says of which prompt. A text never ends inside a character; it may be empty.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter won't do; then none has run.
+        """
+        with self._use_engine() as engine:
+            seqs = self._make_sequences(prompts, sampling_params)
+            stream = self._stream(seqs)
+            next(stream)  # one that hasn't begun would not get to its `finally`
+            engine.add_batch(seqs)
+        return stream
+
+    def _stream(self, seqs: list[Sequence]) -> Iterator[Any]:
+        """Nothing first, then the increments."""
+        running = {seq: i for i, seq in enumerate(seqs)}
+        self._streamed.update(seqs)
+        try:
+            yield
+            while running:
+                yield from self._increments(running)
+        finally:
+            with self._lock:
+                self._streamed.difference_update(seqs)
+                if self._engine is not None:
+                    self._engine.abort(seqs)
+
+    def _increments(self, running: dict[Sequence, int]) -> list[RequestOutput]:
+        """What is new of some sequences, after a step if nothing is: others may have stepped. Takes
+        those that have ended out of `running`."""
+        outputs = []
+        with self._use_engine() as engine:
+            while not (news := [seq for seq in running if seq.finished or seq.has_undelivered]):
+                engine.step()
+            for seq in news:
+                if seq.finish_reason != "abort":
+                    output = self._output(seq, delta=True)
+                    output.index = running[seq]
+                    outputs.append(output)
+                if seq.finished:
+                    del running[seq]
+                engine.advanced.pop(seq, None)
+        return outputs
+
     # One step at a time
 
     def add_request(
@@ -229,7 +289,8 @@ class LLM:
             outputs = [
                 self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
                 for seq in engine.advanced
-                if seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY
+                if seq not in self._streamed
+                and (seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY)
             ]
             engine.advanced.clear()
             return outputs

@@ -59,6 +59,7 @@ class RequestOutput:
         finished: whether all of them have ended.
         metrics: when it arrived, had its first token, and ended.
         num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache.
+        index: of LLM.stream, which of its prompts this is of.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int
+    index: int = 0
 
     @cached_property
     def prompt_token_ids(self) -> list[int]:

@@ -126,6 +126,10 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def has_undelivered(self) -> bool:
+        return len(self.token_ids) - self.num_prompt_tokens > self.delivered[0]
+
+    @property
     def may_stop(self) -> bool:
         """Whether it may end before max_len."""
         return bool(self.stops or self.params.stop)

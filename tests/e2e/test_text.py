@@ -239,3 +239,139 @@ def test_chat_needs_a_tokenizer(tiny):
         pytest.raises(ValueError, match="there is no tokenizer: skip_tokenizer_init=True"),
     ):
         llm.chat(WHO)
+
+
+# stream
+
+PROMPTS = [TEXT, "The king said unto", [5, 6, 7]]
+
+
+def texts(outputs, num_prompts):
+    """What has been streamed of each prompt."""
+    result = [""] * num_prompts
+    for out in outputs:
+        result[out.index] += out["text"]
+    return result
+
+
+@pytest.fixture
+def idle(llm):
+    """The engine, in which nothing may be left; it then works as before."""
+    [expected] = generate(llm, TEXT, greedy())
+    yield llm
+    blocks = llm.llm_engine.scheduler.block_manager
+    assert not llm.llm_engine.unfinished and not llm.llm_engine.advanced and not llm._streamed
+    assert blocks.num_free == blocks.num_blocks
+    assert generate(llm, TEXT, greedy()) == [expected]
+
+
+def test_a_streams_increments_add_up_to_generates_outputs(idle):
+    params = [greedy(), greedy(stop=" the"), greedy(7, ignore_eos=True)]
+    whole = generate(idle, PROMPTS, params)
+    outputs = list(idle.stream(PROMPTS, params))
+    assert texts(outputs, 3) == [out.text for out in whole]
+    for i, want in enumerate(whole):
+        mine = [out for out in outputs if out.index == i]
+        assert [token for out in mine for token in out["token_ids"]] == want.token_ids
+        assert [out.finished for out in mine] == [False] * (len(mine) - 1) + [True]
+        assert mine[-1].outputs[0].stop_reason == want.stop_reason
+        assert len({out.request_id for out in mine}) == 1
+    assert outputs[0].prompt == TEXT and outputs[-1].metrics.finished_time is not None
+
+
+def test_a_stream_never_splits_a_character(idle):
+    tokenizer = idle.get_tokenizer()
+    bias = tokenizer("\N{PARTY POPPER} \N{PARTY POPPER}")["input_ids"]
+    seq = idle._make_sequences([[5]], greedy())[0]
+    shown = []
+    for token in bias:
+        seq.token_ids.append(token)
+        shown.append(idle._output(seq, delta=True)["text"])
+    assert len(bias) > 3 and "".join(shown) == "\N{PARTY POPPER} \N{PARTY POPPER}"
+    assert all("\ufffd" not in text for text in shown)
+
+
+@pytest.mark.parametrize("num_taken", [0, 1, 5])
+@pytest.mark.parametrize("way", ["break", "close", "error", "drop", "close at once"])
+def test_leaving_a_stream_aborts_what_is_left(idle, num_taken, way):
+    stream = idle.stream(PROMPTS, greedy(ignore_eos=True))
+    assert len(idle.llm_engine.unfinished) == 3
+    if way == "close at once":
+        stream.close()
+        return
+    for _ in range(num_taken):
+        next(stream)
+    if way == "close":
+        stream.close()
+    elif way == "drop":
+        del stream
+    elif way == "break":
+        for _ in stream:
+            del stream
+            break
+    else:
+        with pytest.raises(ZeroDivisionError):
+            for _ in idle.stream(PROMPTS, greedy()):
+                raise ZeroDivisionError
+        stream.close()
+
+
+def test_a_streams_input_is_checked_before_anything_runs(idle):
+    steps = idle.llm_engine.metrics.steps
+    for prompts, params, error in (
+        (["a", ""], greedy(), ValueError),
+        ("a", [], ValueError),
+        (5, greedy(), TypeError),
+    ):
+        with pytest.raises(error):
+            idle.stream(prompts, params)
+    assert list(idle.stream([], greedy())) == []
+    assert idle.llm_engine.metrics.steps == steps
+
+
+def test_others_go_on_beside_a_stream(idle):
+    whole = generate(idle, PROMPTS, greedy(ignore_eos=True))
+    idle.add_request(PROMPTS[1], greedy(ignore_eos=True), "mine")
+    outputs, seen = [], []
+    for out in idle.stream([PROMPTS[0], PROMPTS[2]], greedy(ignore_eos=True)):
+        outputs.append(out)
+        if len(outputs) == 4:
+            inner = generate(idle, PROMPTS[1], greedy(5))[0].text
+            assert texts(idle.stream(PROMPTS[1], greedy(5)), 1) == [inner]
+            assert inner and whole[1].text.startswith(inner)
+        if len(outputs) == 10:
+            while not idle.is_finished():
+                seen += idle.step()
+    assert texts(outputs, 2) == [whole[0].text, whole[2].text]
+    assert {out.request_id for out in seen} == {"mine"} and seen[-1]["text"] == whole[1].text
+
+
+def test_a_streamed_request_may_be_aborted(idle):
+    whole = generate(idle, PROMPTS[:2], greedy(ignore_eos=True))
+    outputs = []
+    for out in idle.stream(PROMPTS[:2], greedy(ignore_eos=True)):
+        outputs.append(out)
+        if out.index == 0 and len(outputs) > 6:
+            idle.abort(out.request_id)
+    first, second = texts(outputs, 2)
+    assert whole[0].text.startswith(first) and first != whole[0].text and second == whole[1].text
+
+
+def test_a_failed_step_ends_its_stream(idle, monkeypatch):
+    stream = idle.stream(TEXT, greedy())
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(idle.llm_engine.executor, "submit", lambda step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(stream)
+
+
+def test_a_stream_of_a_closed_llm_says_so(tiny):
+    with LLM(str(tiny), **SMALL) as llm:
+        streams = [llm.stream(TEXT, greedy()) for _ in range(2)]
+        next(streams[0])
+    streams[0].close()
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        list(streams[1])
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        llm.stream(TEXT)
