@@ -5,7 +5,6 @@ strings; how often makes no difference to the result, unless a tokenizer decodes
 UTF-8 differently with what follows them. It knows tokenizers only by `decode`.
 """
 
-from dataclasses import replace
 from operator import itemgetter
 from typing import Protocol
 
@@ -61,36 +60,33 @@ class Detokenizer:
         if num_output > seq.params.min_tokens and (found := _first_stop(state, seq.params)):
             seq.stop_reason, seq.finish_reason = found[1], "stop"
         else:
-            seq.text = replace(state, searched=len(state.text))
+            seq.text = state._replace(searched=len(state.text))
 
     def _read(self, seq: Sequence) -> TextState:
         """Decode what is new, but for a token that stops the sequence: that one's text is only
         there if include_stop_str_in_output asks for it."""
-        state = seq.text
+        prefix, read, text, searched = seq.text
         skips_last = seq.token_ids[-1] in seq.stops and not seq.params.include_stop_str_in_output
         end = len(seq.token_ids) - skips_last
-        if end <= state.read:
-            return state
-        prefix = state.prefix
-        window = self._decode(seq, prefix, state.read)
-        if state.read == seq.num_prompt_tokens:
+        if end <= read:
+            return seq.text
+        window = self._decode(seq, prefix, read)
+        if read == seq.num_prompt_tokens:
             # The prompt's context may begin inside a character; a little earlier it does not.
-            first = max(0, state.read - MAX_CONTEXT_TOKENS)
+            first = max(0, read - MAX_CONTEXT_TOKENS)
             while window.startswith(REPLACEMENT) and prefix > first:
                 prefix -= 1
-                window = self._decode(seq, prefix, state.read)
+                window = self._decode(seq, prefix, read)
         longer = self._decode(seq, prefix, end)
         if not longer.startswith(window):  # the prompt ends inside a character
             window = window.rstrip(REPLACEMENT)
         if seq.finished or not longer.endswith(REPLACEMENT):
             new = longer[len(window) :]
-            # A window of special tokens alone would be no context.
-            prefix = state.read if new else prefix
-            state = replace(state, prefix=prefix, read=end, text=state.text + new)
-        else:
-            state = replace(state, prefix=prefix)
-        seq.text = state
-        return state
+            if new:  # a window of special tokens alone would be no context
+                prefix = read
+            text, read = text + new, end
+        seq.text = TextState(prefix, read, text, searched)
+        return seq.text
 
     def _decode(self, seq: Sequence, start: int, end: int) -> str:
         return self.tokenizer.decode(

@@ -3,7 +3,7 @@ tokens."""
 
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
@@ -12,8 +12,7 @@ from nanovllm.sampling_params import SamplingParams
 NUM_CONTEXT_TOKENS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class TextState:
+class TextState(NamedTuple):
     """How far the detokenizer came: the text of the tokens before `read`. Those from `prefix` on
     are decoded again as the context of the next ones. No stop string ends before `searched`.
 
