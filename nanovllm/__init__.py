@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, RequestOutput
-    from nanovllm.sampling_params import SamplingParams
+    from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
     "CompletionOutput": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
+    "RequestOutputKind": "nanovllm.sampling_params",
     "SamplingParams": "nanovllm.sampling_params",
 }
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "RequestOutputKind", "SamplingParams"]
 __version__ = "0.1.0"
 
 

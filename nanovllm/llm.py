@@ -18,7 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from xxhash import xxh3_64_intdigest
 
-from nanovllm import platform, prompts
+from nanovllm import chat, platform, prompts
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
@@ -27,12 +27,13 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
 from nanovllm.models import model_class
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]
+Message = dict[str, Any]
 
 
 class LLM:
@@ -62,6 +63,7 @@ class LLM:
         tokenizer = self._checkpoint.tokenizer
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._num_requests = 0
+        self._streamed: set[Sequence] = set()  # stream hands these out, step doesn't
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
@@ -83,6 +85,7 @@ class LLM:
             enable_prefix_caching=config.enable_prefix_caching is not False,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if overlaps else 1,
+            detokenizer=self._detokenizer,
         )
         logger.info(
             "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
@@ -125,6 +128,46 @@ class LLM:
                 engine.abort(seqs)
                 raise
 
+    def chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of every conversation, and wait.
+
+        Args:
+            messages: a conversation, that is a list of {"role": ..., "content": ...}, or a list of
+                conversations.
+            sampling_params, use_tqdm: as for generate.
+            chat_template: a Jinja template; None: the checkpoint's.
+            add_generation_prompt: begin the answer's message.
+            continue_final_message: go on with the last message instead.
+            tools: functions that the template tells the model of, as JSON schemas.
+            chat_template_kwargs: what else the template reads.
+
+        Returns: an output for each conversation, in their order.
+
+        Raises:
+            ValueError, TypeError: the conversations, or the parameters, won't do; then none has
+            run.
+        """
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        prompts = chat.render(messages, self.get_tokenizer(), options)
+        return self.generate(prompts, sampling_params, use_tqdm)
+
     def _run(
         self,
         engine: Engine,
@@ -146,6 +189,65 @@ class LLM:
         for seq in seqs:
             engine.advanced.pop(seq, None)
         return [outputs[seq] for seq in seqs]
+
+    # As it comes
+
+    def stream(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Generate for every prompt, and hand out each token as it comes.
+
+        The requests are queued by this call. Those that are unfinished when the iterator is closed
+        or dropped (by `break`, by an exception) are aborted.
+
+        Args:
+            prompts, sampling_params: as for generate.
+
+        Returns: an iterator over outputs of what is new, as of RequestOutputKind.DELTA; `index`
+            says of which prompt. A text never ends inside a character; it may be empty.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter won't do; then none has run.
+        """
+        with self._use_engine() as engine:
+            seqs = self._make_sequences(prompts, sampling_params)
+            stream = self._stream(seqs)
+            next(stream)  # one that hasn't begun would not get to its `finally`
+            engine.add_batch(seqs)
+        return stream
+
+    def _stream(self, seqs: list[Sequence]) -> Iterator[Any]:
+        """Nothing first, then the increments."""
+        running = {seq: i for i, seq in enumerate(seqs)}
+        self._streamed.update(seqs)
+        try:
+            yield
+            while running:
+                yield from self._increments(running)
+        finally:
+            with self._lock:
+                self._streamed.difference_update(seqs)
+                if self._engine is not None:
+                    self._engine.abort(seqs)
+
+    def _increments(self, running: dict[Sequence, int]) -> list[RequestOutput]:
+        """What is new of some sequences, after a step if nothing is: others may have stepped. Takes
+        those that have ended out of `running`."""
+        outputs = []
+        with self._use_engine() as engine:
+            while not (news := [seq for seq in running if seq.finished or seq.has_undelivered]):
+                engine.step()
+            for seq in news:
+                if seq.finish_reason != "abort":
+                    output = self._output(seq, delta=True)
+                    output.index = running[seq]
+                    outputs.append(output)
+                if seq.finished:
+                    del running[seq]
+                engine.advanced.pop(seq, None)
+        return outputs
 
     # One step at a time
 
@@ -178,11 +280,16 @@ class LLM:
         return seq.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one round of the engine. Returns the outputs, so far, of the requests that got a
-        token; may be empty while there is more to do."""
+        """Run one round of the engine. Returns the outputs of the requests that got a token, each
+        as its output_kind says; may be empty while there is more to do."""
         with self._use_engine() as engine:
             engine.step()
-            outputs = [self._output(seq) for seq in engine.advanced]
+            outputs = [
+                self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
+                for seq in engine.advanced
+                if seq not in self._streamed
+                and (seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY)
+            ]
             engine.advanced.clear()
             return outputs
 
@@ -259,7 +366,7 @@ class LLM:
             sampling_params = self._checkpoint.default_sampling_params
         params = prompts.match_params(sampling_params, len(tokenized))
         for p in params:
-            self._check_stop_token_ids(p)
+            self._check_stops(p)
         now = time.monotonic()
         eos_token_ids = self._checkpoint.eos_token_ids
         seqs = []
@@ -280,7 +387,11 @@ class LLM:
             )
         return seqs
 
-    def _check_stop_token_ids(self, params: SamplingParams) -> None:
+    def _check_stops(self, params: SamplingParams) -> None:
+        if params.stop and self._detokenizer is None:
+            raise ValueError(
+                "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
+            )
         for token in params.stop_token_ids or ():
             if not 0 <= token < self.model_config.vocab_size:
                 raise ValueError(
@@ -294,11 +405,18 @@ class LLM:
             request_id += "'"
         return request_id
 
-    def _output(self, seq: Sequence) -> RequestOutput:
+    def _output(self, seq: Sequence, delta: bool = False) -> RequestOutput:
+        """What a request has so far, or only what is new since the last such call."""
+        text = self._detokenizer.text(seq) if self._detokenizer else ""
+        token_ids = seq.output_token_ids
+        if delta:
+            num_tokens, num_characters = seq.delivered
+            seq.delivered = len(token_ids), len(text)
+            text, token_ids = text[num_characters:], token_ids[num_tokens:]
         completion = CompletionOutput(
             index=0,
-            text=self._detokenizer.text(seq) if self._detokenizer else "",
-            token_ids=seq.output_token_ids,
+            text=text,
+            token_ids=token_ids,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )

@@ -11,12 +11,15 @@ class CompletionOutput:
 
     Attributes:
         index: which of the request's samples this is.
-        text: the generated text so far, without special tokens.
+        text: the generated text so far (of RequestOutputKind.DELTA only what is new, as for
+            token_ids); while it runs, without an end that may be the beginning of
+            a stop string.
         token_ids: the generated tokens, with the EOS or stop token that ended them.
         cumulative_logprob, logprobs: None (log-probabilities were not asked for).
-        finish_reason: "stop" (EOS or a stop token), "length" (max_tokens or max_model_len), None
-            while it runs.
-        stop_reason: the member of stop_token_ids that ended it; None after EOS or "length".
+        finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
+            max_model_len), None while it runs.
+        stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after EOS
+            or "length".
     """
 
     index: int
@@ -54,6 +57,7 @@ class RequestOutput:
         finished: whether all of them have ended.
         metrics: when it arrived, had its first token, and ended.
         num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache.
+        index: of LLM.stream, which of its prompts this is of.
     """
 
     request_id: str
@@ -64,6 +68,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int
+    index: int = 0
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

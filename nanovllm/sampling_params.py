@@ -5,10 +5,27 @@ Users construct it; llm.py copies it on admission; the sampler and the stop chec
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
+_FLAGS = (
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
+
+
+class RequestOutputKind(Enum):
+    """What step() gives of a request after each of its tokens; generate waits for the end in any
+    case."""
+
+    CUMULATIVE = 0  # all so far
+    DELTA = 1  # what is new
+    FINAL_ONLY = 2  # nothing before it has ended
 
 
 @dataclass(kw_only=True)
@@ -22,10 +39,19 @@ class SamplingParams:
         top_k: keeps the top_k most likely tokens; 0 or -1 keeps all.
         min_p: drops tokens less likely than min_p times the most likely one, in [0, 1].
         max_tokens: tokens generated at most; None: up to max_model_len.
-        min_tokens: no EOS or stop token is drawn before this many tokens.
+        min_tokens: no EOS or stop token is drawn, and no stop string ends the request, before
+            this many tokens.
         ignore_eos: go on after an EOS token.
         stop_token_ids: tokens that end the request, besides EOS; the last one stays out of the
             text.
+        stop: strings that end the request when its text comes to hold one of them; the text is cut
+            before it.
+        include_stop_str_in_output: the stop string, or the text of the token that stopped it,
+            stays.
+        detokenize: whether there is a text at all.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: handed to the tokenizer; fast ones don't look at it.
+        output_kind: what step() gives of it.
         seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
             the engine's own.
 
@@ -42,6 +68,12 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = None
+    stop: str | list[str] | None = None
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,11 +84,15 @@ class SamplingParams:
         for name in ("max_tokens", "seed"):
             if getattr(self, name) is not None:
                 setattr(self, name, _as_number(name, getattr(self, name), int))
-        if not isinstance(self.ignore_eos, bool):
-            raise TypeError(f"ignore_eos must be a bool, got {self.ignore_eos!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         if self.seed == -1:  # as in vLLM
             self.seed = None
         self._check_ranges()
+        self._check_stop()
 
     def _check_ranges(self) -> None:
         if not 0 <= self.temperature <= 2:
@@ -89,6 +125,18 @@ class SamplingParams:
             ):
                 raise TypeError(f"stop_token_ids must be a list of token ids, got {ids!r}")
             self.stop_token_ids = [int(i) for i in ids]
+
+    def _check_stop(self) -> None:
+        """A list, as in vLLM."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = [] if stop is None else stop
+        if not isinstance(stop, (list, tuple)) or any(not isinstance(s, str) for s in stop):
+            raise TypeError(f"stop must be a string or a list of strings, got {self.stop!r}")
+        if "" in stop:
+            raise ValueError("stop cannot contain an empty string")
+        if stop and not self.detokenize:
+            raise ValueError("stop is searched for in the text: it needs detokenize=True")
+        self.stop = list(stop)
 
     @property
     def is_greedy(self) -> bool:

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -241,6 +242,7 @@ def make_engine(
     enable_prefix_caching: bool = True,
     depth: int = 1,
     mean_output: int = 256,
+    detokenizer: Detokenizer | None = None,
 ) -> Engine:
     """An engine over a FakeWorker, which is its `executor`."""
     limits = (num_blocks, block_size, max_num_seqs, max_num_batched_tokens)
@@ -252,6 +254,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
         depth=depth,
+        detokenizer=detokenizer,
     )
     engine.scheduler.mean_output = mean_output
     return engine

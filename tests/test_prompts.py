@@ -141,7 +141,19 @@ WRONG_TYPE = [
     (["temperature", "top_p", "min_p"], [None, "1", True, [0]], "a number"),
     (["top_k", "min_tokens"], [1.5, None, "1", True], "a whole number"),
     (["max_tokens", "seed"], [1.0, "1", False], "a whole number"),
-    (["ignore_eos"], [1, None], "a bool"),
+    (
+        [
+            "ignore_eos",
+            "include_stop_str_in_output",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ],
+        [1, None],
+        "a bool",
+    ),
+    (["output_kind"], [0, "DELTA", None], "a RequestOutputKind"),
+    (["stop"], [1, [1], {"a": 1}, ["a", None], b"a"], "a string or a list of strings"),
     (["stop_token_ids"], [2, "2", {2: 2}, [2.0], [True], [[2]]], "a list of token ids"),
 ]
 
@@ -160,6 +172,19 @@ def test_a_value_out_of_range_is_refused(name, value, message):
 def test_a_wrong_type_is_refused(name, value, kind):
     with pytest.raises(TypeError, match=f"^{name} must be {kind}, got {re.escape(repr(value))}$"):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("stop", [None, [], "a", ("a", "bc"), ["a", "bc"]])
+def test_stop_strings_become_a_list(stop):
+    assert SamplingParams(stop=stop).stop == ([stop] if stop == "a" else list(stop or ()))
+
+
+def test_stop_strings_that_can_never_be_found_are_refused():
+    for stop in ("", ["a", ""]):
+        with pytest.raises(ValueError, match="stop cannot contain an empty string"):
+            SamplingParams(stop=stop)
+    with pytest.raises(ValueError, match="it needs detokenize=True"):
+        SamplingParams(stop="a", detokenize=False)
 
 
 @pytest.mark.parametrize(

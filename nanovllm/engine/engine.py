@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Collection
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
@@ -25,6 +26,7 @@ class Engine:
         max_num_batched_tokens: query tokens a step.
         enable_prefix_caching: whether sequences share the pages of equal prefixes.
         depth: steps in flight. 1 waits for each; with 2 the next step is scheduled while one runs.
+        detokenizer: finds stop strings; None: no sequence has any.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Engine:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
         depth: int = 1,
+        detokenizer: Detokenizer | None = None,
     ):
         self.executor = executor
         self.depth = depth
+        self.detokenizer = detokenizer
         self.metrics = EngineMetrics()
         self.scheduler = Scheduler(
             BlockManager(num_blocks, block_size, enable_prefix_caching),
@@ -121,7 +125,7 @@ class Engine:
         self.pending.clear()
         for seq in self.unfinished.values():
             if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
-                seq.check_stop()  # the exception may have come between a token and its check
+                self._check_stop(seq)  # the exception may have come between a token and its check
             if seq.finished and seq.finish_reason != "abort":
                 seq.metrics.finished_time = time.monotonic()
                 self.advanced[seq] = None
@@ -138,10 +142,11 @@ class Engine:
                 continue  # ended while this step was in flight: it ran past its end
             advanced[seq] = None
             seq.token_ids.append(token_id)
-            if token_id in seq.stops or len(seq.token_ids) >= seq.max_len:
-                seq.check_stop()
-                seq.metrics.finished_time = now
-                finished.append(seq)
+            if token_id in seq.stops or len(seq.token_ids) >= seq.check_from:
+                self._check_stop(seq)
+                if seq.finished:
+                    seq.metrics.finished_time = now
+                    finished.append(seq)
         for seq in step.sampled[step.input.num_decodes :]:
             if seq.metrics.first_token_time is None:
                 seq.metrics.first_token_time = now
@@ -150,3 +155,12 @@ class Engine:
             for seq in finished:
                 del self.unfinished[seq.request_id]
         return finished
+
+    def _check_stop(self, seq: Sequence) -> None:
+        """Whether the last token ends the sequence. A stop string that it completes counts before
+        the token itself, as in vLLM."""
+        if seq.params.stop:
+            assert self.detokenizer is not None
+            self.detokenizer.check_stop(seq)
+        if not seq.finished:
+            seq.check_stop()

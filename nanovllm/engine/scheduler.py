@@ -52,7 +52,7 @@ class Scheduler:
         waiting: sequences that hold nothing, the next to be admitted first.
         running: those that hold a row and pages, in order of arrival, so the youngest is last.
         seqs, max_len, num_prompt_tokens: [rows] of the running sequences; max_len 0: none.
-        may_stop: [rows] whether there are tokens that would end it before max_len.
+        may_stop: [rows] whether something may end it before max_len.
         num_shared: [rows] pages that it holds but doesn't own.
         num_computed: [rows] tokens whose keys and values are stored, or will be by the steps
             submitted so far.
@@ -60,7 +60,7 @@ class Scheduler:
             the last token isn't in flight.
         empty_slots: in the pages of running sequences.
         pages_to_come: those that running sequences would still take up to their max_len.
-        mean_output: tokens of the last sequences that a token might have stopped.
+        mean_output: tokens of the last sequences that might have stopped early.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Scheduler:
             if seq.row >= 0:
                 del self.running[seq]
                 self._release(seq)
-            if seq.stops and seq.finish_reason != "abort":
+            if seq.may_stop and seq.finish_reason != "abort":
                 num_output = len(seq.token_ids) - seq.num_prompt_tokens
                 self.mean_output += (num_output - self.mean_output) / NUM_AVERAGED
 
@@ -238,7 +238,7 @@ class Scheduler:
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = num_cached
         self.seqs[row], self.max_len[row] = seq, seq.max_len
-        self.num_prompt_tokens[row], self.may_stop[row] = seq.num_prompt_tokens, bool(seq.stops)
+        self.num_prompt_tokens[row], self.may_stop[row] = seq.num_prompt_tokens, seq.may_stop
         self.num_computed[row], self.num_shared[row] = num_cached, num_shared
         self.empty_slots += self._num_empty(seq)
         self.pages_to_come += self._num_to_come(seq)
@@ -278,7 +278,7 @@ class Scheduler:
             num_tokens,
             np.append(self.num_prompt_tokens[rows], seq.num_prompt_tokens),
             np.append(self.max_len[rows], seq.max_len),
-            np.append(self.may_stop[rows], bool(seq.stops)),
+            np.append(self.may_stop[rows], seq.may_stop),
             int(self.mean_output),
         )
         # While its prompt is computed in chunks, the others go on.

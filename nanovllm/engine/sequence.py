@@ -3,7 +3,7 @@ tokens."""
 
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
@@ -12,14 +12,16 @@ from nanovllm.sampling_params import SamplingParams
 NUM_CONTEXT_TOKENS = 5
 
 
-@dataclass(slots=True)
-class TextState:
+class TextState(NamedTuple):
     """How far the detokenizer came: the text of the tokens before `read`. Those from `prefix` on
-    are decoded again as the context of the next ones."""
+    are decoded again as the context of the next ones. No stop string ends before `searched`.
+
+    It is replaced as a whole, so that an interrupt finds it consistent."""
 
     prefix: int
     read: int
     text: str = ""
+    searched: int = 0
 
 
 class Sequence:
@@ -34,7 +36,11 @@ class Sequence:
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
         max_len: prompt and generated tokens at most.
+        delivered: how many of its output tokens, and characters of its text, were handed out as
+            increments.
         stops: tokens that end it.
+        check_from: with so many tokens, and from then on, every token may end it: at max_len, or
+            earlier where its text is searched for stop strings.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -44,6 +50,8 @@ class Sequence:
         "block_hashes",
         "block_table",
         "cached_parent",
+        "check_from",
+        "delivered",
         "eos_token_ids",
         "finish_reason",
         "max_len",
@@ -88,13 +96,17 @@ class Sequence:
         self.max_len = max_model_len
         if params.max_tokens is not None:
             self.max_len = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        self.check_from = self.max_len
+        if params.stop:
+            self.check_from = min(self.max_len, self.num_prompt_tokens + params.min_tokens)
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.finish_reason: str | None = None
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )
+        self.delivered = (0, 0)
         self.block_hashes: list[int] = []
         self.reset()
 
@@ -111,6 +123,15 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def has_undelivered(self) -> bool:
+        return len(self.token_ids) - self.num_prompt_tokens > self.delivered[0]
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether it may end before max_len."""
+        return bool(self.stops or self.params.stop)
 
     def check_stop(self) -> None:
         """Set finish_reason if the last token ends the sequence."""

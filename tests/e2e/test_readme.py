@@ -1,4 +1,4 @@
-"""The README's Python blocks and example.py run as they stand."""
+"""The Python blocks of the README and docs/api.md, and example.py, run as they stand."""
 
 import re
 import subprocess
@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+BLOCKS = [
+    pytest.param(code, id=f"{name} {i}")
+    for name in ("README.md", "docs/api.md")
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S))
+]
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_block_runs_and_prints(code, monkeypatch, capsys):
+@pytest.mark.parametrize("code", BLOCKS)
+def test_block_runs_and_prints(code, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "<block>", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
 

@@ -4,6 +4,7 @@ sensible answers."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,28 @@ def test_three_primary_colours(dtype):
         output = llm.generate(text, SamplingParams(temperature=0, max_tokens=128))[0]
     assert all(colour in output["text"].lower() for colour in ("red", "blue", "yellow"))
     assert output.outputs[0].finish_reason == "stop"
+
+
+def test_chat_streams_and_stops():
+    """Its answers in Japanese and emoji have characters of several tokens."""
+    chats = ["Repeat: 日本の首都は東京です。", "Repeat: 🎉🎊🎈🎁", "List three primary colours."]
+    messages = [[{"role": "user", "content": chat}] for chat in chats]
+    with LLM(str(FOLDER), dtype="float32", max_model_len=512) as llm:
+        params = SamplingParams(temperature=0, max_tokens=20)
+        outputs = llm.chat(messages, params, use_tqdm=False)
+        prompts = [out.prompt_token_ids for out in outputs]
+        streamed = [[], [], []]
+        for out in llm.stream(prompts, params):
+            streamed[out.index].append(out["text"])
+        stops = [out["text"][2:4] for out in outputs]
+        stopping = [replace(params, stop=stop) for stop in stops]
+        cut = llm.generate(prompts, stopping, use_tqdm=False)
+    for out, texts, stop, short in zip(outputs, streamed, stops, cut, strict=True):
+        assert "".join(texts) == out["text"]
+        assert short["text"] == out["text"][: out["text"].index(stop)]
+        assert short.outputs[0].stop_reason == stop
+    for texts in streamed[:2]:
+        assert "" in texts[:-1] and "\ufffd" not in "".join(texts)
 
 
 def test_example_on_a_real_model():

@@ -28,7 +28,7 @@ class ByteTokenizer:
     def encode(self, text, add_special_tokens):
         return list(text.encode())
 
-    def decode(self, token_ids, *, skip_special_tokens):
+    def decode(self, token_ids, *, skip_special_tokens, **_):
         assert skip_special_tokens
         return bytes(t for t in token_ids if t < 256).decode(errors="replace")
 
@@ -44,7 +44,9 @@ def tokenizer(request):
 
 def increments(tokenizer, prompt, output, reads, finish_reason):
     """The text after the output tokens at which `reads` says to ask for it, the last at the end."""
-    detokenizer, seq = Detokenizer(tokenizer), make_sequence(prompt)
+    stop_token_ids = output[-1:] if finish_reason == "stop" else None
+    detokenizer = Detokenizer(tokenizer)
+    seq = make_sequence(prompt, stop_token_ids=stop_token_ids)
     texts = [detokenizer.text(seq)]
     for i, token in enumerate(output):
         seq.token_ids.append(token)
@@ -105,7 +107,7 @@ def test_a_stop_inside_a_character_shows_what_was_held_back(tokenizer):
 class WordTokenizer:
     """A token is a word with a space before it, dropped at the start (as SentencePiece does)."""
 
-    def decode(self, token_ids, *, skip_special_tokens):
+    def decode(self, token_ids, **_):
         return "".join(f" {chr(token)}" for token in token_ids).removeprefix(" ")
 
 
@@ -119,7 +121,7 @@ def test_spaces_between_tokens_are_kept():
 class ByteFallbackTokenizer(ByteTokenizer):
     """Like Llama 2's: a run of bytes that is not valid UTF-8 is replaced byte by byte."""
 
-    def decode(self, token_ids, *, skip_special_tokens):
+    def decode(self, token_ids, **_):
         data = bytes(token_ids)
         try:
             return data.decode()
@@ -133,3 +135,53 @@ def test_a_context_that_begins_inside_a_character_is_widened():
     seq.token_ids.extend("😀😀b".encode())
     seq.finish_reason = "length"
     assert Detokenizer(tokenizer).text(seq) == "😀😀b"
+
+
+# Stop strings; that they end a request is tests/engine/test_stop_strings.py's
+
+
+@fuzz
+@given(text=TEXT, data=st.data())
+def test_a_stop_string_is_found_in_text_split_by_a_real_tokenizer(tokenizer, text, data):
+    start = data.draw(st.integers(0, len(text) - 1))
+    stop = text[start : data.draw(st.integers(start + 1, len(text)))]
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer)
+    seq = make_sequence([65], stop=stop)
+    shown = [""]
+    for token in tokens:
+        seq.token_ids.append(token)
+        detokenizer.check_stop(seq)
+        shown.append(detokenizer.text(seq))
+        if seq.finished:
+            break
+    assert (seq.finish_reason, seq.stop_reason) == ("stop", stop)
+    assert shown[-1] == text[: text.index(stop)]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
+    before = tokenizer.decode(seq.output_token_ids[:-1], skip_special_tokens=True)
+    assert stop not in before, "it stopped with the token that completed it"
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    detokenizer = Detokenizer(ByteTokenizer())
+    for include, held_back in ((False, 2), (True, 0)):
+        seq = make_sequence([65], stop=["xyz", "q"], include_stop_str_in_output=include)
+        seq.token_ids.extend(b"abxy")
+        detokenizer.check_stop(seq)
+        assert detokenizer.text(seq) == "abxy"[: 4 - held_back]
+        seq.finish_reason = "length"
+        assert detokenizer.text(seq) == "abxy"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_include_stop_str_in_output_shows_the_stop_token_too(special):
+    seq = make_sequence([65], stop_token_ids=[98], include_stop_str_in_output=special)
+    seq.token_ids.extend(b"ab")
+    seq.check_stop()
+    assert Detokenizer(ByteTokenizer()).text(seq) == ("ab" if special else "a")
+
+
+def test_the_text_may_be_left_out():
+    seq = make_sequence([65], detokenize=False)
+    seq.token_ids.extend(b"ab")
+    assert Detokenizer(ByteTokenizer()).text(seq) == ""

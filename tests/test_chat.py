@@ -1,0 +1,116 @@
+"""chat.py: what is a conversation, and what the template gets to see of it."""
+
+import re
+
+import pytest
+
+from nanovllm import chat
+
+OPTIONS = {"chat_template": None, "add_generation_prompt": True, "continue_final_message": False}
+
+
+class Tokenizer:
+    """Its template shows what it is given."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, conversation, tokenize, **options):
+        assert not tokenize
+        self.seen = conversation, options
+        if conversation[0]["role"] == "nobody":
+            raise KeyError("no such role")
+        return "".join(message["content"] for message in conversation)
+
+    def __call__(self, texts, add_special_tokens, **_):
+        assert not add_special_tokens
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+
+def message(content="a", role="user", **more):
+    return {"role": role, "content": content, **more}
+
+
+def texts(messages, **options):
+    return [p["prompt"] for p in chat.render(messages, Tokenizer(), OPTIONS | options)]
+
+
+def test_one_conversation_or_a_list_of_them():
+    assert texts([message("a"), message("b")]) == ["ab"]
+    assert texts([[message("a"), message("b")], [message("c")]]) == ["ab", "c"]
+    assert texts(([message("a")], (message("b"),))) == ["a", "b"]
+    assert texts([]) == []
+
+
+def test_a_prompt_has_its_text_and_tokens():
+    [prompt] = chat.render([message("ab")], Tokenizer(), OPTIONS)
+    assert prompt == {"prompt": "ab", "prompt_token_ids": [97, 98]}
+
+
+def test_the_template_gets_the_options_and_all_of_a_message():
+    tokenizer = Tokenizer()
+    chat.render([message(name="me")], tokenizer, OPTIONS | {"tools": [{}], "thinking": False})
+    [seen], options = tokenizer.seen
+    assert seen == message(name="me") and options == OPTIONS | {"tools": [{}], "thinking": False}
+
+
+@pytest.mark.parametrize(
+    "content", [["a", "b"], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]]
+)
+def test_parts_of_a_content_are_lines(content):
+    assert texts([message(content)]) == ["a\nb"]
+
+
+def test_arguments_of_tool_calls_are_dicts():
+    tokenizer = Tokenizer()
+    given = [{"type": "function", "function": {"name": "f", "arguments": a}}
+             for a in ('{"x": 1}', {"x": 1}, "", None)]  # fmt: skip
+    call = message(None, "assistant", tool_calls=given)
+    chat.render([message(), call], tokenizer, OPTIONS)
+    seen = [call["function"] for call in tokenizer.seen[0][1]["tool_calls"]]
+    assert seen == [{"name": "f", "arguments": a} for a in ({"x": 1}, {"x": 1}, {}, {})]
+    assert given[0]["function"]["arguments"] == '{"x": 1}', "the caller's own is left alone"
+
+
+FORM = "must be a dict {'role': ..., 'content': ...}, got"
+CONTENT = "message 0 of conversation 0: content must be a text, or a list of texts and"
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "text"),
+    [
+        *[(m, TypeError, "messages must be a list of messages or of those, got")
+          for m in ("hello", None, message(), b"")],
+        ([[]], ValueError, "conversation 0 is empty: it must have at least one message"),
+        ([[message()], []], ValueError, "conversation 1 is empty"),
+        ([[message()], message()], TypeError, "conversation 1 must be a list of messages, got {"),
+        ([message(), "b"], TypeError, f"message 1 of conversation 0 {FORM} 'b'"),
+        ([[message()], [5]], TypeError, f"message 0 of conversation 1 {FORM} 5"),
+        ([{"content": "a"}], TypeError, f"message 0 of conversation 0 {FORM} {{'content'"),
+        ([message(role=1)], TypeError, FORM),
+        ([{"role": "user"}], TypeError, "message 0 of conversation 0 has no content"),
+        ([message(5)], TypeError, CONTENT),
+        ([message([{"type": "image_url", "image_url": "x"}])], TypeError, CONTENT),
+        ([message(None, tool_calls=[{"function": {"arguments": "{"}}])], ValueError,
+         "message 0 of conversation 0 has a broken tool call {"),
+        ([message(None, tool_calls=["f"])], ValueError, "has a broken tool call 'f'"),
+        ([[message()], [message(role="nobody")]], ValueError,
+         "the chat template refuses conversation 1: 'no such role'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_conversation_is_named(messages, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        texts(messages)
+
+
+def test_a_new_message_and_the_last_one_going_on_exclude_each_other():
+    with pytest.raises(ValueError, match="set add_generation_prompt=False"):
+        texts([message()], continue_final_message=True)
+    assert texts([message()], continue_final_message=True, add_generation_prompt=False) == ["a"]
+
+
+def test_a_template_is_needed():
+    tokenizer = Tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template: give one as chat_template="):
+        chat.render([message()], tokenizer, OPTIONS)
+    assert chat.render([message()], tokenizer, OPTIONS | {"chat_template": "x"})
