@@ -260,8 +260,8 @@ class LLM:
         if sampling_params is None:
             sampling_params = self._checkpoint.default_sampling_params
         params = prompts.match_params(sampling_params, len(tokenized))
-        for p in params:
-            self._check_stop_token_ids(p)
+        for p in {id(p): p for p in params}.values():  # one may serve all prompts
+            prompts.bind_params(p, self.model_config.vocab_size, self._checkpoint.tokenizer)
         now = time.monotonic()
         eos_token_ids = self._checkpoint.eos_token_ids
         seqs = []
@@ -281,14 +281,6 @@ class LLM:
                 )
             )
         return seqs
-
-    def _check_stop_token_ids(self, params: SamplingParams) -> None:
-        for token in params.stop_token_ids or ():
-            if not 0 <= token < self.model_config.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids has the token id {token}, outside "
-                    f"[0, {self.model_config.vocab_size})"
-                )
 
     def _free_id(self, number: int) -> str:
         request_id = str(number)

@@ -4,10 +4,12 @@ meanings are vLLM's.
 Users construct it; llm.py copies it on admission; the sampler and the stop checks read it.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
 
@@ -26,6 +28,14 @@ class SamplingParams:
         ignore_eos: go on after an EOS token.
         stop_token_ids: tokens that end the request, besides EOS; the last one stays out of the
             text.
+        presence_penalty: subtracted from the logits of tokens that were generated before, in
+            [-2, 2].
+        frequency_penalty: the same, times how often they were.
+        repetition_penalty: tokens of the prompt and the output: divides logits above 0, multiplies
+            those below; above 0, 1 changes nothing.
+        logit_bias: token id -> what is added to its logit.
+        allowed_token_ids: no other tokens are drawn.
+        bad_words: texts that are not generated: a token that would complete one is not drawn.
         seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
             the engine's own.
 
@@ -42,10 +52,20 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     seed: int | None = None
+    # Of bad_words; llm.py sets it, which has the tokenizer.
+    bad_words_token_ids: list[list[int]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("temperature", "top_p", "min_p", *PENALTIES):
             setattr(self, name, _as_number(name, getattr(self, name), float))
         for name in ("top_k", "min_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
@@ -57,6 +77,7 @@ class SamplingParams:
         if self.seed == -1:  # as in vLLM
             self.seed = None
         self._check_ranges()
+        self._check_logits()
 
     def _check_ranges(self) -> None:
         if not 0 <= self.temperature <= 2:
@@ -82,13 +103,58 @@ class SamplingParams:
             )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
-        ids = self.stop_token_ids
-        if ids is not None:
-            if not isinstance(ids, (list, tuple, set)) or any(
-                not isinstance(i, Integral) or isinstance(i, bool) for i in ids
-            ):
-                raise TypeError(f"stop_token_ids must be a list of token ids, got {ids!r}")
-            self.stop_token_ids = [int(i) for i in ids]
+        if self.stop_token_ids is not None:
+            self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
+
+    def _check_logits(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(
+                    f"{name} must be in [-2, 2] (0 changes nothing), got {getattr(self, name)}"
+                )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty must be above 0 and finite (1 changes nothing), "
+                f"got {self.repetition_penalty}"
+            )
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise TypeError(
+                    f"logit_bias must be a dict of token id -> bias, got {self.logit_bias!r:.80}"
+                )
+            ids = _as_token_ids("logit_bias's keys", list(self.logit_bias))
+            values = [_as_number("a bias", b, float) for b in self.logit_bias.values()]
+            if not all(bias < math.inf for bias in values):
+                raise ValueError(f"logit_bias must be finite or -inf, got {self.logit_bias!r:.80}")
+            self.logit_bias = dict(zip(ids, values, strict=True))
+        if self.allowed_token_ids is not None:
+            ids = _as_token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not ids:
+                raise ValueError("allowed_token_ids is empty: name a token, or None allows all")
+            self.allowed_token_ids = ids
+        if self.bad_words is not None:
+            words = self.bad_words
+            if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
+                raise TypeError(f"bad_words must be a list of strings, got {words!r:.80}")
+            if not all(words):
+                raise ValueError(f"bad_words must not have an empty string, got {words!r:.80}")
+            self.bad_words = list(dict.fromkeys(words))
+
+    @property
+    def penalizes(self) -> bool:
+        return (*(getattr(self, name) for name in PENALTIES),) != (0, 0, 1)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether its tokens are drawn from other logits than the model's."""
+        return bool(
+            self.penalizes or self.logit_bias or self.allowed_token_ids or self.bad_words_token_ids
+        )
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether its logits depend on its tokens so far."""
+        return self.penalizes or any(len(word) > 1 for word in self.bad_words_token_ids)
 
     @property
     def is_greedy(self) -> bool:
@@ -105,3 +171,11 @@ def _as_number(name: str, value: Any, kind: type) -> int | float:
         return kind(value)
     except OverflowError:
         raise ValueError(f"{name} is out of range: {value!r:.40}") from None
+
+
+def _as_token_ids(name: str, ids: Any) -> list[int]:
+    if not isinstance(ids, (list, tuple, set)) or any(
+        not isinstance(i, Integral) or isinstance(i, bool) for i in ids
+    ):
+        raise TypeError(f"{name} must be a list of token ids, got {ids!r:.80}")
+    return [int(i) for i in ids]

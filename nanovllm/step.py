@@ -35,6 +35,8 @@ class RowStart:
         stop_token_ids: tokens that may not be drawn at positions below min_len.
         min_len: prompt length plus min_tokens.
         block_table: [pages] int32, those of all its known tokens.
+        num_prompt_tokens: the tokens from there on are generated ones.
+        token_ids: all its known tokens, if params.needs_history.
     """
 
     row: int
@@ -44,6 +46,8 @@ class RowStart:
     stop_token_ids: tuple[int, ...]
     min_len: int
     block_table: np.ndarray = field(default_factory=_no_pages)
+    num_prompt_tokens: int = 0
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,6 +252,8 @@ class Scheduler:
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
                 min_len=min(seq.num_prompt_tokens + seq.params.min_tokens, seq.max_len),
                 block_table=np.array(seq.block_table, np.int32),
+                num_prompt_tokens=seq.num_prompt_tokens,
+                token_ids=seq.token_ids[:] if seq.params.needs_history else (),
             )
         )
         return True

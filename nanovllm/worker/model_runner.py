@@ -171,7 +171,7 @@ class ModelRunner:
             output = self._decode(size, self.uploader.upload(arrays))
         draws = step.decode_rows, step.decode_positions + 1
         if not self.sampler.is_plain(*draws):
-            # Warpers and min_tokens: the LM head once more, which costs less than keeping every
+            # Warpers and changed logits: the LM head once more, which costs less than keeping every
             # size's logits, and other draws in place of the first.
             token_ids = self.sampler.sample(self.model.logits(output.hidden[:num_decodes]), *draws)
             self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
