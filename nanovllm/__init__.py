@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, RequestOutput
+    from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
     from nanovllm.sampling_params import SamplingParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
     "CompletionOutput": "nanovllm.outputs",
+    "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
     "SamplingParams": "nanovllm.sampling_params",
 }
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
 __version__ = "0.1.0"
 
 

@@ -289,10 +289,15 @@ class LLM:
         return request_id
 
     def _output(self, seq: Sequence) -> RequestOutput:
+        tokenizer, logprobs = self._checkpoint.tokenizer, seq.logprobs
+        if logprobs is not None:  # as they are now
+            logprobs = logprobs.copy(tokenizer.decode if tokenizer is not None else None)
         completion = CompletionOutput(
             index=0,
             text=self._detokenizer.text(seq) if self._detokenizer else "",
             token_ids=seq.output_token_ids,
+            cumulative_logprob=None if logprobs is None else logprobs.cumulative,
+            logprobs=logprobs,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )

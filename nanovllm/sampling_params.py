@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
@@ -36,6 +37,8 @@ class SamplingParams:
         logit_bias: token id -> what is added to its logit.
         allowed_token_ids: no other tokens are drawn.
         bad_words: texts that are not generated: a token that would complete one is not drawn.
+        logprobs: log-probabilities of each generated token and of so many most likely ones, in [0,
+            20]; None: none at all.
         seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
             the engine's own.
 
@@ -58,6 +61,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    logprobs: int | None = None
     seed: int | None = None
     # Of bad_words; llm.py sets it, which has the tokenizer.
     bad_words_token_ids: list[list[int]] = field(
@@ -69,7 +73,9 @@ class SamplingParams:
             setattr(self, name, _as_number(name, getattr(self, name), float))
         for name in ("top_k", "min_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
-        for name in ("max_tokens", "seed"):
+        if self.logprobs is True:  # as in vLLM
+            self.logprobs = 1
+        for name in ("max_tokens", "logprobs", "seed"):
             if getattr(self, name) is not None:
                 setattr(self, name, _as_number(name, getattr(self, name), int))
         if not isinstance(self.ignore_eos, bool):
@@ -117,6 +123,10 @@ class SamplingParams:
                 f"repetition_penalty must be above 0 and finite (1 changes nothing), "
                 f"got {self.repetition_penalty}"
             )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(
+                f"logprobs must be in [0, {MAX_LOGPROBS}], or None for none, got {self.logprobs}"
+            )
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise TypeError(
@@ -142,7 +152,7 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        return (*(getattr(self, name) for name in PENALTIES),) != (0, 0, 1)
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
     def changes_logits(self) -> bool:

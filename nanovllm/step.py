@@ -118,10 +118,29 @@ class StepInput:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLogprobs:
+    """Log-probabilities by the model's own logits, of the sampled sequences that ask, in their
+    order.
+
+    Attributes:
+        token_ids: [n, 1 + as many as anyone may ask for] int32, the sampled token, then the most
+            likely ones, the likeliest first.
+        logprobs: float32, theirs.
+        ranks: [n] int32, of the sampled tokens: how many are at least as likely.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The sampled tokens of a step: those of the decodes, then those of the chunks that sample."""
+    """The sampled tokens of a step: those of the decodes, then those of the chunks that sample; and
+    what is said of them, if anyone asks."""
 
     token_ids: list[int]
+    logprobs: StepLogprobs | None = None
 
 
 class PendingStep(Protocol):

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanovllm.outputs import RequestMetrics
+from nanovllm.outputs import RequestMetrics, SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 # So many prompt tokens are decoded before the first output token, so that its space is kept.
@@ -35,6 +35,7 @@ class Sequence:
             it are known tokens.
         max_len: prompt and generated tokens at most.
         stops: tokens that end it.
+        logprobs: of its generated tokens, if they were asked for.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -46,6 +47,7 @@ class Sequence:
         "cached_parent",
         "eos_token_ids",
         "finish_reason",
+        "logprobs",
         "max_len",
         "metrics",
         "num_cached_tokens",
@@ -88,6 +90,7 @@ class Sequence:
         self.max_len = max_model_len
         if params.max_tokens is not None:
             self.max_len = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        self.logprobs = None if params.logprobs is None else SampleLogprobs(params.logprobs)
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.finish_reason: str | None = None

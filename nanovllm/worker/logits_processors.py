@@ -55,18 +55,17 @@ class LogitsProcessors:
 
     def start_rows(self, starts: list[RowStart]) -> None:
         """Sequences take over rows."""
-        for start in starts:
-            row, params = start.row, start.params
-            self.asks[row] = params.changes_logits
-            self.min_len[row] = start.min_len if start.stop_token_ids else 0
-            self.num_prompt_tokens[row] = start.num_prompt_tokens
-            self.presence[row] = params.presence_penalty
-            self.frequency[row] = params.frequency_penalty
-            self.repetition[row] = params.repetition_penalty
-        starts = [start for start in starts if self.asks[start.row] or self.min_len[start.row]]
-        if not starts:
-            return
         rows = np.array([start.row for start in starts])
+        self.asks[rows] = [start.params.changes_logits for start in starts]
+        self.min_len[rows] = [_min_len(start) for start in starts]
+        asking = self.asks[rows] | (self.min_len[rows] > 0)
+        if not asking.any():
+            return
+        rows, starts = rows[asking], [starts[i] for i in np.flatnonzero(asking)]
+        self.num_prompt_tokens[rows] = [start.num_prompt_tokens for start in starts]
+        self.presence[rows] = [start.params.presence_penalty for start in starts]
+        self.frequency[rows] = [start.params.frequency_penalty for start in starts]
+        self.repetition[rows] = [start.params.repetition_penalty for start in starts]
         biases = [start.params.logit_bias or {} for start in starts]
         self.allowed.start(rows, [self._allowed_bits(start) for start in starts])
         self.bad_words.start(rows, [_bad_words(start) for start in starts])
@@ -186,12 +185,12 @@ class RowTable:
 
     def start(self, rows: np.ndarray, values: list[Any]) -> None:
         """Rows begin anew with these numbers, arrays or sequences."""
+        self.used[rows] = brings = [len(value) > 0 for value in values]
+        if not (any(brings) or self.data.numel()):
+            return  # nobody ever brought any
         arrays: list[np.ndarray] = [np.asarray(value, self.dtype) for value in values]
-        self.used[rows] = [array.size > 0 for array in arrays]
         shape = np.max([array.shape for array in arrays], axis=0).tolist()
         self.reserve(*shape)
-        if not self.data.numel():
-            return  # nobody ever brought any
         new = np.full((len(rows), *shape), self.fill, self.dtype)
         for line, array in zip(new, arrays, strict=True):
             line[_corner(array.shape)] = array
@@ -265,6 +264,12 @@ def penalize(
     weakened = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(known > 0, weakened, logits)
     return logits.sub_(frequency * output).sub_(presence * (output > 0))
+
+
+def _min_len(start: RowStart) -> int:
+    """0: stop tokens may come at once, or there are none."""
+    has_minimum = start.stop_token_ids and start.min_len > start.num_prompt_tokens
+    return start.min_len if has_minimum else 0
 
 
 def _bad_words(start: RowStart) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from nanovllm import ops
 from nanovllm.step import RowStart
 from nanovllm.worker.logits_processors import LogitsProcessors
+from nanovllm.worker.logprobs import LogprobsReader
 from nanovllm.worker.upload import Uploader
 
 PROCESSED_LOGITS = 2**24  # rows that ask for more than a draw are copied so many logits at a time
@@ -43,6 +44,7 @@ class Sampler:
             "seed": torch.zeros(num_rows, dtype=torch.int64, device=uploader.device),
         }
         self.processors = LogitsProcessors(num_rows, vocab_size, uploader)
+        self.logprobs = LogprobsReader(num_rows, vocab_size, uploader)
 
     def start_rows(self, starts: list[RowStart]) -> None:
         """Sequences take over rows."""
@@ -51,7 +53,7 @@ class Sampler:
         if starts:
             self.processors.start_rows(starts)
             changes = self.processors.asks.any() or self.processors.min_len.any()
-            self.all_plain = not (self.warps.any() or changes)
+            self.all_plain = not (self.warps.any() or changes or self.logprobs.asks.any())
         if starts and self.uploader.device.type != "cpu":
             rows = np.array([start.row for start in starts])
             temperature, seed = self.temperature[rows], self.seed[rows].view(np.int64)
@@ -70,11 +72,15 @@ class Sampler:
         limits = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self.warps[row] = limits and not params.is_greedy
         self.seed[row] = start.seed
+        self.logprobs.asks[row] = params.logprobs is not None
 
     def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
-        """Whether temperature and noise are all that the rows' draws depend on."""
+        """Whether temperature and noise are all that the rows' draws depend on, and all that is
+        asked of them is a token."""
         return self.all_plain or not (
-            self.warps[rows].any() or self.processors.asking(rows, positions).any()
+            self.warps[rows].any()
+            or self.processors.asking(rows, positions).any()
+            or self.logprobs.asks[rows].any()
         )
 
     def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:

@@ -123,6 +123,22 @@ def test_a_reused_row_forgets_what_was_asked_before():
     assert sampler.is_plain(rows, positions) and sampler.all_plain
 
 
+def test_no_minimum_is_plain():
+    sampler = Sampler(1, VOCAB, Uploader(torch.device("cpu")))
+    sampler.start_rows([start(0, SamplingParams())])
+    assert sampler.all_plain and not sampler.processors.stop_token_ids.used.any()
+
+
+def test_single_bad_words_need_no_history():
+    sampler = Sampler(2, VOCAB, Uploader(torch.device("cpu")))
+    params = bad_words([5], [69])
+    sampler.start_rows([start(0, params), start(1, SamplingParams(logit_bias={0: 1.0}))])
+    logits = torch.randn(2, VOCAB)
+    found = processed(sampler, logits, np.arange(2), np.array([6, 6]))
+    torch.testing.assert_close(found[0], asked_logits(params, logits[0], PROMPT, OUTPUT[:2]))
+    assert not sampler.processors.history.data.numel()
+
+
 def test_who_asks_is_not_plain():
     for params in ASKING[:-2]:
         sampler = Sampler(2, VOCAB, Uploader(torch.device("cpu")))
