@@ -17,6 +17,7 @@ from nanovllm.step import RowStart
 from nanovllm.worker.upload import Uploader
 
 NO_TOKEN = -1
+NO_WORDS = np.empty((0, 0), np.int32)
 
 
 class LogitsProcessors:
@@ -274,7 +275,9 @@ def _min_len(start: RowStart) -> int:
 
 def _bad_words(start: RowStart) -> np.ndarray:
     words = start.params.bad_words_token_ids
-    array = np.full((len(words), max(map(len, words), default=0)), NO_TOKEN, np.int32)
+    if not words:
+        return NO_WORDS
+    array = np.full((len(words), max(map(len, words))), NO_TOKEN, np.int32)
     for line, word in zip(array, words, strict=True):
         line[: len(word)] = word[::-1]
     return array

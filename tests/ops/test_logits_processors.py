@@ -146,3 +146,33 @@ def test_who_asks_is_not_plain():
         positions = np.array([len(PROMPT)])
         assert not sampler.is_plain(np.array([0]), positions)
         assert sampler.is_plain(np.array([1]), positions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nobody_waits_for_the_gpu(dtype):
+    devices = [torch.device("cpu"), torch.device("cuda")]
+    samplers = [Sampler(len(ASKING), VOCAB, Uploader(device)) for device in devices]
+    starts = [start(row, params) for row, params in enumerate(ASKING)]
+    rows = np.arange(len(ASKING))
+    for token in (None, *OUTPUT):  # None: memory is made, kernels are compiled
+        if token in (None, OUTPUT[0]):
+            for sampler in samplers:
+                sampler.start_rows(starts)
+                sampler.logprobs.asks[:] = True
+            positions = np.full(len(ASKING), len(PROMPT))
+        logits = torch.randn(len(ASKING), VOCAB).to(dtype)
+        on_device = logits.cuda()
+        expected = samplers[0].sample(logits, rows, positions)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("default" if token is None else "error")
+        try:
+            found = samplers[1].sample(on_device, rows, positions)
+            read = samplers[1].logprobs.read(on_device, found, rows)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found.tolist() == expected.tolist()
+        own = samplers[0].logprobs.read(logits, expected, rows)
+        torch.cuda.synchronize()
+        np.testing.assert_allclose(read.logprobs, own.logprobs, atol=1e-4)
+        positions = positions + 1
