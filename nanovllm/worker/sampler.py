@@ -98,10 +98,10 @@ class Sampler:
             return ops.sample(logits, **self.uploader.upload(self._draws(rows, positions)))
         # Those that ask come last, and in parts: a float32 copy of their logits is changed.
         order = np.argsort(asks, kind="stable")
-        rows, positions = rows[order], positions[order]
         draws = self.uploader.upload({"order": order, **self._draws(rows, positions)})
-        columns = self.uploader.upload(self.processors.columns(rows, positions))
         places = draws.pop("order")
+        rows, positions = rows[order], positions[order]
+        columns = self.uploader.upload(self.processors.columns(rows, positions))
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         num_plain = len(rows) - int(asks.sum())
         step = max(1, PROCESSED_LOGITS // self.vocab_size)
@@ -109,11 +109,13 @@ class Sampler:
             if first == last:
                 continue  # none is plain
             part = slice(first, last)
-            own = logits[places[part]]
+            index = places[part]
+            own = logits[index]
             if first >= num_plain:
-                tensors = _part(columns, part)
+                tensors = {name: column[part] for name, column in columns.items()}
                 own = self.processors.apply(own.float(), rows[part], positions[part], tensors)
-            token_ids[places[part]] = ops.sample(own, **_part(draws, part))
+            # Copies, not slices: kernels would be compiled once more for those that aren't aligned.
+            token_ids[index] = ops.sample(own, **{name: x[index] for name, x in draws.items()})
         self.processors.keep(rows, positions, token_ids[places])
         return token_ids
 
@@ -136,10 +138,6 @@ class Sampler:
         if (self.min_p[random] > 0).any():
             limits["min_p"] = self.min_p[rows]
         return limits
-
-
-def _part(tensors: dict[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]:
-    return {name: tensor[part] for name, tensor in tensors.items()}
 
 
 def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
