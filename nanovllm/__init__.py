@@ -5,17 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, RequestOutput
+    from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
     from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
     "CompletionOutput": "nanovllm.outputs",
+    "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
     "RequestOutputKind": "nanovllm.sampling_params",
     "SamplingParams": "nanovllm.sampling_params",
 }
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "RequestOutputKind", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]
 __version__ = "0.1.0"
 
 

@@ -5,7 +5,6 @@ llm.py calls it at construction; weights are models/weights.py's business.
 """
 
 import json
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 from nanovllm.config import EngineConfig, ModelConfig, token_id_tuple
 from nanovllm.sampling_params import SamplingParams
 
-logger = logging.getLogger(__name__)
-
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*.json", "*.model", "vocab.json", "vocab.txt")
 
 
@@ -33,12 +31,9 @@ class Checkpoint:
     @cached_property
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config recommends. Raises ValueError for values out of range."""
-        names = {name: name for name in ("temperature", "top_p", "top_k", "min_p")}
+        names = {name: name for name in _RECOMMENDED}
         names["max_new_tokens"] = "max_tokens"
         found = {ours: self.generation_config.get(theirs) for theirs, ours in names.items()}
-        penalty = self.generation_config.get("repetition_penalty")
-        if penalty not in (None, 1):
-            logger.warning("generation_config.json's repetition_penalty %s is not applied", penalty)
         try:
             return SamplingParams(**{name: x for name, x in found.items() if x is not None})
         except (ValueError, TypeError) as error:

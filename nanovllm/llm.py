@@ -26,7 +26,7 @@ from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
 from nanovllm.models import model_class
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
 
@@ -365,8 +365,9 @@ class LLM:
         if sampling_params is None:
             sampling_params = self._checkpoint.default_sampling_params
         params = prompts.match_params(sampling_params, len(tokenized))
-        for p in params:
-            self._check_stops(p)
+        for p in {id(p): p for p in params}.values():  # one may serve all prompts
+            self._check_stop(p)
+            prompts.bind_params(p, self.model_config.vocab_size, self._checkpoint.tokenizer)
         now = time.monotonic()
         eos_token_ids = self._checkpoint.eos_token_ids
         seqs = []
@@ -387,17 +388,11 @@ class LLM:
             )
         return seqs
 
-    def _check_stops(self, params: SamplingParams) -> None:
+    def _check_stop(self, params: SamplingParams) -> None:
         if params.stop and self._detokenizer is None:
             raise ValueError(
                 "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
             )
-        for token in params.stop_token_ids or ():
-            if not 0 <= token < self.model_config.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids has the token id {token}, outside "
-                    f"[0, {self.model_config.vocab_size})"
-                )
 
     def _free_id(self, number: int) -> str:
         request_id = str(number)
@@ -409,14 +404,24 @@ class LLM:
         """What a request has so far, or only what is new since the last such call."""
         text = self._detokenizer.text(seq) if self._detokenizer else ""
         token_ids = seq.output_token_ids
+        logprobs: SequenceOf[dict[int, Logprob]] | None = None
+        cumulative = None
+        if seq.logprobs is not None:  # as they are now
+            tokenizer = self._checkpoint.tokenizer
+            has_text = tokenizer is not None and seq.params.detokenize
+            logprobs = seq.logprobs.copy(tokenizer.decode if has_text else None)
+            cumulative = seq.logprobs.cumulative
         if delta:
             num_tokens, num_characters = seq.delivered
             seq.delivered = len(token_ids), len(text)
             text, token_ids = text[num_characters:], token_ids[num_tokens:]
+            logprobs = logprobs and logprobs[num_tokens:]
         completion = CompletionOutput(
             index=0,
             text=text,
             token_ids=token_ids,
+            cumulative_logprob=cumulative,
+            logprobs=logprobs,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )

@@ -1,8 +1,85 @@
 """What generate and step give back. Fields carry vLLM's names."""
 
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Logprob:
+    """A token's log-probability, how many tokens are at least as likely (1: the most likely), and
+    its text; None without a tokenizer."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+class SampleLogprobs(Sequence[dict[int, Logprob]]):
+    """Log-probabilities of generated tokens: for each a dict of token id -> Logprob, the generated
+    token first, then the most likely ones. They lie in arrays, and a dict is made when it is read.
+
+    Args:
+        num_top: most likely tokens for each generated one.
+        decode: a token's text.
+    """
+
+    def __init__(self, num_top: int, decode: Callable[[list[int]], str] | None = None):
+        self.width = 1 + num_top
+        self.decode = decode
+        self.token_ids, self.logprobs, self.ranks = array("i"), array("f"), array("i")
+
+    def append(self, token_ids: np.ndarray, logprobs: np.ndarray, rank: int) -> None:
+        """One token's: [1 + num_top or more] int32 and float32, and the rank of the first. A small
+        vocabulary has fewer."""
+        self.width = min(self.width, len(token_ids))
+        self.token_ids.frombytes(token_ids[: self.width].tobytes())
+        self.logprobs.frombytes(logprobs[: self.width].tobytes())
+        self.ranks.append(rank)
+
+    def truncate(self, length: int) -> None:
+        del self.token_ids[length * self.width :], self.logprobs[length * self.width :]
+        del self.ranks[length:]
+
+    def copy(self, decode: Callable[[list[int]], str] | None) -> "SampleLogprobs":
+        """As they are now, to be read with texts."""
+        result = SampleLogprobs(self.width - 1, decode)
+        result.token_ids, result.logprobs = self.token_ids[:], self.logprobs[:]
+        result.ranks = self.ranks[:]
+        return result
+
+    @property
+    def cumulative(self) -> float:
+        """The sum over the generated tokens."""
+        return math.fsum(self.logprobs[:: self.width])
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[int, Logprob]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[int, Logprob]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first = range(len(self))[index] * self.width
+        line = slice(first, first + self.width)
+        ranks = (self.ranks[index], *range(1, self.width))
+        # A generated token that is among the most likely ones keeps its place, and takes that rank.
+        return {
+            token_id: Logprob(logprob, rank, self.decode([token_id]) if self.decode else None)
+            for token_id, logprob, rank in zip(
+                self.token_ids[line], self.logprobs[line], ranks, strict=True
+            )
+        }
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
 
 @dataclass
@@ -15,7 +92,9 @@ class CompletionOutput:
             token_ids); while it runs, without an end that may be the beginning of
             a stop string.
         token_ids: the generated tokens, with the EOS or stop token that ended them.
-        cumulative_logprob, logprobs: None (log-probabilities were not asked for).
+        cumulative_logprob: the sum of the generated tokens' log-probabilities.
+        logprobs: for each generated token a dict of token id -> Logprob. Both are None if they were
+            not asked for.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
             max_model_len), None while it runs.
         stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after EOS
@@ -26,7 +105,7 @@ class CompletionOutput:
     text: str
     token_ids: Sequence[int]
     cumulative_logprob: float | None = None
-    logprobs: Any = None
+    logprobs: Sequence[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

@@ -165,6 +165,41 @@ def match_params(
     return [_copy(p) for p in params]
 
 
+def bind_params(params: SamplingParams, vocab_size: int, tokenizer: Any) -> None:
+    """What can be checked and made of parameters where vocabulary and tokenizer are known.
+
+    Raises:
+        ValueError: a token id is outside the vocabulary; or bad_words without a tokenizer.
+    """
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        for token in getattr(params, name) or ():
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{name} has the token id {token}, outside [0, {vocab_size})")
+    if params.bad_words:
+        if tokenizer is None:
+            raise ValueError(
+                "bad_words need a tokenizer, and skip_tokenizer_init=True: leave one of them out"
+            )
+        params.bad_words_token_ids = _bad_words_token_ids(params.bad_words, tokenizer, vocab_size)
+
+
+def _bad_words_token_ids(words: list[str], tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """Each word as it stands at the beginning of a text and, if that takes as many tokens but
+    another first one, in the middle of it; as in vLLM."""
+    result = []
+    for word in words:
+        plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
+        spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+        if not plain:
+            raise ValueError(f"bad_words has {word!r}, which the tokenizer makes no token of")
+        result.append(plain)
+        if len(spaced) == len(plain) and spaced[0] != plain[0]:
+            result.append(spaced)
+    if max(map(max, result)) >= vocab_size:
+        raise ValueError(f"bad_words have tokens outside the model's vocabulary of {vocab_size}")
+    return result
+
+
 def _copy(params: SamplingParams) -> SamplingParams:
     """The caller may go on changing its own; what it set after construction is checked here."""
     if not isinstance(params, SamplingParams):

@@ -4,7 +4,8 @@ meanings are vLLM's.
 Users construct it; llm.py copies it on admission; the sampler and the stop checks read it.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
@@ -16,6 +17,8 @@ _FLAGS = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
+MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
 
@@ -52,6 +55,16 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: handed to the tokenizer; fast ones don't look at it.
         output_kind: what step() gives of it.
+        presence_penalty: subtracted from the logits of tokens that were generated before, in
+            [-2, 2].
+        frequency_penalty: the same, times how often they were.
+        repetition_penalty: tokens of the prompt and the output: divides logits above 0, multiplies
+            those below; above 0, 1 changes nothing.
+        logit_bias: token id -> what is added to its logit.
+        allowed_token_ids: no other tokens are drawn.
+        bad_words: texts that are not generated: a token that would complete one is not drawn.
+        logprobs: log-probabilities of each generated token and of so many most likely ones, in [0,
+            20]; None: none at all.
         seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
             the engine's own.
 
@@ -74,14 +87,27 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logprobs: int | None = None
     seed: int | None = None
+    # Of bad_words; llm.py sets it, which has the tokenizer.
+    bad_words_token_ids: list[list[int]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("temperature", "top_p", "min_p", *PENALTIES):
             setattr(self, name, _as_number(name, getattr(self, name), float))
         for name in ("top_k", "min_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
-        for name in ("max_tokens", "seed"):
+        if self.logprobs is True:  # as in vLLM
+            self.logprobs = 1
+        for name in ("max_tokens", "logprobs", "seed"):
             if getattr(self, name) is not None:
                 setattr(self, name, _as_number(name, getattr(self, name), int))
         for name in _FLAGS:
@@ -93,6 +119,7 @@ class SamplingParams:
             self.seed = None
         self._check_ranges()
         self._check_stop()
+        self._check_logits()
 
     def _check_ranges(self) -> None:
         if not 0 <= self.temperature <= 2:
@@ -118,13 +145,62 @@ class SamplingParams:
             )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
-        ids = self.stop_token_ids
-        if ids is not None:
-            if not isinstance(ids, (list, tuple, set)) or any(
-                not isinstance(i, Integral) or isinstance(i, bool) for i in ids
-            ):
-                raise TypeError(f"stop_token_ids must be a list of token ids, got {ids!r}")
-            self.stop_token_ids = [int(i) for i in ids]
+        if self.stop_token_ids is not None:
+            self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
+
+    def _check_logits(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(
+                    f"{name} must be in [-2, 2] (0 changes nothing), got {getattr(self, name)}"
+                )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty must be above 0 and finite (1 changes nothing), "
+                f"got {self.repetition_penalty}"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(
+                f"logprobs must be in [0, {MAX_LOGPROBS}], or None for none, got {self.logprobs}"
+            )
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise TypeError(
+                    f"logit_bias must be a dict of token id -> bias, got {self.logit_bias!r:.80}"
+                )
+            ids = _as_token_ids("logit_bias's keys", list(self.logit_bias))
+            values = [_as_number("a bias", b, float) for b in self.logit_bias.values()]
+            if not all(bias < math.inf for bias in values):
+                raise ValueError(f"logit_bias must be finite or -inf, got {self.logit_bias!r:.80}")
+            self.logit_bias = dict(zip(ids, values, strict=True))
+        if self.allowed_token_ids is not None:
+            ids = _as_token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not ids:
+                raise ValueError("allowed_token_ids is empty: name a token, or None allows all")
+            self.allowed_token_ids = ids
+        if self.bad_words is not None:
+            words = self.bad_words
+            if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
+                raise TypeError(f"bad_words must be a list of strings, got {words!r:.80}")
+            if not all(words):
+                raise ValueError(f"bad_words must not have an empty string, got {words!r:.80}")
+            self.bad_words = list(dict.fromkeys(words))
+
+    @property
+    def penalizes(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether its tokens are drawn from other logits than the model's."""
+        return bool(
+            self.penalizes or self.logit_bias or self.allowed_token_ids or self.bad_words_token_ids
+        )
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether its logits depend on its tokens so far."""
+        return self.penalizes or any(len(word) > 1 for word in self.bad_words_token_ids)
 
     def _check_stop(self) -> None:
         """A list, as in vLLM."""
@@ -153,3 +229,11 @@ def _as_number(name: str, value: Any, kind: type) -> int | float:
         return kind(value)
     except OverflowError:
         raise ValueError(f"{name} is out of range: {value!r:.40}") from None
+
+
+def _as_token_ids(name: str, ids: Any) -> list[int]:
+    if not isinstance(ids, (list, tuple, set)) or any(
+        not isinstance(i, Integral) or isinstance(i, bool) for i in ids
+    ):
+        raise TypeError(f"{name} must be a list of token ids, got {ids!r:.80}")
+    return [int(i) for i in ids]

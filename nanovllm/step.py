@@ -35,6 +35,8 @@ class RowStart:
         stop_token_ids: tokens that may not be drawn at positions below min_len.
         min_len: prompt length plus min_tokens; 0 without min_tokens.
         block_table: [pages] int32, those of all its known tokens.
+        num_prompt_tokens: the tokens from there on are generated ones.
+        token_ids: all its known tokens, if params.needs_history.
     """
 
     row: int
@@ -44,6 +46,8 @@ class RowStart:
     stop_token_ids: tuple[int, ...]
     min_len: int
     block_table: np.ndarray = field(default_factory=_no_pages)
+    num_prompt_tokens: int = 0
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +118,29 @@ class StepInput:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLogprobs:
+    """Log-probabilities by the model's own logits, of the sampled sequences that ask, in their
+    order.
+
+    Attributes:
+        token_ids: [n, 1 + as many as anyone may ask for] int32, the sampled token, then the most
+            likely ones, the likeliest first.
+        logprobs: float32, theirs.
+        ranks: [n] int32, of the sampled tokens: how many are at least as likely.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The sampled tokens of a step: those of the decodes, then those of the chunks that sample."""
+    """The sampled tokens of a step: those of the decodes, then those of the chunks that sample; and
+    what is said of them, if anyone asks."""
 
     token_ids: list[int]
+    logprobs: StepLogprobs | None = None
 
 
 class PendingStep(Protocol):

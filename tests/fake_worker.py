@@ -16,7 +16,7 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart, StepInput, StepOutput
+from nanovllm.step import RowStart, StepInput, StepLogprobs, StepOutput
 
 VOCAB = 16
 EOS = (0,)
@@ -64,6 +64,7 @@ class Row:
     start: RowStart
     block_table: list[int] = field(default_factory=list)
     last_token: int | None = None
+    history: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class FakeWorker:
         self._check_writers(step, queries)
         self._store(queries)
         self.fail_on("stored", number)
-        return Pending(self, number, StepOutput(self._sample(queries)))
+        token_ids = self._sample(queries)
+        return Pending(self, number, StepOutput(token_ids, self._logprobs(queries)))
 
     def _check_shape(self, step: StepInput) -> None:
         rows, lens = step.rows.tolist(), step.query_lens.tolist()
@@ -144,7 +146,8 @@ class FakeWorker:
             assert start.block_table.dtype == np.int32
             table = start.block_table.tolist()
             assert all(0 <= page < self.num_blocks for page in table)
-            self.rows[start.row] = Row(start, table)
+            assert (len(start.token_ids) > 0) == start.params.needs_history
+            self.rows[start.row] = Row(start, table, history=list(start.token_ids))
 
     def _open_pages(self, step: StepInput) -> None:
         assert step.decode_pages.dtype == np.int32
@@ -212,7 +215,21 @@ class FakeWorker:
                 forbidden = row.start.stop_token_ids if query.end < row.start.min_len else ()
                 row.last_token = draw(hashes[-1], row.start.seed, forbidden, self.vocab)
                 output.append(row.last_token)
+                if row.start.params.needs_history:
+                    assert row.history == context
+                    row.history.append(row.last_token)
         return output
+
+    def _logprobs(self, queries: list[Query]) -> StepLogprobs | None:
+        """What says to which token of which sequence it belongs."""
+        asking = [q for q in queries if q.samples and q.row.start.params.logprobs is not None]
+        if not asking:
+            return None
+        return StepLogprobs(
+            np.array([[q.row.last_token, *range(20)] for q in asking], np.int32),
+            np.array([[-q.end] * 21 for q in asking], np.float32),
+            np.array([q.end for q in asking], np.int32),
+        )
 
     def _read(self, query: Query) -> list[int]:
         """The row's tokens up to the end of its query."""
@@ -310,6 +327,12 @@ def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
             assert seq.output_token_ids == tokens[: len(seq.output_token_ids)]
         else:
             assert (seq.output_token_ids, seq.finish_reason) == (tokens, reason)
+        if seq.logprobs is not None:
+            positions = range(seq.num_prompt_tokens, len(seq.token_ids))
+            width = 1 + seq.params.logprobs
+            assert seq.logprobs.token_ids[::width].tolist() == seq.output_token_ids
+            assert seq.logprobs.logprobs[::width].tolist() == [-p for p in positions]
+            assert seq.logprobs.ranks.tolist() == list(positions)
 
 
 def num_computed(engine: Engine, seq: Sequence) -> int:

@@ -12,7 +12,7 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
-from nanovllm.step import Executor, PendingStep, StepOutput
+from nanovllm.step import Executor, PendingStep, StepLogprobs, StepOutput
 
 
 class Engine:
@@ -126,6 +126,8 @@ class Engine:
         for seq in self.unfinished.values():
             if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
                 self._check_stop(seq)  # the exception may have come between a token and its check
+            if seq.logprobs is not None:  # which come before their tokens
+                seq.logprobs.truncate(len(seq.token_ids) - seq.num_prompt_tokens)
             if seq.finished and seq.finish_reason != "abort":
                 seq.metrics.finished_time = time.monotonic()
                 self.advanced[seq] = None
@@ -137,6 +139,8 @@ class Engine:
         """Append a step's tokens. Returns the sequences that they end."""
         now = time.monotonic()
         advanced, finished = self.advanced, []
+        if output.logprobs is not None:
+            _keep_logprobs(step.sampled, output.logprobs)
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
@@ -164,3 +168,12 @@ class Engine:
             self.detokenizer.check_stop(seq)
         if not seq.finished:
             seq.check_stop()
+
+
+def _keep_logprobs(sampled: list[Sequence], logprobs: StepLogprobs) -> None:
+    """Append the lines of those that ask, but not what ran past an end."""
+    asking = (seq for seq in sampled if seq.logprobs is not None)
+    lines = zip(logprobs.token_ids, logprobs.logprobs, logprobs.ranks.tolist(), strict=True)
+    for seq, line in zip(asking, lines, strict=True):
+        if seq.logprobs is not None and not seq.finished:
+            seq.logprobs.append(*line)

@@ -253,6 +253,8 @@ class Scheduler:
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
                 min_len=min(seq.num_prompt_tokens + min_tokens, seq.max_len) if min_tokens else 0,
                 block_table=np.array(seq.block_table, np.int32),
+                num_prompt_tokens=seq.num_prompt_tokens,
+                token_ids=seq.token_ids[:] if seq.params.needs_history else (),
             )
         )
         return True

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from nanovllm.outputs import RequestMetrics
+from nanovllm.outputs import RequestMetrics, SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 # So many prompt tokens are decoded before the first output token, so that its space is kept.
@@ -41,6 +41,7 @@ class Sequence:
         stops: tokens that end it.
         check_from: with so many tokens, and from then on, every token may end it: at max_len, or
             earlier where its text is searched for stop strings.
+        logprobs: of its generated tokens, if they were asked for.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -54,6 +55,7 @@ class Sequence:
         "delivered",
         "eos_token_ids",
         "finish_reason",
+        "logprobs",
         "max_len",
         "metrics",
         "num_cached_tokens",
@@ -99,6 +101,7 @@ class Sequence:
         self.check_from = self.max_len
         if params.stop:
             self.check_from = min(self.max_len, self.num_prompt_tokens + params.min_tokens)
+        self.logprobs = None if params.logprobs is None else SampleLogprobs(params.logprobs)
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.finish_reason: str | None = None

@@ -10,7 +10,7 @@ import torch
 
 from nanovllm import platform
 from nanovllm.config import EngineConfig, ModelConfig
-from nanovllm.step import StepInput, StepOutput
+from nanovllm.step import StepInput, StepLogprobs, StepOutput
 from nanovllm.worker.model_runner import ModelRunner
 
 STEPS_IN_FLIGHT = 4  # more than any engine has
@@ -52,11 +52,11 @@ class InProcessExecutor:
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
-            token_ids = self.runner.run(step)
+            token_ids, logprobs = self.runner.run(step)
             written = next(self.events) if self.events else None
             if written is not None:
                 written.record()
-        return SampledTokens(token_ids, written)
+        return SampledTokens(token_ids, logprobs, written)
 
     def close(self) -> None:
         """Give the memory back; no step may follow."""
@@ -73,14 +73,20 @@ class SampledTokens:
 
     Args:
         token_ids: [n] int64, which the device writes to.
+        logprobs: theirs, likewise.
         written: recorded behind that; None: they are there.
     """
 
-    def __init__(self, token_ids: np.ndarray, written: torch.cuda.Event | None):
-        self.token_ids = token_ids
+    def __init__(
+        self,
+        token_ids: np.ndarray,
+        logprobs: StepLogprobs | None,
+        written: torch.cuda.Event | None,
+    ):
+        self.token_ids, self.logprobs = token_ids, logprobs
         self.written = written
 
     def result(self) -> StepOutput:
         if self.written is not None:
             self.written.synchronize()
-        return StepOutput(self.token_ids.tolist())
+        return StepOutput(self.token_ids.tolist(), self.logprobs)

@@ -27,7 +27,7 @@ from nanovllm.models.weights import (
     weight_bytes,
 )
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import Chunk, RowStart, StepInput
+from nanovllm.step import Chunk, RowStart, StepInput, StepLogprobs
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
     CachePlan,
@@ -139,22 +139,24 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> np.ndarray:
-        """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64, in
-        memory that the device writes to; they stay there for some steps."""
+    def run(self, step: StepInput) -> tuple[np.ndarray, StepLogprobs | None]:
+        """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64,
+        and their log-probabilities, in memory that the device writes to; they stay there for some
+        steps."""
         self.sampler.start_rows(step.starts)
         if self.is_gpu and not step.chunks:
-            self._run_decodes(step)
-            return self.inputs.sampled(step.num_decodes)
+            logprobs = self._run_decodes(step)
+            return self.inputs.sampled(step.num_decodes), logprobs
         batch, tensors = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
-        samples = step.samples
+        samples, logprobs = step.samples, None
         if samples.any():
             logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
-            positions = (step.positions + step.query_lens)[samples]
-            token_ids = self.sampler.sample(logits, step.rows[samples], positions)
+            rows, positions = step.rows[samples], (step.positions + step.query_lens)[samples]
+            token_ids = self.sampler.sample(logits, rows, positions)
             self.inputs.keep_sampled(tensors["sampled_rows"], token_ids, tensors["turn"])
-        return self.inputs.sampled(int(samples.sum()))
+            logprobs = self.sampler.logprobs.read(logits, token_ids, rows)
+        return self.inputs.sampled(int(samples.sum())), logprobs
 
     def graph_size(self, step: StepInput) -> int | None:
         """The size of the CUDA graph that the step replays; None: it runs without."""
@@ -162,7 +164,7 @@ class ModelRunner:
             return None
         return self.graphs.padded_size(step.num_decodes)
 
-    def _run_decodes(self, step: StepInput) -> None:
+    def _run_decodes(self, step: StepInput) -> StepLogprobs | None:
         num_decodes = step.num_decodes
         size = self.graph_size(step) or num_decodes
         arrays = self.inputs.begin_decode(step, size)
@@ -170,12 +172,15 @@ class ModelRunner:
             output = self.graphs.run(size, arrays, self._decode)
         else:
             output = self._decode(size, self.uploader.upload(arrays))
-        draws = step.decode_rows, step.decode_positions + 1
-        if not self.sampler.is_plain(*draws):
-            # Warpers and min_tokens: the LM head once more, which costs less than keeping every
-            # size's logits, and other draws in place of the first.
-            token_ids = self.sampler.sample(self.model.logits(output.hidden[:num_decodes]), *draws)
-            self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
+        rows, positions = step.decode_rows, step.decode_positions + 1
+        if self.sampler.is_plain(rows, positions):
+            return None
+        # Warpers, changed logits and log-probabilities: the LM head once more, which costs less
+        # than keeping every size's logits, and other draws in place of the first.
+        logits = self.model.logits(output.hidden[:num_decodes])
+        token_ids = self.sampler.sample(logits, rows, positions)
+        self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
+        return self.sampler.logprobs.read(logits, token_ids, rows)
 
     # Construction
 

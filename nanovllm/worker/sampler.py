@@ -4,12 +4,18 @@ model_runner.py hands it the rows that begin and, each step, the logits; the ari
 ops.sample.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
 from nanovllm import ops
 from nanovllm.step import RowStart
+from nanovllm.worker.logits_processors import LogitsProcessors
+from nanovllm.worker.logprobs import LogprobsReader
 from nanovllm.worker.upload import Uploader
+
+PROCESSED_LOGITS = 2**24  # rows that ask for more than a draw are copied so many logits at a time
 
 
 class Sampler:
@@ -37,19 +43,22 @@ class Sampler:
             "temperature": torch.zeros(num_rows, device=uploader.device),
             "seed": torch.zeros(num_rows, dtype=torch.int64, device=uploader.device),
         }
-        self.min_len = np.zeros(num_rows, np.int64)  # no stop tokens before it
-        self.stop_token_ids: list[tuple[int, ...]] = [()] * num_rows
+        self.processors = LogitsProcessors(num_rows, vocab_size, uploader)
+        self.logprobs = LogprobsReader(num_rows, vocab_size, uploader)
 
     def forget_rows(self) -> None:
         """As if none was ever started."""
-        self.warps[:], self.min_len[:], self.all_plain = False, 0, True
+        self.warps[:], self.logprobs.asks[:], self.all_plain = False, False, True
+        self.processors.asks[:], self.processors.min_len[:] = False, 0
 
     def start_rows(self, starts: list[RowStart]) -> None:
         """Sequences take over rows."""
         for start in starts:
             self.start_row(start)
         if starts:
-            self.all_plain = not (self.warps.any() or self.min_len.any())
+            self.processors.start_rows(starts)
+            changes = self.processors.asks.any() or self.processors.min_len.any()
+            self.all_plain = not (self.warps.any() or changes or self.logprobs.asks.any())
         if starts and self.uploader.device.type != "cpu":
             rows = np.array([start.row for start in starts])
             temperature, seed = self.temperature[rows], self.seed[rows].view(np.int64)
@@ -68,48 +77,60 @@ class Sampler:
         limits = self.top_k[row] < self.vocab_size or params.top_p < 1 or params.min_p > 0
         self.warps[row] = limits and not params.is_greedy
         self.seed[row] = start.seed
-        self.min_len[row] = start.min_len if start.stop_token_ids else 0
-        self.stop_token_ids[row] = start.stop_token_ids
+        self.logprobs.asks[row] = params.logprobs is not None
 
     def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
-        """Whether temperature and noise are all that the rows' draws depend on."""
+        """Whether temperature and noise are all that the rows' draws depend on, and all that is
+        asked of them is a token."""
         return self.all_plain or not (
-            self.warps[rows].any() or (positions < self.min_len[rows]).any()
+            self.warps[rows].any()
+            or self.processors.asking(rows, positions).any()
+            or self.logprobs.asks[rows].any()
         )
 
     def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Draw a token for each row.
 
         Args:
-            logits: [n, vocab]; may be written to.
+            logits: [n, vocab].
             rows: [n].
             positions: [n], the place that each drawn token takes in its sequence.
 
         Returns: [n] int64.
         """
-        arrays = {
+        asks = self.processors.asking(rows, positions)
+        if not asks.any():
+            return ops.sample(logits, **self.uploader.upload(self._draws(rows, positions)))
+        # Those that ask come last, and in parts: a float32 copy of their logits is changed.
+        order = np.argsort(asks, kind="stable")
+        draws = self.uploader.upload({"order": order, **self._draws(rows, positions)})
+        places = draws.pop("order")
+        rows, positions = rows[order], positions[order]
+        columns = self.uploader.upload(self.processors.columns(rows, positions))
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        num_plain = len(rows) - int(asks.sum())
+        step = max(1, PROCESSED_LOGITS // self.vocab_size)
+        for first, last in pairwise([0, *range(num_plain, len(rows), step), len(rows)]):
+            if first == last:
+                continue  # none is plain
+            part = slice(first, last)
+            index = places[part]
+            own = logits[index]
+            if first >= num_plain:
+                tensors = {name: column[part] for name, column in columns.items()}
+                own = self.processors.apply(own.float(), rows[part], positions[part], tensors)
+            # Copies, not slices: kernels would be compiled once more for those that aren't aligned.
+            token_ids[index] = ops.sample(own, **{name: x[index] for name, x in draws.items()})
+        self.processors.keep(rows, positions, token_ids[places])
+        return token_ids
+
+    def _draws(self, rows: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """What ops.sample takes beside logits."""
+        return {
             "temperature": self.temperature[rows],
             "noise_keys": noise_keys(self.seed[rows], positions),
             **self._limits(rows),
         }
-        too_early = self._too_early(rows, positions)
-        if too_early.size:
-            arrays["too_early"] = too_early
-        tensors = self.uploader.upload(arrays)
-        if too_early.size:
-            # (`logits[...] = -torch.inf` would copy the number to the device, and wait for it.)
-            masked = torch.full((), -torch.inf, dtype=logits.dtype, device=logits.device)
-            logits[tensors.pop("too_early").unbind()] = masked
-        return ops.sample(logits, **tensors)
-
-    def _too_early(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Logits of tokens that would stop a row before its min_len, [2, m]: indices and tokens."""
-        pairs = [
-            (i, token)
-            for i in np.flatnonzero(positions < self.min_len[rows])
-            for token in self.stop_token_ids[rows[i]]
-        ]
-        return np.array(pairs, np.int64).reshape(-1, 2).T
 
     def _limits(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The warpers that a row asks for; the others are left out, as two of them cost a sort."""

@@ -191,6 +191,34 @@ def test_draws_depend_on_the_seed_alone(setting):
         assert generate(llm, prompts[:3], params) == together
 
 
+@pytest.mark.parametrize(
+    "options", [dict(), dict(async_scheduling=False), dict(enforce_eager=True)]
+)
+def test_changed_logits_and_logprobs_are_those_of_a_cpu(tiny, options):
+    asked = [
+        dict(repetition_penalty=1.4, logprobs=3),
+        dict(presence_penalty=1.5, frequency_penalty=0.4),
+        dict(logit_bias={40: 6.0, 50: -float("inf")}, logprobs=20),
+        dict(allowed_token_ids=list(range(10, 200, 7)), frequency_penalty=0.8),
+        dict(bad_words=["of the", "and", "he"], min_tokens=5),
+        dict(),
+    ]
+    params = [SamplingParams(temperature=0, max_tokens=14, **values) for values in asked]
+    prompts = ["In the beginning", "And the earth was", "In the", "And", "The king", "The king of"]
+    outputs = []
+    for device in ("cpu", "cuda"):
+        with LLM(str(tiny), device=device, dtype="float32", kv_cache_memory_bytes=16 << 20,
+                 **(options if device == "cuda" else {})) as llm:  # fmt: skip
+            outputs.append([out.outputs[0] for out in llm.generate(prompts, params)])
+    for cpu, gpu in zip(*outputs, strict=True):
+        assert gpu.token_ids == cpu.token_ids
+        assert (gpu.logprobs is None) == (cpu.logprobs is None)
+        for expected, found in zip(cpu.logprobs or (), gpu.logprobs or (), strict=True):
+            assert next(iter(found)) == next(iter(expected))
+            for token in set(found) & set(expected):  # the last of the most likely may tie
+                assert found[token].logprob == pytest.approx(expected[token].logprob, abs=1e-4)
+
+
 def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
     folder, prompts, expected = setting
     with load(folder) as llm:

@@ -20,7 +20,7 @@ from fake_worker import (
     take_step,
 )
 
-import nanovllm.engine
+import nanovllm.engine.engine
 from nanovllm.sampling_params import SamplingParams
 
 both_depths = pytest.mark.parametrize("depth", [1, 2])
@@ -566,3 +566,22 @@ def test_a_batch_that_fits_or_has_too_few_pages_keeps_its_order(options):
     seqs = crowd()
     engine.add_batch(seqs)
     assert list(engine.scheduler.waiting) == seqs
+
+
+def test_an_interrupt_between_logprobs_and_tokens_repeats_neither(monkeypatch):
+    engine = make_engine(depth=2)
+    seqs = [make_sequence([1, 2, i], str(i), logprobs=i % 3, max_tokens=9) for i in range(4)]
+    keep, calls = nanovllm.engine.engine._keep_logprobs, []
+
+    def interrupted(sampled, logprobs):
+        calls.append(keep(sampled, logprobs))
+        if len(calls) in (1, 4):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanovllm.engine.engine._keep_logprobs", interrupted)
+    for seq in seqs:
+        engine.add(seq)
+    while engine.has_unfinished:
+        with suppress(KeyboardInterrupt):
+            take_step(engine)
+    assert_right(*seqs)

@@ -133,6 +133,8 @@ class Run:
             min_tokens=min(min_tokens, max_tokens or min_tokens),
             ignore_eos=ignore_eos,
             stop_token_ids=stop_token_ids,
+            logprobs=2 if seed else None,
+            presence_penalty=seed,  # the worker gets the tokens so far
         )
         self.engine.add(seq)
         self.seqs.append(seq)

@@ -147,8 +147,12 @@ def test_cuts_equal_transformers(top_k, top_p, min_p):
 
 def make_sampler(params_list, vocab_size=50, stop_token_ids=(), min_len=0):
     sampler = Sampler(len(params_list), vocab_size, Uploader(torch.device("cpu")))
-    for row, params in enumerate(params_list):
-        sampler.start_row(RowStart(row, 0, params, 100 + row, stop_token_ids, min_len))
+    sampler.start_rows(
+        [
+            RowStart(row, 0, params, 100 + row, stop_token_ids, min_len)
+            for row, params in enumerate(params_list)
+        ]
+    )
     return sampler
 
 
@@ -199,7 +203,7 @@ def test_stop_tokens_are_not_drawn_before_min_len():
 
 def test_a_reused_row_forgets_its_former_parameters():
     sampler = make_sampler([SamplingParams(temperature=1.0, top_k=1, top_p=0.5, min_p=0.5)])
-    sampler.start_row(RowStart(0, 0, SamplingParams(temperature=1.0), 1, (), 0))
+    sampler.start_rows([RowStart(0, 0, SamplingParams(temperature=1.0), 1, (), 0)])
     logits = torch.zeros(1, 50)
     logits[0, 7] = 1.0
     rows = np.array([0])

@@ -1,0 +1,178 @@
+"""What requests ask of their logits: each step equals transformers' (or its definition), at every
+position of a sequence, in batches in which others ask for something else."""
+
+import numpy as np
+import pytest
+import torch
+from logits_oracle import asked_logits
+
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.step import RowStart
+from nanovllm.worker.sampler import Sampler
+from nanovllm.worker.upload import Uploader
+
+VOCAB = 70  # not a multiple of 32
+PROMPT = [3, 9, 3, 4]
+OUTPUT = [5, 6, 5, 5, 7, 3, 6, 5, 6, 7]
+
+
+def bad_words(*words, **values):
+    params = SamplingParams(**values)
+    params.bad_words_token_ids = [list(word) for word in words]
+    return params
+
+
+ASKING = [
+    SamplingParams(repetition_penalty=1.3),
+    SamplingParams(repetition_penalty=0.7),
+    SamplingParams(presence_penalty=1.5),
+    SamplingParams(presence_penalty=-0.5, frequency_penalty=0.3, repetition_penalty=1.1),
+    SamplingParams(frequency_penalty=-2),
+    SamplingParams(logit_bias={0: 5.0, 69: -3.5, 7: -float("inf")}),
+    SamplingParams(allowed_token_ids=[0, 31, 32, 69]),
+    bad_words([5], [6, 7]),
+    bad_words([5, 6, 5], [3, 4, 5], [5, 5], [69], [6, 5, 6, 7, 8]),
+    bad_words([5, 5, 7], logit_bias={7: 2.0, 5: 1.0}, allowed_token_ids=list(range(3, 9)),
+              presence_penalty=0.7, frequency_penalty=0.2, repetition_penalty=1.7),
+    SamplingParams(min_tokens=4),
+    SamplingParams(),
+]  # fmt: skip
+STOPS = (6, 60)
+
+
+def start(row, params, known=PROMPT):
+    token_ids = known if params.needs_history else ()
+    min_len = len(PROMPT) + params.min_tokens
+    return RowStart(row, 0, params, row, STOPS, min_len, num_prompt_tokens=len(PROMPT),
+                    token_ids=token_ids)  # fmt: skip
+
+
+def processed(sampler, logits, rows, positions):
+    columns = sampler.uploader.upload(sampler.processors.columns(rows, positions))
+    return sampler.processors.apply(logits.clone(), rows, positions, columns)
+
+
+@pytest.mark.parametrize("resumes_at", [None, 3])
+def test_the_steps_equal_transformers(resumes_at):
+    torch.manual_seed(0)
+    sampler = Sampler(len(ASKING) + 3, VOCAB, Uploader(torch.device("cpu")))
+    rows = np.arange(len(ASKING))[::-1].copy() + 3
+    sampler.start_rows(
+        [start(row, params) for row, params in zip(rows.tolist(), ASKING, strict=True)]
+    )
+    for n in range(len(OUTPUT)):
+        if n == resumes_at:  # in other rows, which others have had
+            rows = np.roll(rows, 1)
+            sampler.start_rows(
+                [
+                    start(row, params, PROMPT + OUTPUT[:n])
+                    for row, params in zip(rows.tolist(), ASKING, strict=True)
+                ]
+            )
+        logits = torch.randn(len(ASKING), VOCAB) * 4
+        positions = np.full(len(ASKING), len(PROMPT) + n)
+        found = processed(sampler, logits, rows, positions)
+        for i, params in enumerate(ASKING):
+            expected = asked_logits(params, logits[i], PROMPT, OUTPUT[:n], STOPS)
+            torch.testing.assert_close(
+                found[i], expected, msg=lambda m, p=params, n=n: f"{p} {n}: {m}"
+            )
+            # The same alone.
+            assert torch.equal(
+                processed(sampler, logits[i : i + 1], rows[i : i + 1], positions[i : i + 1])[0],
+                found[i],
+            )
+        sampler.processors.keep(rows, positions, torch.full((len(ASKING),), OUTPUT[n]))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 100])
+def test_draws_from_changed_logits_do_not_touch_the_others(parts, monkeypatch):
+    monkeypatch.setattr("nanovllm.worker.sampler.PROCESSED_LOGITS", VOCAB * len(ASKING) // parts)
+    torch.manual_seed(0)
+    logits = torch.randn(len(ASKING), VOCAB)
+    rows, positions = np.arange(len(ASKING)), np.full(len(ASKING), len(PROMPT))
+
+    def draw(params):
+        sampler = Sampler(len(params), VOCAB, Uploader(torch.device("cpu")))
+        sampler.start_rows([start(row, p) for row, p in enumerate(params)])
+        return sampler.sample(logits, rows, positions)
+
+    before = logits.clone()
+    mixed = draw(ASKING)
+    assert torch.equal(logits, before)
+    plain = draw([SamplingParams()] * len(ASKING))
+    for i, params in enumerate(ASKING):
+        alone = [SamplingParams()] * len(ASKING)
+        alone[i] = params
+        drawn = draw(alone)
+        assert drawn[i] == mixed[i]
+        drawn[i] = plain[i]
+        assert torch.equal(drawn, plain)
+    assert mixed[6] in (0, 31, 32, 69)
+
+
+def test_a_reused_row_forgets_what_was_asked_before():
+    sampler = Sampler(1, VOCAB, Uploader(torch.device("cpu")))
+    rows, positions = np.array([0]), np.array([len(PROMPT)])
+    logits = torch.randn(1, VOCAB)
+    for params in [*ASKING, *reversed(ASKING)]:
+        sampler.start_rows([start(0, params)])
+        expected = asked_logits(params, logits[0], PROMPT, [], STOPS)
+        torch.testing.assert_close(processed(sampler, logits, rows, positions)[0], expected)
+    sampler.start_rows([RowStart(0, 0, SamplingParams(), 0, STOPS, 0)])
+    assert sampler.is_plain(rows, positions) and sampler.all_plain
+
+
+def test_no_minimum_is_plain():
+    sampler = Sampler(1, VOCAB, Uploader(torch.device("cpu")))
+    sampler.start_rows([start(0, SamplingParams())])
+    assert sampler.all_plain and not sampler.processors.stop_token_ids.used.any()
+
+
+def test_single_bad_words_need_no_history():
+    sampler = Sampler(2, VOCAB, Uploader(torch.device("cpu")))
+    params = bad_words([5], [69])
+    sampler.start_rows([start(0, params), start(1, SamplingParams(logit_bias={0: 1.0}))])
+    logits = torch.randn(2, VOCAB)
+    found = processed(sampler, logits, np.arange(2), np.array([6, 6]))
+    torch.testing.assert_close(found[0], asked_logits(params, logits[0], PROMPT, OUTPUT[:2]))
+    assert not sampler.processors.history.data.numel()
+
+
+def test_who_asks_is_not_plain():
+    for params in ASKING[:-2]:
+        sampler = Sampler(2, VOCAB, Uploader(torch.device("cpu")))
+        sampler.start_rows([start(0, params), RowStart(1, 0, SamplingParams(), 0, STOPS, 0)])
+        positions = np.array([len(PROMPT)])
+        assert not sampler.is_plain(np.array([0]), positions)
+        assert sampler.is_plain(np.array([1]), positions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nobody_waits_for_the_gpu(dtype):
+    devices = [torch.device("cpu"), torch.device("cuda")]
+    samplers = [Sampler(len(ASKING), VOCAB, Uploader(device)) for device in devices]
+    starts = [start(row, params) for row, params in enumerate(ASKING)]
+    rows = np.arange(len(ASKING))
+    for token in (None, *OUTPUT):  # None: memory is made, kernels are compiled
+        if token in (None, OUTPUT[0]):
+            for sampler in samplers:
+                sampler.start_rows(starts)
+                sampler.logprobs.asks[:] = True
+            positions = np.full(len(ASKING), len(PROMPT))
+        logits = torch.randn(len(ASKING), VOCAB).to(dtype)
+        on_device = logits.cuda()
+        expected = samplers[0].sample(logits, rows, positions)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("default" if token is None else "error")
+        try:
+            found = samplers[1].sample(on_device, rows, positions)
+            read = samplers[1].logprobs.read(on_device, found, rows)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found.tolist() == expected.tolist()
+        own = samplers[0].logprobs.read(logits, expected, rows)
+        torch.cuda.synchronize()
+        np.testing.assert_allclose(read.logprobs, own.logprobs, atol=1e-4)
+        positions = positions + 1
