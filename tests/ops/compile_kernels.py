@@ -31,7 +31,8 @@ def record_launches() -> dict[str, tuple]:
     from kernel_calls import paged_case
 
     from nanovllm.batch import ForwardBatch, KVLayer, Rotary
-    from nanovllm.ops import triton_linear, triton_ops
+    from nanovllm.ops import triton_linear, triton_ops, triton_rows
+    from nanovllm.worker.inputs import _decode_inputs
 
     launches: dict[str, tuple] = {}
     label = ""
@@ -104,6 +105,15 @@ def record_launches() -> dict[str, tuple]:
         triton_ops.sample(
             torch.zeros(2, 151936, dtype=dtype), torch.ones(2), torch.zeros(2, 2).long()
         )
+    label = "of rows"
+    state = {
+        "block_tables": torch.zeros(9, 4, dtype=torch.int32), "temperature": torch.zeros(9),
+        "last_tokens": torch.zeros(9).long(), "seed": torch.zeros(9).long(),
+    }  # fmt: skip
+    inputs = _decode_inputs(8, cpu)
+    triton_rows.begin_decode(torch.zeros(4, 8).long(), state, inputs, 16)
+    rows, tokens = inputs["rows"], torch.zeros(16, 8).long()
+    triton_rows.keep_sampled(state["last_tokens"], tokens, rows, rows, inputs["turn"])
     return launches
 
 
