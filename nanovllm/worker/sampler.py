@@ -53,13 +53,14 @@ class Sampler:
 
     def start_rows(self, starts: list[RowStart]) -> None:
         """Sequences take over rows."""
+        if not starts:
+            return
         for start in starts:
             self.start_row(start)
-        if starts:
-            self.processors.start_rows(starts)
-            changes = self.processors.asks.any() or self.processors.min_len.any()
-            self.all_plain = not (self.warps.any() or changes or self.logprobs.asks.any())
-        if starts and self.uploader.device.type != "cpu":
+        self.processors.start_rows(starts)
+        changes = self.processors.asks.any() or self.processors.min_len.any()
+        self.all_plain = not (self.warps.any() or changes or self.logprobs.asks.any())
+        if self.uploader.device.type != "cpu":
             rows = np.array([start.row for start in starts])
             temperature, seed = self.temperature[rows], self.seed[rows].view(np.int64)
             new = self.uploader.upload({"rows": rows, "temperature": temperature, "seed": seed})

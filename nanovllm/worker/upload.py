@@ -1,8 +1,5 @@
 """Host arrays of a step -> tensors on the device, in one copy that nobody waits for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 
@@ -50,27 +47,18 @@ class Uploader:
         self, arrays: dict[str, np.ndarray], offsets: dict[str, int], out: torch.Tensor
     ) -> None:
         """The arrays into memory on a GPU, where `layout` says; for those who know it already."""
-        with self.pinned(len(out)) as host:
-            pack(arrays, offsets, host.numpy())
-            ops.copy_pinned(out, host)
-
-    @contextmanager
-    def pinned(self, size: int) -> Iterator[torch.Tensor]:
-        """Page-locked memory of so many bytes, for kernels that are launched within to read."""
+        size = len(out)
         self.turn = (self.turn + 1) % RING
-        event = self.read[self.turn] if self.read else None
-        if event is not None:
-            event.synchronize()  # does not wait if it was never recorded
+        self.read[self.turn].synchronize()  # does not wait if it was never recorded
         if len(self.buffers[self.turn]) < size:
             room = max(ROOM, 1 << (size - 1).bit_length())
-            self.buffers[self.turn] = torch.empty(
-                room, dtype=torch.uint8, pin_memory=event is not None
-            )
+            self.buffers[self.turn] = torch.empty(room, dtype=torch.uint8, pin_memory=True)
+        host = self.buffers[self.turn][:size]
+        pack(arrays, offsets, host.numpy())
         try:
-            yield self.buffers[self.turn][:size]
-        finally:  # after an interrupt too: they may have been launched
-            if event is not None:
-                event.record()
+            ops.copy_pinned(out, host)
+        finally:  # after an interrupt too: it may have been launched
+            self.read[self.turn].record()
 
 
 def layout(arrays: dict[str, np.ndarray]) -> tuple[dict[str, int], int]:
