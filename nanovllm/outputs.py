@@ -21,7 +21,8 @@ class Logprob:
 
 class SampleLogprobs(Sequence[dict[int, Logprob]]):
     """Log-probabilities of generated tokens (or a prompt's): for each a dict of token id ->
-    Logprob, the token itself first, then the most likely ones. They lie in arrays, and a dict is made when it is read.
+    Logprob, the token itself first, then the most likely ones. They lie in arrays, and a dict is
+    made when it is read.
 
     Args:
         num_top: most likely tokens for each generated one.
@@ -186,9 +187,9 @@ class RequestOutput:
         request_id: the id that add_request returned.
         prompt: the prompt's text, None if it was given as token ids.
         prompt_token_ids: the prompt's tokens.
-        prompt_logprobs: for each token of the prompt a dict of token id -> Logprob, but None for the
-            first; None if they were not asked for. Of RequestOutputKind.DELTA only the first output
-            has them, later ones have none of them.
+        prompt_logprobs: for each token of the prompt a dict of token id -> Logprob, but None for
+            the first; None if they were not asked for. Of RequestOutputKind.DELTA the first output
+            has them, and later ones an empty list.
         outputs: the completions.
         finished: whether all of them have ended.
         metrics: when it arrived, had its first token, and ended.

@@ -154,8 +154,8 @@ class Sequence:
 
     @property
     def num_cacheable(self) -> int:
-        """So many of its first tokens may be prefix hits: the others give log-probabilities that are
-        still to come."""
+        """So many of its first tokens may be prefix hits: those behind them give log-probabilities
+        that are still to come."""
         if self.scores is None or len(self.scores) == len(self.targets):
             return len(self.token_ids)
         return self.score_from + len(self.scores) - 1

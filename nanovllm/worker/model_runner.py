@@ -139,9 +139,7 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def run(
-        self, step: StepInput
-    ) -> tuple[np.ndarray, StepLogprobs | None, StepLogprobs | None]:
+    def run(self, step: StepInput) -> tuple[np.ndarray, StepLogprobs | None, StepLogprobs | None]:
         """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64,
         their log-probabilities and those of the step's scorings, in memory that the device writes
         to; they stay there for some steps."""
