@@ -188,7 +188,7 @@ def _keep_scores(step: ScheduledStep, scores: StepLogprobs) -> None:
     last = 0
     for seq, scoring in zip(step.scored, step.input.scorings, strict=True):
         first, last = last, last + len(scoring.token_ids)
-        if seq.scores is not None and not seq.finished:
-            seq.scores.extend(
-                scores.token_ids[first:last], scores.logprobs[first:last], scores.ranks[first:last]
-            )
+        assert seq.scores is not None
+        seq.scores.extend(
+            scores.token_ids[first:last], scores.logprobs[first:last], scores.ranks[first:last]
+        )
