@@ -35,6 +35,7 @@ def from_pairs(pairs: Any, tokenizer: Any, vocab_size: int, max_model_len: int) 
         TypeError: not pairs of two texts or of two lists of token ids.
         ValueError: a pair has nothing to score, or is too long; or as of prompts.normalize.
     """
+    pairs = prompts.plain(pairs)
     if not isinstance(pairs, Sequence) or isinstance(pairs, str):
         raise TypeError(f"pairs must be a list of (context, continuation), got {pairs!r:.80}")
     heads, wholes = [], []
@@ -128,10 +129,10 @@ def _two_alike(pair: Any, number: int) -> tuple[Any, Any]:
     """Two texts, or two lists."""
     pair = prompts.plain(pair)
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
-        context, continuation = (prompts.plain(part) for part in pair)
-        if isinstance(context, str) and isinstance(continuation, str):
+        context, continuation = parts = [prompts.plain(part) for part in pair]
+        if all(isinstance(part, str) for part in parts):
             return context, continuation
-        if all(isinstance(part, Sequence) and not isinstance(part, str) for part in pair):
+        if all(isinstance(part, Sequence) and not isinstance(part, str) for part in parts):
             return list(context), list(continuation)
     raise TypeError(
         f"pair {number} must be (context, continuation), two texts or two lists of token ids, "

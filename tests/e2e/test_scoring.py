@@ -3,6 +3,7 @@ numbers, whatever runs beside, and nothing computed twice."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -73,6 +74,18 @@ def test_they_equal_transformers(llm, oracle):
         [alone] = llm.loglikelihood([pair], use_tqdm=False)
         assert alone.logprobs == pytest.approx(one.logprobs, abs=1e-4)
     assert llm.loglikelihood([]) == llm.loglikelihood_rolling([]) == []
+
+
+def test_arrays_and_tensors_will_do(llm):
+    [expected] = llm.loglikelihood([([5, 6], [7, 8])], use_tqdm=False)
+    for pairs in (
+        [(np.array([5, 6]), torch.tensor([7, 8]))],
+        [((5, 6), [np.int64(7), np.int32(8)])],
+        np.array([[[5, 6], [7, 8]]]),
+    ):
+        [found] = llm.loglikelihood(pairs, use_tqdm=False)
+        assert found.token_ids == [7, 8]
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 def test_greedy_is_what_greedy_decoding_gives(llm):
