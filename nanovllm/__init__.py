@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
-    from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+    from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
@@ -15,6 +15,7 @@ _MODULES = {
     "RequestOutput": "nanovllm.outputs",
     "RequestOutputKind": "nanovllm.sampling_params",
     "SamplingParams": "nanovllm.sampling_params",
+    "StructuredOutputsParams": "nanovllm.sampling_params",
 }
 __all__ = [
     "LLM",
@@ -23,6 +24,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 __version__ = "0.1.0"
 

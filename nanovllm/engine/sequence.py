@@ -42,6 +42,7 @@ class Sequence:
         check_from: with so many tokens, and from then on, every token may end it: at max_len, or
             earlier where its text is searched for stop strings.
         logprobs: of its generated tokens, if they were asked for.
+        error: why its next token could not be drawn, which ended it.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -54,6 +55,7 @@ class Sequence:
         "check_from",
         "delivered",
         "eos_token_ids",
+        "error",
         "finish_reason",
         "logprobs",
         "max_len",
@@ -106,6 +108,7 @@ class Sequence:
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: Exception | None = None
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )

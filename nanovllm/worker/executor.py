@@ -52,11 +52,11 @@ class InProcessExecutor:
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
-            token_ids, logprobs = self.runner.run(step)
+            token_ids, logprobs, errors = self.runner.run(step)
             written = next(self.events) if self.events else None
             if written is not None:
                 written.record()
-        return SampledTokens(token_ids, logprobs, written)
+        return SampledTokens(token_ids, logprobs, errors, written)
 
     def close(self) -> None:
         """Give the memory back; no step may follow."""
@@ -74,6 +74,7 @@ class SampledTokens:
     Args:
         token_ids: [n] int64, which the device writes to.
         logprobs: theirs, likewise.
+        errors: of those that are no good, by their place.
         written: recorded behind that; None: they are there.
     """
 
@@ -81,12 +82,13 @@ class SampledTokens:
         self,
         token_ids: np.ndarray,
         logprobs: StepLogprobs | None,
+        errors: dict[int, Exception],
         written: torch.cuda.Event | None,
     ):
-        self.token_ids, self.logprobs = token_ids, logprobs
+        self.token_ids, self.logprobs, self.errors = token_ids, logprobs, errors
         self.written = written
 
     def result(self) -> StepOutput:
         if self.written is not None:
             self.written.synchronize()
-        return StepOutput(self.token_ids.tolist(), self.logprobs)
+        return StepOutput(self.token_ids.tolist(), self.logprobs, self.errors)

@@ -139,24 +139,31 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> tuple[np.ndarray, StepLogprobs | None]:
+    def run(self, step: StepInput) -> tuple[np.ndarray, StepLogprobs | None, dict[int, Exception]]:
         """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64,
         and their log-probabilities, in memory that the device writes to; they stay there for some
-        steps."""
+        steps; and what went wrong for some of them."""
         self.sampler.start_rows(step.starts)
         if self.is_gpu and not step.chunks:
             logprobs = self._run_decodes(step)
-            return self.inputs.sampled(step.num_decodes), logprobs
+            return self._sampled(step.decode_rows, logprobs)
         batch, tensors = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
         samples, logprobs = step.samples, None
+        rows = step.rows[samples]
         if samples.any():
             logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
-            rows, positions = step.rows[samples], (step.positions + step.query_lens)[samples]
+            positions = (step.positions + step.query_lens)[samples]
             token_ids = self.sampler.sample(logits, rows, positions)
             self.inputs.keep_sampled(tensors["sampled_rows"], token_ids, tensors["turn"])
             logprobs = self.sampler.logprobs.read(logits, token_ids, rows)
-        return self.inputs.sampled(int(samples.sum())), logprobs
+        return self._sampled(rows, logprobs)
+
+    def _sampled(
+        self, rows: np.ndarray, logprobs: StepLogprobs | None
+    ) -> tuple[np.ndarray, StepLogprobs | None, dict[int, Exception]]:
+        token_ids = self.inputs.sampled(len(rows))
+        return token_ids, logprobs, self.sampler.host.drawn(rows, token_ids)
 
     def graph_size(self, step: StepInput) -> int | None:
         """The size of the CUDA graph that the step replays; None: it runs without."""
