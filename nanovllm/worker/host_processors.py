@@ -26,7 +26,7 @@ class HostRow:
     Attributes:
         processors: its callables, and whether they take the prompt.
         matcher: where its text stands in its grammar; None: it has none.
-        drawn: [1] where its last drawn token is, or will be; None: the host has seen it.
+        drawn: [1] where its last drawn token is, or will be; None: it was told.
     """
 
     def __init__(self, start: RowStart):
@@ -38,9 +38,8 @@ class HostRow:
         self.drawn: np.ndarray | None = None
         if params.grammar is not None:
             self.matcher = params.grammar.matcher.deep_copy()
-            self.matcher.try_consume_tokens(
-                self.output
-            )  # EOS tokens after the first change nothing
+            # Of several EOS tokens, after ignore_eos, the first is the last that it takes.
+            self.matcher.try_consume_tokens(self.output)
 
     def process(self, logits: torch.Tensor) -> None:
         """Have its callables change [vocab] float32."""
@@ -61,7 +60,7 @@ class HostRow:
 
 
 class HostProcessors:
-    """Keeps the rows that need the host, and does it for them.
+    """Keeps the rows that need the host, and does for them what it has to.
 
     Args:
         num_rows: rows that there are.
@@ -103,9 +102,9 @@ class HostProcessors:
         if not own:
             return
         self.errors = {}
-        told = []
         if self.written is not None:
             self.written.synchronize()
+        told = []
         for row in own.values():
             if row.drawn is not None:
                 row.output.append(int(row.drawn[0]))

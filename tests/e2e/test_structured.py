@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -14,7 +15,10 @@ from tiny_models import load_oracle, make_checkpoint, oracle_logits
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from nanovllm.step import RowStart
 from nanovllm.structured_outputs import _closed
+from nanovllm.worker.host_processors import HostProcessors
+from nanovllm.worker.upload import Uploader
 
 pytest.importorskip("llguidance")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -332,6 +336,27 @@ def test_processors_see_every_token(depth):
     assert seen == [(prompt, [*ids[:n], -1]) for n in range(5)]
 
 
+def test_tokens_are_read_when_the_device_has_written_them():
+    class Event:
+        def synchronize(self):
+            tokens[:] = [5, 7]
+            waits.append(self)
+
+    tokens, waits = np.array([-1, -1]), []
+    host = HostProcessors(4, Uploader(torch.device("cpu")))
+    params = ask(logits_processors=[lambda output, logits: logits])
+    host.start_rows([RowStart(1, 0, ask(), 0, (), 0), RowStart(2, 0, params, 0, (), 0)])
+    assert host.drawn(np.array([1, 2]), tokens) == {}
+    host.written = Event()
+    host.catch_up(np.array([0, 1, 3]))
+    assert not waits  # nobody there needs the host
+    host.catch_up(np.array([2, 1]))
+    host.catch_up(np.array([2]))  # it has drawn nothing since
+    assert host.rows[2].output == [7]
+    host.start_rows([RowStart(2, 0, ask(), 0, (), 0)])
+    assert not host.rows and not host.used.any()
+
+
 def test_what_a_processor_may_take():
     for good in (lambda *a: a[-1], lambda o, x, scale=1.0: x, lambda p, o, x: x, max):
         SamplingParams(logits_processors=[good])
@@ -439,83 +464,86 @@ def test_an_interrupted_step_starts_over(depth):
 # Bad input
 
 
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("values", "error", "message"),
-        [
-            (dict(), ValueError, "exactly one of json, regex, .*; got none"),
-            (dict(regex="a", choice=["a"]), ValueError, "got regex and choice"),
-            (dict(regex=""), ValueError, "regex is '', which says nothing"),
-            (dict(choice=[]), ValueError, r"choice is \[\], which says nothing"),
-            (dict(json_object=False), ValueError, "json_object is False, which says nothing"),
-            (dict(choice="yes"), TypeError, "choice can't be 'yes'"),
-            (dict(choice=["a", 1]), TypeError, "choice must be strings"),
-            (dict(json=[1]), TypeError, r"json can't be \[1\]"),
-            (dict(regex="a", disable_any_whitespace=1), TypeError, "disable_any_whitespace can't"),
-            (dict(json={}, whitespace_pattern=b" "), TypeError, "whitespace_pattern can't be"),
-        ],
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (dict(), ValueError, "exactly one of json, regex, .*; got none"),
+        (dict(regex="a", choice=["a"]), ValueError, "got regex and choice"),
+        (dict(regex=""), ValueError, "regex is '', which says nothing"),
+        (dict(choice=[]), ValueError, r"choice is \[\], which says nothing"),
+        (dict(json_object=False), ValueError, "json_object is False, which says nothing"),
+        (dict(choice="yes"), TypeError, "choice can't be 'yes'"),
+        (dict(choice=["a", 1]), TypeError, "choice must be strings"),
+        (dict(json=[1]), TypeError, r"json can't be \[1\]"),
+        (dict(regex="a", disable_any_whitespace=1), TypeError, "disable_any_whitespace can't"),
+        (dict(json={}, whitespace_pattern=b" "), TypeError, "whitespace_pattern can't be"),
+    ],
+)
+def test_bad_params_are_refused(values, error, message):
+    with pytest.raises(error, match=message):
+        StructuredOutputsParams(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(regex="a("), "regex won't do: .*unclosed group"),
+        (dict(regex="(?=a)b"), "regex won't do: .*look-around"),
+        (dict(regex="a\0"), "regex won't do: it has a NUL character"),
+        (dict(json="{"), "json won't do: "),
+        (dict(json="[1]"), "json won't do: .*object schema"),
+        (dict(json={"type": "strin"}), "json won't do: Invalid type: strin"),
+        (dict(json={"type": "array", "uniqueItems": True}), "json won't do: Unimplemented"),
+        (dict(json={"not": object}), "json won't do: .*not JSON serializable"),
+        (dict(grammar="start: foo"), "grammar won't do: .*unknown name"),
+        (dict(grammar="  "), "grammar won't do: "),
+        (dict(grammar='root ::= "a" foo'), "grammar won't do: .*'foo' not found"),
+        (dict(structural_tag="{}"), "structural_tag won't do: .*'structures'"),
+        (dict(structural_tag="[1]"), "structural_tag won't do: "),
+        (dict(structural_tag='{"structures":[{"begin":"x"}],"triggers":["y"]}'), "no trigger"),
+        (dict(structural_tag='{"structures": [{}], "triggers": []}'), "KeyError"),
+        (dict(structural_tag='{"structures": [], "triggers": []}'), "must not be empty"),
+    ],
+)  # fmt: skip
+def test_bad_grammars_are_refused_and_nothing_runs(llm, values, message):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        llm.generate(["a", "b"], [ask(), ask(values)], use_tqdm=False)
+    assert llm.is_finished()
+
+
+def test_params_changed_afterwards(llm):
+    structured = StructuredOutputsParams(regex="a")
+    structured.regex = None
+    with pytest.raises(ValueError, match="got none"):
+        SamplingParams(structured_outputs=structured)
+    with pytest.raises(TypeError, match="structured_outputs must be StructuredOutputsParams"):
+        SamplingParams(structured_outputs={"regex": "a"})
+
+
+def test_without_the_package(monkeypatch):
+    with LLM(str(TINY), dtype="float32", kv_cache_memory_bytes=4 << 20) as llm:
+        monkeypatch.setitem(sys.modules, "llguidance", None)
+        with pytest.raises(ValueError, match=r"pip install 'nanovllm\[structured\]'"):
+            llm.generate("a", ask(dict(regex="a")))
+
+
+def test_without_tokenizer_or_eos(tmp_path, copy_tiny):
+    options = dict(dtype="float32", kv_cache_memory_bytes=4 << 20)
+    with (
+        LLM(str(TINY), skip_tokenizer_init=True, **options) as llm,
+        pytest.raises(ValueError, match="structured_outputs need a tokenizer"),
+    ):
+        llm.generate([1], ask(dict(regex="a")))
+    folder = copy_tiny(
+        config={"eos_token_id": None},
+        generation_config={"eos_token_id": None},
+        tokenizer_config={"eos_token": None},
     )
-    def test_by_itself(self, values, error, message):
-        with pytest.raises(error, match=message):
-            StructuredOutputsParams(**values)
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            (dict(regex="a("), "regex won't do: .*unclosed group"),
-            (dict(regex="(?=a)b"), "regex won't do: .*look-around"),
-            (dict(regex="a\0"), "regex won't do: it has a NUL character"),
-            (dict(json="{"), "json won't do: "),
-            (dict(json="[1]"), "json won't do: .*object schema"),
-            (dict(json={"type": "strin"}), "json won't do: Invalid type: strin"),
-            (dict(json={"type": "array", "uniqueItems": True}), "json won't do: Unimplemented"),
-            (dict(json={"not": object}), "json won't do: .*not JSON serializable"),
-            (dict(grammar="start: foo"), "grammar won't do: .*unknown name"),
-            (dict(grammar="  "), "grammar won't do: "),
-            (dict(grammar='root ::= "a" foo'), "grammar won't do: .*'foo' not found"),
-            (dict(structural_tag="{}"), "structural_tag won't do: .*'structures'"),
-            (dict(structural_tag="[1]"), "structural_tag won't do: "),
-            (dict(structural_tag='{"structures":[{"begin":"x"}],"triggers":["y"]}'), "no trigger"),
-            (dict(structural_tag='{"structures": [{}], "triggers": []}'), "KeyError"),
-            (dict(structural_tag='{"structures": [], "triggers": []}'), "must not be empty"),
-        ],
-    )  # fmt: skip
-    def test_by_its_grammar_before_anything_runs(self, llm, values, message):
-        with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
-            llm.generate(["a", "b"], [ask(), ask(values)], use_tqdm=False)
-        assert llm.is_finished()
-
-    def test_changed_afterwards(self, llm):
-        structured = StructuredOutputsParams(regex="a")
-        structured.regex = None
-        with pytest.raises(ValueError, match="got none"):
-            SamplingParams(structured_outputs=structured)
-        with pytest.raises(TypeError, match="structured_outputs must be StructuredOutputsParams"):
-            SamplingParams(structured_outputs={"regex": "a"})
-
-    def test_without_the_package(self, monkeypatch):
-        with LLM(str(TINY), dtype="float32", kv_cache_memory_bytes=4 << 20) as llm:
-            monkeypatch.setitem(sys.modules, "llguidance", None)
-            with pytest.raises(ValueError, match=r"pip install 'nanovllm\[structured\]'"):
-                llm.generate("a", ask(dict(regex="a")))
-
-    def test_without_tokenizer_or_eos(self, tmp_path, copy_tiny):
-        options = dict(dtype="float32", kv_cache_memory_bytes=4 << 20)
-        with (
-            LLM(str(TINY), skip_tokenizer_init=True, **options) as llm,
-            pytest.raises(ValueError, match="structured_outputs need a tokenizer"),
-        ):
-            llm.generate([1], ask(dict(regex="a")))
-        folder = copy_tiny(
-            config={"eos_token_id": None},
-            generation_config={"eos_token_id": None},
-            tokenizer_config={"eos_token": None},
-        )
-        with (
-            LLM(str(folder), **options) as llm,
-            pytest.raises(ValueError, match="structured_outputs need an EOS token"),
-        ):
-            llm.generate([1], ask(dict(regex="a")))
+    with (
+        LLM(str(folder), **options) as llm,
+        pytest.raises(ValueError, match="structured_outputs need an EOS token"),
+    ):
+        llm.generate([1], ask(dict(regex="a")))
 
 
 @pytest.mark.gpu
