@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
-    from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+    from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
@@ -16,6 +16,7 @@ _MODULES = {
     "RequestOutput": "nanovllm.outputs",
     "RequestOutputKind": "nanovllm.sampling_params",
     "SamplingParams": "nanovllm.sampling_params",
+    "StructuredOutputsParams": "nanovllm.sampling_params",
 }
 __all__ = [
     "LLM",
@@ -25,6 +26,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 __version__ = "0.1.0"
 

@@ -35,6 +35,7 @@ from nanovllm.outputs import (
     RequestOutput,
 )
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.structured_outputs import GrammarCompiler
 from nanovllm.worker.executor import InProcessExecutor
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class LLM:
         model_class(self.model_config.architecture)  # before weights are fetched or read
         tokenizer = self._checkpoint.tokenizer
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
+        self._grammars = GrammarCompiler(
+            tokenizer, self.model_config.vocab_size, self._checkpoint.eos_token_ids
+        )
         self._num_requests = 0
         self._streamed: set[Sequence] = set()  # stream hands these out, step doesn't
 
@@ -126,6 +130,7 @@ class LLM:
 
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
+            RuntimeError: a logits processor raised, or a grammar became too large; from its error.
         """
         with self._use_engine() as engine, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
@@ -353,14 +358,20 @@ class LLM:
 
     def step(self) -> list[RequestOutput]:
         """Run one round of the engine. Returns the outputs of the requests that got a token, each
-        as its output_kind says; may be empty while there is more to do."""
+        as its output_kind says; may be empty while there is more to do. Raises RuntimeError for one
+        that an error ended, as generate; the others' news come with the next call."""
         with self._use_engine() as engine:
             engine.step()
-            outputs = [
-                self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
+            news = [
+                seq
                 for seq in engine.advanced
                 if seq not in self._streamed
                 and (seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY)
+            ]
+            news.sort(key=lambda seq: seq.error is None)  # raised before anybody's news are taken
+            outputs = [
+                self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
+                for seq in news
             ]
             engine.advanced.clear()
             return outputs
@@ -440,6 +451,8 @@ class LLM:
         for p in {id(p): p for p in params}.values():  # one may serve all prompts
             self._check_stop(p)
             prompts.bind_params(p, self.model_config.vocab_size, self._checkpoint.tokenizer)
+            if p.structured_outputs is not None:
+                p.grammar = self._grammars.compile(p.structured_outputs)
         now = time.monotonic()
         eos_token_ids = self._checkpoint.eos_token_ids
         seqs = []
@@ -473,7 +486,16 @@ class LLM:
         return request_id
 
     def _output(self, seq: Sequence, delta: bool = False) -> RequestOutput:
-        """What a request has so far, or only what is new since the last such call."""
+        """What a request has so far, or only what is new since the last such call. Raises
+        RuntimeError for one that an error ended, and takes its news."""
+        if seq.error is not None:
+            if self._engine is not None:
+                self._engine.advanced.pop(seq, None)
+            raise RuntimeError(
+                f"request {seq.request_id!r} ended by an error in its logits_processors or its "
+                f"structured_outputs after {len(seq.token_ids) - seq.num_prompt_tokens} tokens: "
+                f"{seq.error!r}"
+            ) from seq.error
         text = self._detokenizer.text(seq) if self._detokenizer else ""
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None

@@ -156,11 +156,13 @@ class StepLogprobs:
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """The sampled tokens of a step: those of the decodes, then those of the chunks that sample; and
-    what is said of them, if anyone asks, and of the tokens of the step's scorings."""
+    what is said of them, if anyone asks, and of the tokens of the step's scorings. Those at the
+    places in `errors` could not be drawn."""
 
     token_ids: list[int]
     logprobs: StepLogprobs | None = None
     scores: StepLogprobs | None = None
+    errors: dict[int, Exception] = field(default_factory=dict)
 
 
 class PendingStep(Protocol):

@@ -141,6 +141,12 @@ class Engine:
         """Append a step's tokens. Returns the sequences that they end."""
         now = time.monotonic()
         advanced, finished = self.advanced, []
+        for i, error in output.errors.items():
+            seq = step.sampled[i]
+            if not seq.finished:
+                advanced[seq] = None
+                seq.error, seq.finish_reason = error, "error"
+                finished.append(seq)
         if output.logprobs is not None:
             _keep_logprobs(step.sampled, output.logprobs)
         if output.scores is not None:

@@ -46,6 +46,7 @@ class Sequence:
             one token beyond the prompt.
         score_from: the position of the first of them.
         scores: of the targets, as far as they were read; None: nobody asks.
+        error: why its next token could not be drawn, which ended it.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -58,6 +59,7 @@ class Sequence:
         "check_from",
         "delivered",
         "eos_token_ids",
+        "error",
         "finish_reason",
         "logprobs",
         "max_len",
@@ -122,6 +124,7 @@ class Sequence:
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: Exception | None = None
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )

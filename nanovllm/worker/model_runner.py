@@ -9,6 +9,7 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from importlib import import_module
 from threading import Thread
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,22 @@ from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
 
 logger = logging.getLogger(__name__)
+
+
+class Sampled(NamedTuple):
+    """What a step gives, in memory that the device writes to; it stays there for some steps.
+
+    Attributes:
+        token_ids: [sampled sequences] int64.
+        logprobs: theirs.
+        scores: of the step's scorings.
+        errors: of the tokens that could not be drawn, by their place.
+    """
+
+    token_ids: np.ndarray
+    logprobs: StepLogprobs | None
+    scores: StepLogprobs | None
+    errors: dict[int, Exception]
 
 
 class ModelRunner:
@@ -139,26 +156,33 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> tuple[np.ndarray, StepLogprobs | None, StepLogprobs | None]:
-        """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64,
-        their log-probabilities and those of the step's scorings, in memory that the device writes
-        to; they stay there for some steps."""
+    def run(self, step: StepInput) -> Sampled:
+        """One step: forward and sampling."""
         self.sampler.start_rows(step.starts)
         if self.is_gpu and not step.chunks:
-            logprobs = self._run_decodes(step)
-            return self.inputs.sampled(step.num_decodes), logprobs, None
+            return self._sampled(step.decode_rows, self._run_decodes(step))
         batch, tensors = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
         samples, logprobs, scores = step.samples, None, None
+        rows = step.rows[samples]
         if samples.any():
             logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
-            rows, positions = step.rows[samples], (step.positions + step.query_lens)[samples]
+            positions = (step.positions + step.query_lens)[samples]
             token_ids = self.sampler.sample(logits, rows, positions)
             self.inputs.keep_sampled(tensors["sampled_rows"], token_ids, tensors["turn"])
             logprobs = self.sampler.logprobs.read(logits, token_ids, rows)
         if step.scorings:
             scores = self.sampler.logprobs.score(step, hidden, self.model.logits)
-        return self.inputs.sampled(int(samples.sum())), logprobs, scores
+        return self._sampled(rows, logprobs, scores)
+
+    def _sampled(
+        self,
+        rows: np.ndarray,
+        logprobs: StepLogprobs | None,
+        scores: StepLogprobs | None = None,
+    ) -> Sampled:
+        token_ids = self.inputs.sampled(len(rows))
+        return Sampled(token_ids, logprobs, scores, self.sampler.host.drawn(rows, token_ids))
 
     def graph_size(self, step: StepInput) -> int | None:
         """The size of the CUDA graph that the step replays; None: it runs without."""
