@@ -81,5 +81,5 @@ class SampledTokens:
     def result(self) -> StepOutput:
         if self.written is not None:
             self.written.synchronize()
-        token_ids, *rest = self.sampled
-        return StepOutput(token_ids.tolist(), *rest)
+        token_ids, logprobs, scores, errors = self.sampled
+        return StepOutput(token_ids.tolist(), logprobs, scores, errors)
