@@ -122,7 +122,7 @@ def test_an_option_that_only_tunes_speed_warns(name, value, caplog):
         ("pipeline_parallel_size", 2, 1),
         ("cpu_offload_gb", 4, 0),
         ("enable_lora", True, False),
-        ("hf_overrides", {"a": 1}, None),
+        ("limit_mm_per_prompt", {"image": 1}, None),
         ("speculative_config", {"method": "ngram"}, None),
     ],
 )

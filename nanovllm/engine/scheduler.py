@@ -219,7 +219,7 @@ class Scheduler:
         """Move the oldest waiting sequence to the running ones, if its pages are there, and those
         that are still to come."""
         seq, pages = self.waiting[0], self.block_manager
-        hits = pages.find_prefix(seq)
+        hits = array("i") if seq.params.skip_reading_prefix_cache else pages.find_prefix(seq)
         num_shared = pages.num_held(hits)
         if not self._has_pages(seq, hits, num_shared, budget):
             return False
