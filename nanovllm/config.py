@@ -176,7 +176,12 @@ class EngineConfig:
                 f"got {self.load_format!r}"
             )
         profiler = self.profiler_config or {}
-        if not profiler.keys() <= PROFILER_KEYS or profiler.get("profiler", "torch") != "torch":
+        folder = profiler.get("torch_profiler_dir", "")
+        if (
+            not profiler.keys() <= PROFILER_KEYS
+            or profiler.get("profiler", "torch") != "torch"
+            or not isinstance(folder, str | os.PathLike)
+        ):
             raise ValueError(
                 "profiler_config must be {'profiler': 'torch', 'torch_profiler_dir': FOLDER}, "
                 f"got {profiler!r:.80}"

@@ -511,9 +511,8 @@ class LLM:
     def _tokenized(self, prompts: Any, kwargs: dict[str, Any] | None) -> Any:
         if not kwargs:
             return prompts
-        return tokenization.tokenize(
-            prompts, self._checkpoint.tokenizer, self.max_model_len, kwargs
-        )
+        tokenizer, vocab_size = self._checkpoint.tokenizer, self.model_config.vocab_size
+        return tokenization.tokenize(prompts, tokenizer, vocab_size, self.max_model_len, kwargs)
 
     def _make_sequences(
         self,

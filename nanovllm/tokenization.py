@@ -1,7 +1,9 @@
 """Prompts tokenized as generate's tokenization_kwargs say, vLLM's overrides: cut to a length, with
 or without special tokens. LLM calls it only where they are given; prompts.py checks the result."""
 
+import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from nanovllm import prompts
@@ -10,20 +12,27 @@ KEYS = {"add_special_tokens", "truncate_prompt_tokens", "truncation_side"}
 
 
 def tokenize(
-    prompt_list: Any, tokenizer: Any, max_model_len: int, kwargs: Mapping[str, Any]
+    prompt_list: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    max_model_len: int,
+    kwargs: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Prompts of any form as token ids, with their text if they had one.
 
     Args:
         prompt_list: as for LLM.generate.
-        tokenizer: None if there is none.
+        tokenizer, vocab_size: as for prompts.normalize.
         max_model_len: what truncate_prompt_tokens=-1 leaves room for a token in.
         kwargs: truncate_prompt_tokens: so many are kept; truncation_side: "left" keeps the last
             ones, "right" the first; add_special_tokens: of texts.
 
     Raises:
-        ValueError: an override is unknown or its value won't do.
+        ValueError, TypeError: an override is unknown or its value won't do; or a prompt, as of
+        prompts.normalize.
     """
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"tokenization_kwargs must be a dict, got {kwargs!r:.80}")
     if unknown := kwargs.keys() - KEYS:
         raise ValueError(
             f"tokenization_kwargs {', '.join(sorted(unknown))}: not supported; "
@@ -39,25 +48,19 @@ def tokenize(
         )
     if side not in (None, "left", "right"):
         raise ValueError(f"truncation_side must be 'left' or 'right', got {side!r}")
-    length = max_model_len - 1 if length == -1 else length
-    from_left = (side or getattr(tokenizer, "truncation_side", "right")) == "left"
     special = kwargs.get("add_special_tokens", True)
-
-    prompt_list = prompts.plain(prompt_list)
-    result = []
-    for prompt in [prompt_list] if prompts.is_single(prompt_list) else prompt_list:
-        text, token_ids = None, prompt
-        if isinstance(prompt, Mapping):
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        elif isinstance(prompt, str):
-            text, token_ids = prompt, None
-        if isinstance(text, str) and token_ids is None and tokenizer is not None:
-            token_ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        if token_ids is None:  # prompts.py says what is wrong with it
-            result.append(prompt)
-            continue
-        token_ids = prompts.plain(token_ids)
-        if length is not None:
-            token_ids = token_ids[-length:] if from_left else token_ids[:length]
-        result.append({"prompt": text, "prompt_token_ids": token_ids})
-    return result
+    if not isinstance(special, bool):
+        raise TypeError(f"add_special_tokens must be True or False, got {special!r}")
+    length = max_model_len - 1 if length == -1 else length or sys.maxsize
+    from_left = (side or getattr(tokenizer, "truncation_side", "right")) == "left"
+    if tokenizer is not None:
+        tokenizer = partial(tokenizer, add_special_tokens=special)
+    return [
+        {
+            "prompt": prompt.text,
+            "prompt_token_ids": (
+                prompt.token_ids[-length:] if from_left else prompt.token_ids[:length]
+            ).tolist(),
+        }
+        for prompt in prompts.normalize(prompt_list, tokenizer, vocab_size, sys.maxsize)
+    ]

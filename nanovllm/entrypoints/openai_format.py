@@ -102,8 +102,13 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     if unknown:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
     if tokenize:
-        tokenizer = llm.get_tokenizer()
-        prompt_list = tokenization.tokenize(prompt_list, tokenizer, llm.max_model_len, tokenize)
+        prompt_list = tokenization.tokenize(
+            prompt_list,
+            llm.get_tokenizer(),
+            llm.model_config.vocab_size,
+            llm.max_model_len,
+            tokenize,
+        )
     default = llm.get_default_sampling_params()
     values = {name: getattr(default, name) for name in RECOMMENDED} | {
         name: value for name, value in values.items() if name in _HAVE

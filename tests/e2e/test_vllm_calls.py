@@ -109,14 +109,25 @@ def test_prompts_are_cut_to_a_length(llm, skip):
         ({"truncate_prompt_tokens": 0}, "must be at least 1, or -1, got 0"),
         ({"truncate_prompt_tokens": "5"}, "must be at least 1, or -1, got '5'"),
         ({"truncate_prompt_tokens": 9999}, "leaves no room for a token in max_model_len=2048"),
+        ({"add_special_tokens": 5}, "add_special_tokens must be True or False, got 5"),
+        ([5], "tokenization_kwargs must be a dict, got [5]"),
         ({"truncation_side": "top"}, "truncation_side must be 'left' or 'right', got 'top'"),
     ],
 )
 def test_bad_tokenization_is_refused(llm, kwargs, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         llm.generate(TEXT, greedy(), tokenization_kwargs=kwargs)
-    with pytest.raises(TypeError, match="prompt"):
-        llm.generate([{"text": "a"}], greedy(), tokenization_kwargs={"truncate_prompt_tokens": 3})
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [5, None, {5}, [5.5], b"abc", [{"text": "a"}], {"prompt_token_ids": "ab"}, "\ud800", ""],
+)
+def test_bad_prompts_are_refused_as_ever(llm, prompt):
+    with pytest.raises((TypeError, ValueError)) as plain:
+        llm.generate(prompt, greedy())
+    with pytest.raises(plain.type, match=re.escape(str(plain.value))):
+        llm.generate(prompt, greedy(), tokenization_kwargs={"truncate_prompt_tokens": 3})
 
 
 # Templates, overrides
