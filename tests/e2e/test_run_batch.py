@@ -132,6 +132,49 @@ def test_logprobs_have_openais_forms(run, llm):
         assert bytes(entry["bytes"]).decode() == entry["token"] and len(entry["top_logprobs"]) == 2
 
 
+@pytest.mark.skipif("prompt_logprobs" not in HAVE, reason="SamplingParams has no prompt_logprobs")
+def test_an_echo_has_the_prompts_logprobs(run, llm):
+    [record] = run([line("a", echo=True, logprobs=1)])
+    [choice] = body_of(record)["choices"]
+    ids = llm.get_tokenizer()(TEXT)["input_ids"]
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"] and choice["text"].startswith(TEXT)
+    assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+    assert len(logprobs["token_logprobs"]) == len(ids) + 8
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+    assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == len(ids)
+    assert choice["prompt_logprobs"][1][str(ids[1])].keys() == {"logprob", "rank", "decoded_token"}
+
+
+@pytest.mark.skipif("n" not in HAVE, reason="SamplingParams has no n")
+def test_several_samples_are_several_choices(run):
+    [record] = run([line("a", n=2, prompt=[TEXT, "The king"], temperature=1, seed=1)])
+    body = body_of(record)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert len({choice["text"] for choice in body["choices"]}) == 4
+    assert body["usage"]["completion_tokens"] <= 4 * 8
+
+
+@pytest.mark.skipif("structured_outputs" not in HAVE, reason="no structured_outputs")
+def test_a_response_format_is_kept(run):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    records = run(
+        [
+            line("a", CHAT, messages=WHO, response_format=form, max_tokens=60),
+            line("b", structured_outputs={"choice": ["yes", "no"]}),
+            line("c", response_format={"type": "text"}),
+            line("d", structured_outputs={"choice": ["yes"], "regex": "a"}),
+        ]
+    )
+    assert json.loads(body_of(records[0])["choices"][0]["message"]["content"])["a"] in (1, 2)
+    assert body_of(records[1])["choices"][0]["text"] in ("yes", "no")
+    assert body_of(records[2])
+    assert "exactly one of" in records[3]["error"]["message"]
+
+
 def test_prompts_are_cut(run):
     [record] = run([line("a", truncate_prompt_tokens=2, truncation_side="left")])
     assert body_of(record)["usage"]["prompt_tokens"] == 2
