@@ -143,7 +143,7 @@ class SamplingParams:
         if self.seed == -1:  # as in vLLM
             self.seed = None
         for name in UNSUPPORTED:
-            if getattr(self, name):
+            if getattr(self, name) != getattr(SamplingParams, name):  # the default
                 raise ValueError(f"{name} is not supported: leave it out")
         self._check_ranges()
         self._check_stop()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
 
 RECORDED = json.loads(
     (Path(__file__).parents[1] / "data" / "vllm_cpu_greedy.json").read_text(encoding="utf-8")
@@ -21,6 +21,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pairs(llm):
+    return answer_all(llm)
+
+
+def answer_all(llm):
     """Of each request vLLM's answer and ours, all from one batch."""
     answers = RECORDED["answers"]
     params = [
@@ -69,3 +73,11 @@ def test_prompt_logprobs_are_vllms(pairs):
             for entry, (logprob, rank) in zip(ours, answer["prompt_logprobs"], strict=True):
                 assert entry.logprob == pytest.approx(logprob, abs=TOLERANCE)
                 assert entry.rank == rank
+
+
+@pytest.mark.gpu
+def test_a_gpu_says_the_same(tiny):
+    with LLM(str(tiny), dtype="float32", device="cuda", kv_cache_memory_bytes=64 << 20) as llm:
+        pairs = answer_all(llm)
+    test_tokens_texts_and_ends_are_vllms(pairs)
+    test_logprobs_are_vllms(pairs)

@@ -231,7 +231,17 @@ def test_the_model_is_handed_out(llm):
     assert num > 1_000_000
 
 
-def test_params_from_json(llm):
+def test_what_is_not_supported_is_refused():
+    for values in ({"thinking_token_budget": 0}, {"logprob_token_ids": [1]}, {"extra_args": {}}):
+        [name] = values
+        with pytest.raises(ValueError, match=f"{name} is not supported: leave it out"):
+            SamplingParams(**values)
+    assert SamplingParams(extra_args=None, routed_experts_prompt_start=0) == SamplingParams()
+    with pytest.raises(TypeError, match="skip_reading_prefix_cache must be a bool, got 1"):
+        SamplingParams(skip_reading_prefix_cache=1)
+
+
+def test_params_from_json():
     params = SamplingParams.from_optional(temperature=None, max_tokens=None, top_k=None,
                                           logit_bias={"5": 200, "6": -1000})  # fmt: skip
     assert params == SamplingParams(max_tokens=None, logit_bias={5: 100.0, 6: -100.0})
