@@ -139,6 +139,8 @@ def _lines(is_terminal: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             print()
         except EOFError:
+            if is_terminal:
+                print()
             return
 
 

@@ -53,7 +53,8 @@ def run_batch(
     Returns: how many were done, in words.
 
     Raises:
-        BatchFileError: `results` has something else, or results of another file.
+        BatchFileError: `results` has something else, or results of another file; or the model
+            has no tokenizer.
         OSError: a file can't be read or written.
     """
     if results.exists() and source.exists() and source.samefile(results):
@@ -65,6 +66,8 @@ def run_batch(
         sink.truncate(end)
         bar = tqdm(total=total, desc="Processed lines", disable=not use_tqdm, dynamic_ncols=True)
         with bar, make_llm() as llm:
+            if llm.config.skip_tokenizer_init:
+                raise BatchFileError("answers are texts: leave skip_tokenizer_init out")
             batch = Batch(llm, done, sink, model_names, bar)
             batch.run(enumerate(lines, 1))
     return (
@@ -112,6 +115,7 @@ class Batch:
         bar: Any,
     ):
         self.llm, self.done, self.sink, self.bar = llm, done, sink, bar
+        self.tokenizer = llm.get_tokenizer()
         self.model = llm.config.model
         self.model_names = {self.model, *model_names}
         self.seen: dict[str, int] = {}  # the line of each custom_id
@@ -135,8 +139,7 @@ class Batch:
             line.outputs[index] = output
             outputs = [output for output in line.outputs if output is not None]
             if len(outputs) == len(line.outputs):
-                tokenizer = self.llm.get_tokenizer()
-                body = make_response(line.request, outputs, self.model, tokenizer)
+                body = make_response(line.request, outputs, self.model, self.tokenizer)
                 self._write(line.number, line.custom_id, body, None)
 
     def _admit(self, number: int, raw: bytes) -> None:

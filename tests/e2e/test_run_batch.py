@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints.run_batch import BatchFileError, run_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,6 +250,12 @@ def test_another_name_for_the_model(run):
 
 
 # Files
+
+
+def test_answers_need_a_tokenizer(files, tiny):
+    write(files[0], [line("a")])
+    with pytest.raises(BatchFileError, match="leave skip_tokenizer_init out"):
+        run_batch(lambda: LLM(str(tiny), skip_tokenizer_init=True), *files, use_tqdm=False)
 
 
 def no_llm():
