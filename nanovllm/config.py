@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from nanovllm.vllm_options import SPEED_ONLY, VLLM_DEFAULTS
+from nanovllm.vllm_options import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"unknown option {name!r}{hint}")
     default = VLLM_DEFAULTS[name]
-    if value is None or value == default:
+    if value is None or value in (default, ALSO_FINE.get(name)):
         return
     if name not in SPEED_ONLY:
         raise ValueError(

@@ -266,9 +266,9 @@ class LLM:
             for seq in seqs:
                 seq.params.output_kind = RequestOutputKind.FINAL_ONLY
             engine.add_batch(seqs)
-            request_ids = [seq.request_id for seq in seqs]
-            self._completed.update(dict.fromkeys(request_ids))
-            return request_ids
+            request_ids = dict.fromkeys(seq.request_id for seq in seqs)
+            self._completed.update(request_ids)
+            return list(request_ids)
 
     def enqueue_chat(
         self,

@@ -127,6 +127,15 @@ VLLM_DEFAULTS: dict[str, Any] = {
     "scheduling_policy": "fcfs",
 }
 
+# Values beside the defaults that ask for what we do anyway.
+ALSO_FINE = {
+    "config_format": "hf",
+    "convert": "none",
+    "distributed_executor_backend": "uni",
+    "runner": "generate",
+    "tokenizer_mode": "hf",
+}
+
 # Methods of vLLM's LLM that ours does not have, and what to do instead.
 _POOLING = "it takes a pooling model, and those are not supported yet"
 _WEIGHTS = "weights can't be updated in place yet: make a new LLM"
