@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+    from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
     from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
     "CompletionOutput": "nanovllm.outputs",
+    "Loglikelihood": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
     "RequestOutputKind": "nanovllm.sampling_params",
@@ -19,6 +20,7 @@ _MODULES = {
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "Loglikelihood",
     "Logprob",
     "RequestOutput",
     "RequestOutputKind",

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm.auto import tqdm
 from xxhash import xxh3_64_intdigest
 
-from nanovllm import chat, platform, prompts, tokenization
+from nanovllm import chat, platform, prompts, scoring, tokenization
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
@@ -26,7 +27,13 @@ from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
 from nanovllm.models import model_class
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.outputs import (
+    CompletionOutput,
+    Loglikelihood,
+    Logprob,
+    PromptLogprobs,
+    RequestOutput,
+)
 from nanovllm.profiling import Profiler
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.vllm_options import UNSUPPORTED_METHODS
@@ -36,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
+Pair = tuple[str, str] | tuple[list[int], list[int]]
+Output = TypeVar("Output")
 
 
 class LLM:
@@ -140,12 +149,7 @@ class LLM:
         with self._use_engine() as engine, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
             seqs = self._make_sequences(prompts, sampling_params)
-            try:
-                engine.add_batch(seqs)
-                return self._run(engine, seqs, use_tqdm, on_step=first_step.close)
-            except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
-                engine.abort(seqs)
-                raise
+            return self._run(engine, seqs, use_tqdm, self._output, on_step=first_step.close)
 
     def chat(
         self,
@@ -225,24 +229,92 @@ class LLM:
         }
         return chat.render(messages, self.get_tokenizer(), options)
 
+    def loglikelihood(self, pairs: SequenceOf[Pair], use_tqdm: bool = True) -> list[Loglikelihood]:
+        """Score given continuations of contexts. Equal contexts are computed once.
+
+        Args:
+            pairs: a list of (context, continuation), two texts or two lists of token ids. Both
+                together may have max_model_len + 1 tokens. An empty context is BOS, or else EOS.
+            use_tqdm: show a progress bar.
+
+        Returns: for each pair, what the model says of the continuation's tokens.
+
+        Raises:
+            ValueError, TypeError: a pair won't do; then none has run.
+        """
+        return self._score(scoring.from_pairs(pairs, *self._scoring_limits), use_tqdm)
+
+    def loglikelihood_rolling(
+        self, texts: Prompt | SequenceOf[Prompt], use_tqdm: bool = True
+    ) -> list[Loglikelihood]:
+        """Score whole texts of any length, by windows of max_model_len tokens; each is scored by
+        itself, beginning after BOS, or else EOS.
+
+        Args:
+            texts: as the prompts of generate.
+            use_tqdm: show a progress bar.
+
+        Returns: for each text, what the model says of its tokens.
+
+        Raises:
+            ValueError, TypeError: a text won't do; then none has run.
+        """
+        windows = scoring.from_texts(texts, *self._scoring_limits)
+        parts = iter(self._score([part for text in windows for part in text], use_tqdm))
+        return [scoring.join(islice(parts, len(text))) for text in windows]
+
+    @property
+    def _scoring_limits(self) -> tuple[Any, int, int]:
+        return self._checkpoint.tokenizer, self.model_config.vocab_size, self.max_model_len
+
+    def _score(self, scored: list[scoring.Scored], use_tqdm: bool) -> list[Loglikelihood]:
+        def read(seq: Sequence) -> Loglikelihood:
+            assert seq.scores is not None
+            return scoring.read(seq.scores)
+
+        with self._use_engine() as engine:
+            seqs = []
+            for token_ids, start in scored:
+                seqs.append(
+                    Sequence(
+                        self._free_id(self._num_requests),
+                        token_ids[:-1],
+                        scoring.PARAMS,
+                        seed=0,
+                        max_model_len=self.max_model_len + 1,
+                        arrival_time=time.monotonic(),
+                        targets=token_ids[start:],
+                        score_from=start,
+                    )
+                )
+                self._num_requests += 1
+            return self._run(engine, seqs, use_tqdm, read)
+
     def _run(
         self,
         engine: Engine,
         seqs: list[Sequence],
         use_tqdm: bool | Callable[..., tqdm],
-        on_step: Callable[[], None],
-    ) -> list[RequestOutput]:
-        """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
+        read: Callable[[Sequence], Output],
+        on_step: Callable[[], None] = lambda: None,
+    ) -> list[Output]:
+        """Step until these sequences have ended, and read each; what others get meanwhile waits in
+        `advanced`."""
         running, outputs = set(seqs), {}
-        with _Progress(len(seqs), engine.metrics, use_tqdm) as progress:
-            while running:
-                ended = engine.step()
-                # What follows costs nothing: a GPU runs the next step meanwhile.
-                on_step()  # ends the wait of garbage collections, once
-                for seq in running.intersection(ended):
-                    running.remove(seq)
-                    outputs[seq] = self._output(seq)
-                progress.show(num_finished=len(outputs))
+        try:
+            engine.add_batch(seqs)
+            with _Progress(len(seqs), engine.metrics, use_tqdm) as progress:
+                while running:
+                    ended = engine.step()
+                    # What follows costs nothing: a GPU runs the next step meanwhile.
+                    on_step()  # ends the wait of garbage collections, once
+                    for seq in running.intersection(ended):
+                        running.remove(seq)
+                        outputs[seq] = read(seq)
+                    progress.show(num_finished=len(outputs))
+        except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
+            engine.abort(seqs)
+            raise
         for seq in seqs:
             engine.advanced.pop(seq, None)
         return [outputs[seq] for seq in seqs]
@@ -571,14 +643,17 @@ class LLM:
         text = self._detokenizer.text(seq) if self._detokenizer else ""
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
+        prompt_logprobs: SequenceOf[dict[int, Logprob] | None] | None = None
         cumulative = None
         if seq.logprobs is not None:  # as they are now
-            tokenizer = self._checkpoint.tokenizer
-            has_text = tokenizer is not None and seq.params.detokenize
-            logprobs = seq.logprobs.copy(tokenizer.decode if has_text else None)
+            logprobs = seq.logprobs.copy(self._token_text(seq))
             cumulative = seq.logprobs.cumulative
+        if seq.scores is not None:
+            prompt_logprobs = PromptLogprobs(seq.scores.copy(self._token_text(seq)))
         if delta:
             num_tokens, num_characters = seq.delivered
+            if num_tokens and prompt_logprobs:
+                prompt_logprobs = []  # they were in the first
             seq.delivered = len(token_ids), len(text)
             text, token_ids = text[num_characters:], token_ids[num_tokens:]
             logprobs = logprobs and logprobs[num_tokens:]
@@ -595,12 +670,16 @@ class LLM:
             request_id=seq.request_id,
             prompt=seq.prompt,
             prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
-            prompt_logprobs=None,
+            prompt_logprobs=prompt_logprobs,
             outputs=[completion],
             finished=seq.finished,
             metrics=replace(seq.metrics),
             num_cached_tokens=seq.num_cached_tokens or 0,
         )
+
+    def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
+        tokenizer = self._checkpoint.tokenizer
+        return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
 
 
 def _refuse(lora_request: Any, priority: Any, mm_processor_kwargs: Any) -> None:
