@@ -2,6 +2,7 @@
 runs; rendering is transformers' business."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,23 @@ def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[di
         {"prompt": text, "prompt_token_ids": token_ids}
         for text, token_ids in zip(texts, tokenized.get("input_ids", ()), strict=True)
     ]
+
+
+def load_template(template: str | None) -> str | None:
+    """A template, from the file of that name if it is one, as in vLLM.
+
+    Raises:
+        ValueError: it is neither a file nor a template.
+    """
+    if template is None or any(char in template for char in "{}\n"):
+        return template
+    if not os.path.isfile(template):
+        raise ValueError(
+            f"chat_template {template!r} is no file here, and no Jinja template: that has {{{{ or "
+            f"{{% in it"
+        )
+    with open(template, encoding="utf-8") as file:
+        return file.read()
 
 
 def _is_list(value: Any) -> bool:

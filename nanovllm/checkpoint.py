@@ -42,38 +42,54 @@ class Checkpoint:
 
 def read_checkpoint(config: EngineConfig) -> Checkpoint:
     """Read what the options name. Raises ValueError, as the functions below."""
-    folder = resolve_folder(config.model, config.revision, with_weights=False)
-    model_config = ModelConfig.from_hf(read_json(folder, "config.json", required=True))
-    generation_config = read_json(folder, "generation_config.json", required=False)
+    folder = resolve_folder(config)
+    hf_config = read_json(folder, "config.json", required=True) | (config.hf_overrides or {})
+    model_config = ModelConfig.from_hf(hf_config)
+    generation_config = _read_generation_config(config, folder)
     tokenizer = None
     if not config.skip_tokenizer_init:
-        if config.tokenizer is not None:
-            folder = resolve_folder(config.tokenizer, None, with_weights=False, option="tokenizer")
+        if config.tokenizer is not None or config.tokenizer_revision is not None:
+            folder = resolve_folder(config, option="tokenizer")
         tokenizer = load_tokenizer(folder)
     eos_token_ids = _eos_token_ids(model_config, generation_config, tokenizer)
     return Checkpoint(model_config, generation_config, tokenizer, eos_token_ids)
 
 
+def _read_generation_config(config: EngineConfig, folder: Path) -> dict[str, Any]:
+    """What the options say of it; {} for vLLM's defaults."""
+    found: dict[str, Any] = {}
+    if config.generation_config == "auto":
+        found = read_json(folder, "generation_config.json", required=False)
+    elif config.generation_config != "vllm":
+        given = resolve_folder(config, option="generation_config")
+        found = read_json(given, "generation_config.json", required=True)
+    return found | (config.override_generation_config or {})
+
+
 def _eos_token_ids(
     model_config: ModelConfig, generation_config: dict[str, Any], tokenizer: Any
 ) -> tuple[int, ...]:
-    """generation_config's (or, where it names none, config.json's) and the tokenizer's own."""
+    """The tokenizer's own first, then generation_config's or, where it names none,
+    config.json's."""
     eos = token_id_tuple(generation_config.get("eos_token_id")) or model_config.eos_token_ids
     own = getattr(tokenizer, "eos_token_id", None)
-    eos = eos if own is None else (*eos, own)
+    eos = eos if own is None else (own, *eos)
     # One outside the vocabulary is never drawn.
     return tuple(id for id in dict.fromkeys(eos) if 0 <= id < model_config.vocab_size)
 
 
 def resolve_folder(
-    model: str, revision: str | None, with_weights: bool, option: str = "model"
+    config: EngineConfig, *, with_weights: bool = False, option: str = "model"
 ) -> Path:
-    """The local folder of a checkpoint: `model` itself, or the hub's snapshot of that name,
-    downloaded if needed.
+    """The local folder of a checkpoint: the one that the option names, or the hub's snapshot of
+    that name, downloaded if needed.
 
     Raises:
         ValueError: no such folder, nor a model of that name on the hub.
     """
+    model, revision = getattr(config, option), config.revision
+    if option == "tokenizer":
+        model, revision = model or config.model, config.tokenizer_revision
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         return folder
@@ -86,7 +102,15 @@ def resolve_folder(
 
     try:
         patterns = [*SMALL_FILES, *WEIGHT_FILES] if with_weights else list(SMALL_FILES)
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=patterns,
+                token=config.hf_token,
+                cache_dir=config.download_dir,
+            )
+        )
     except HFValidationError:
         raise ValueError(f"{option} {model!r} is neither a folder nor a name on the hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from nanovllm.vllm_options import SPEED_ONLY, VLLM_DEFAULTS
+from nanovllm.vllm_options import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ DTYPES = {
 ATTENTION_BACKENDS = ("TORCH_SDPA", "TRITON_ATTN", "FLASH_ATTN")
 
 
+PATHS = ("tokenizer", "chat_template", "download_dir", "generation_config")
+PROFILER_KEYS = {"profiler", "torch_profiler_dir"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Options of LLM; vLLM's names and meanings. None leaves a choice to us.
@@ -34,7 +38,17 @@ class EngineConfig:
     Args:
         model: a checkpoint folder, or a name on the Hugging Face hub.
         tokenizer: a folder or hub name, if not the model's own.
+        tokenizer_revision: the tokenizer's branch, tag or commit, if not the model's.
+        chat_template: for chat, instead of the tokenizer's: a Jinja template, or a file that holds
+            it.
         revision: branch, tag or commit on the hub.
+        hf_token: for the hub: a token, or True for the one that is stored.
+        download_dir: where the hub's files are kept; None: its own cache.
+        hf_overrides: keys that replace those of config.json.
+        generation_config: "auto" (the checkpoint's), a folder whose generation_config.json counts,
+            or "vllm" for none.
+        override_generation_config: keys that replace those of generation_config.json.
+        profiler_config: {"profiler": "torch", "torch_profiler_dir": FOLDER}, for start_profile.
         dtype: "auto" (the checkpoint's; on a CPU what it computes fast), "float32", "bfloat16" or
             "float16".
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
@@ -62,7 +76,15 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = None
+    tokenizer_revision: str | None = None
+    chat_template: str | None = None
     revision: str | None = None
+    hf_token: bool | str | None = None
+    download_dir: str | None = None
+    hf_overrides: dict[str, Any] | None = None
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None
+    profiler_config: dict[str, Any] | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_model_len: int | None = None
@@ -95,19 +117,26 @@ class EngineConfig:
             _check_foreign_option(name, options.pop(name), known)
         if "dtype" in options:  # a torch.dtype prints as "torch.float32"
             options["dtype"] = str(options["dtype"]).removeprefix("torch.")
-        if isinstance(options.get("tokenizer"), os.PathLike):
-            options["tokenizer"] = os.fspath(options["tokenizer"])
+        for name in PATHS:
+            if isinstance(options.get(name), os.PathLike):
+                options[name] = os.fspath(options[name])
         if not isinstance(model, (str, os.PathLike)):
             raise TypeError(f"model must be a folder or a hub name, got {model!r}")
         return cls(model=os.fspath(model), **options)
 
     def __post_init__(self) -> None:
-        for name in ("tokenizer", "revision", "attention_backend", "device", "load_format"):
+        required = ("device", "load_format", "generation_config")
+        optional = ("revision", "tokenizer_revision", "attention_backend")
+        for name in {*PATHS, *required, *optional}:
             value = getattr(self, name)
-            if not isinstance(value, str) and (
-                value is not None or name in ("device", "load_format")
-            ):
+            if not isinstance(value, str) and (value is not None or name in required):
                 raise TypeError(f"{name} must be a string, got {value!r}")
+        for name in ("hf_overrides", "override_generation_config", "profiler_config"):
+            value = getattr(self, name)
+            if not isinstance(value, dict | None):
+                raise TypeError(f"{name} must be a dict, got {value!r:.80}")
+        if not isinstance(self.hf_token, bool | str | None):
+            raise TypeError("hf_token must be a string, True or False")
         for name in (
             "max_model_len",
             "max_num_seqs",
@@ -146,6 +175,17 @@ class EngineConfig:
                 f"load_format must be 'auto' (safetensors files) or 'dummy' (random weights), "
                 f"got {self.load_format!r}"
             )
+        profiler = self.profiler_config or {}
+        folder = profiler.get("torch_profiler_dir", "")
+        if (
+            not profiler.keys() <= PROFILER_KEYS
+            or profiler.get("profiler", "torch") != "torch"
+            or not isinstance(folder, str | os.PathLike)
+        ):
+            raise ValueError(
+                "profiler_config must be {'profiler': 'torch', 'torch_profiler_dir': FOLDER}, "
+                f"got {profiler!r:.80}"
+            )
         if self.attention_backend not in (None, "auto", *ATTENTION_BACKENDS):
             raise ValueError(
                 f"attention_backend must be one of 'auto', "
@@ -178,7 +218,7 @@ def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"unknown option {name!r}{hint}")
     default = VLLM_DEFAULTS[name]
-    if value is None or value == default:
+    if value is None or value in (default, ALSO_FINE.get(name)):
         return
     if name not in SPEED_ONLY:
         raise ValueError(

@@ -14,12 +14,12 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm.auto import tqdm
 from xxhash import xxh3_64_intdigest
 
-from nanovllm import chat, platform, prompts, scoring
+from nanovllm import chat, platform, prompts, scoring, tokenization
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
@@ -34,8 +34,10 @@ from nanovllm.outputs import (
     PromptLogprobs,
     RequestOutput,
 )
+from nanovllm.profiling import Profiler
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.structured_outputs import GrammarCompiler
+from nanovllm.vllm_options import UNSUPPORTED_METHODS
 from nanovllm.worker.executor import InProcessExecutor
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,10 @@ class LLM:
         self._engine: Engine | None = None
         self._lock = threading.RLock()
         self.config = config = EngineConfig.from_options(model, **options)
+        self._chat_template = chat.load_template(config.chat_template)
+        self._profiler: Profiler | None = None
+        # Of enqueue, in its order; None: not finished, or step gave it to somebody else.
+        self._completed: dict[str, RequestOutput | None] = {}
         device = platform.resolve_device(config.device)
         self._checkpoint = read_checkpoint(config)
         self.model_config = self._checkpoint.model_config
@@ -110,13 +116,22 @@ class LLM:
             plan.max_model_len,
         )
 
+    @classmethod
+    def from_engine_args(cls, engine_args: Any) -> "LLM":
+        """From an object whose attributes are options, as of vLLM's EngineArgs."""
+        return cls(**{k: v for k, v in vars(engine_args).items() if not k.startswith("_")})
+
     # Whole batches
 
     def generate(
         self,
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        lora_request: None = None,
+        priority: None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt, and wait.
 
@@ -124,7 +139,9 @@ class LLM:
             prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or
                 a list of those.
             sampling_params: one for all, or one each; None: the checkpoint's generation_config.
-            use_tqdm: show a progress bar.
+            use_tqdm: show a progress bar; or what makes it, called as tqdm.
+            tokenization_kwargs: how texts become tokens; see tokenization.tokenize.
+            lora_request, priority, mm_processor_kwargs: vLLM's, not supported.
 
         Returns: an output for each prompt, in the order of the prompts.
 
@@ -132,6 +149,8 @@ class LLM:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
             RuntimeError: a logits processor raised, or a grammar became too large; from its error.
         """
+        _refuse(lora_request, priority, mm_processor_kwargs)
+        prompts = self._tokenized(prompts, tokenization_kwargs)
         with self._use_engine() as engine, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
             seqs = self._make_sequences(prompts, sampling_params)
@@ -141,13 +160,16 @@ class LLM:
         self,
         messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-        *,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        lora_request: None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Generate the next message of every conversation, and wait.
 
@@ -155,11 +177,15 @@ class LLM:
             messages: a conversation, that is a list of {"role": ..., "content": ...}, or a list of
                 conversations.
             sampling_params, use_tqdm: as for generate.
-            chat_template: a Jinja template; None: the checkpoint's.
+            chat_template: a Jinja template; None: the constructor's, else the checkpoint's.
+            chat_template_content_format: "auto" or "string": a content of several parts is joined
+                to one text.
             add_generation_prompt: begin the answer's message.
             continue_final_message: go on with the last message instead.
             tools: functions that the template tells the model of, as JSON schemas.
             chat_template_kwargs: what else the template reads.
+            tokenization_kwargs: as for generate.
+            lora_request, mm_processor_kwargs: vLLM's, not supported.
 
         Returns: an output for each conversation, in their order.
 
@@ -167,15 +193,46 @@ class LLM:
             ValueError, TypeError: the conversations, or the parameters, won't do; then none has
             run.
         """
+        _refuse(lora_request, None, mm_processor_kwargs)
+        prompts = self.render_chat(
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.generate(
+            prompts, sampling_params, use_tqdm, tokenization_kwargs=tokenization_kwargs
+        )
+
+    def render_chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        *,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The prompts that chat makes of conversations, for stream, add_request and the rest. Ours;
+        arguments and errors are chat's."""
+        if chat_template_content_format not in ("auto", "string"):
+            raise ValueError(
+                f"chat_template_content_format must be 'auto' or 'string', "
+                f"got {chat_template_content_format!r}"
+            )
         options = {
-            "chat_template": chat_template,
+            "chat_template": chat_template or self._chat_template,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        prompts = chat.render(messages, self.get_tokenizer(), options)
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return chat.render(messages, self.get_tokenizer(), options)
 
     def loglikelihood(self, pairs: SequenceOf[Pair], use_tqdm: bool = True) -> list[Loglikelihood]:
         """Score given continuations of contexts. Equal contexts are computed once.
@@ -242,7 +299,7 @@ class LLM:
         self,
         engine: Engine,
         seqs: list[Sequence],
-        use_tqdm: bool,
+        use_tqdm: bool | Callable[..., tqdm],
         read: Callable[[Sequence], Output],
         on_step: Callable[[], None] = lambda: None,
     ) -> list[Output]:
@@ -251,7 +308,7 @@ class LLM:
         running, outputs = set(seqs), {}
         try:
             engine.add_batch(seqs)
-            with _Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
+            with _Progress(len(seqs), engine.metrics, use_tqdm) as progress:
                 while running:
                     ended = engine.step()
                     # What follows costs nothing: a GPU runs the next step meanwhile.
@@ -266,6 +323,76 @@ class LLM:
         for seq in seqs:
             engine.advanced.pop(seq, None)
         return [outputs[seq] for seq in seqs]
+
+    def enqueue(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        lora_request: None = None,
+        priority: None = None,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[str]:
+        """Queue requests for wait_for_completion; arguments and errors are generate's, there is no
+        progress to show here. Returns their ids."""
+        _refuse(lora_request, priority, mm_processor_kwargs)
+        with self._use_engine() as engine:
+            prompts = self._tokenized(prompts, tokenization_kwargs)
+            seqs = self._make_sequences(prompts, sampling_params)
+            for seq in seqs:
+                seq.params.output_kind = RequestOutputKind.FINAL_ONLY
+            engine.add_batch(seqs)
+            request_ids = dict.fromkeys(seq.request_id for seq in seqs)
+            self._completed.update(request_ids)
+            return list(request_ids)
+
+    def enqueue_chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        lora_request: None = None,
+        priority: None = None,
+        *,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+        **template_options: Any,
+    ) -> list[str]:
+        """As enqueue, for conversations; template_options are render_chat's."""
+        prompts = self.render_chat(messages, **template_options)
+        return self.enqueue(
+            prompts,
+            sampling_params,
+            lora_request,
+            priority,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+
+    def wait_for_completion(
+        self,
+        output_type: type[RequestOutput] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+    ) -> list[RequestOutput]:
+        """Step until all requests have ended. An interrupt loses none: a later call goes on.
+
+        Returns: the outputs of what enqueue queued, in that order, then those of add_request. An
+            aborted request has none.
+        """
+        if output_type not in (None, RequestOutput):
+            raise ValueError(f"output_type must be RequestOutput, got {output_type!r}")
+        make = use_tqdm if callable(use_tqdm) else tqdm
+        total = len(self._completed)
+        with make(total=total, desc="Processed prompts", disable=not use_tqdm) as bar:
+            while not self.is_finished():
+                for output in self.step():
+                    if output.finished:
+                        self._completed[output.request_id] = output
+                        bar.update()
+        completed, self._completed = self._completed, {}
+        return [output for output in completed.values() if output is not None]
 
     # As it comes
 
@@ -393,6 +520,39 @@ class LLM:
         with self._use_engine() as engine:
             return engine
 
+    # A look inside
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Call a function with the model (a torch.nn.Module; weights that we pack have other names
+        than vLLM's). Returns its result, in a list of one: there is one worker."""
+        with self._use_engine() as engine:
+            return [func(engine.executor.runner.model)]  # type: ignore[attr-defined]
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """How many GPUs, or CPU workers, the model is spread over."""
+        return self.config.tensor_parallel_size
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Have torch's profiler watch, until stop_profile writes PREFIX.pt.trace.json.gz into
+        profiler_config's folder. Raises ValueError without profiler_config."""
+        self._profiler = self._profiler or Profiler(self.config)
+        self._profiler.start(profile_prefix)
+
+    def stop_profile(self) -> None:
+        """Write the profile. Raises RuntimeError if none is being taken."""
+        if self._profiler is None:
+            raise RuntimeError("no profile is being taken: start_profile begins one")
+        self._profiler.stop()
+
+    if not TYPE_CHECKING:  # mypy would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name in UNSUPPORTED_METHODS:
+                raise AttributeError(
+                    f"vLLM's LLM.{name} is not supported: {UNSUPPORTED_METHODS[name]}"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # What the checkpoint brings
 
     def get_tokenizer(self) -> Any:
@@ -430,6 +590,12 @@ class LLM:
             if self._engine is None:
                 raise RuntimeError("this LLM is closed")
             yield self._engine
+
+    def _tokenized(self, prompts: Any, kwargs: dict[str, Any] | None) -> Any:
+        if not kwargs:
+            return prompts
+        tokenizer, vocab_size = self._checkpoint.tokenizer, self.model_config.vocab_size
+        return tokenization.tokenize(prompts, tokenizer, vocab_size, self.max_model_len, kwargs)
 
     def _make_sequences(
         self,
@@ -538,6 +704,16 @@ class LLM:
         return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
 
 
+def _refuse(lora_request: Any, priority: Any, mm_processor_kwargs: Any) -> None:
+    """vLLM's arguments that we don't have."""
+    if lora_request is not None:
+        raise ValueError("lora_request is not supported yet: leave it out")
+    if priority is not None:
+        raise ValueError("priority is not supported (requests run first come, first served)")
+    if mm_processor_kwargs is not None:
+        raise ValueError("mm_processor_kwargs is not supported: prompts are text alone")
+
+
 @contextmanager
 def _no_collections() -> Iterator[None]:
     """Garbage collections wait: a new batch sets them off, and they look at all its tokens."""
@@ -554,12 +730,15 @@ def _no_collections() -> Iterator[None]:
 class _Progress:
     """A bar of requests done, with the tokens per second of prefill and decode."""
 
-    def __init__(self, num_requests: int, metrics: EngineMetrics, disable: bool):
+    def __init__(
+        self, num_requests: int, metrics: EngineMetrics, use_tqdm: bool | Callable[..., tqdm]
+    ):
         self.metrics = metrics
         self.start = self.shown = time.monotonic()
         self.prefill, self.decode = metrics.prefill_tokens, metrics.decode_tokens
-        self.bar = tqdm(
-            total=num_requests, desc="Processed prompts", disable=disable, dynamic_ncols=True
+        make = use_tqdm if callable(use_tqdm) else tqdm
+        self.bar = make(
+            total=num_requests, desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True
         )
 
     def show(self, num_finished: int) -> None:

@@ -153,8 +153,8 @@ class CompletionOutput:
             not asked for.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
             max_model_len), None while it runs.
-        stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after EOS
-            or "length".
+        stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after
+            "length" or the tokenizer's EOS. Another EOS of generation_config is named, as in vLLM.
     """
 
     index: int

@@ -4,6 +4,7 @@ meanings are vLLM's.
 Users construct it; llm.py copies it on admission; the sampler and the stop checks read it.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -18,6 +19,14 @@ _FLAGS = (
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",
+    "flat_logprobs",
+)
+UNSUPPORTED = (
+    "extra_args",
+    "logprob_token_ids",
+    "repetition_detection",
+    "routed_experts_prompt_start",
+    "thinking_token_budget",
 )
 MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
 LOGPROBS = ("logprobs", "prompt_logprobs")
@@ -137,6 +146,11 @@ class SamplingParams:
         structured_outputs: what the text must be; StructuredOutputsParams.
         seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
             the engine's own.
+        flat_logprobs: no effect: log-probabilities always lie in arrays.
+        skip_reading_prefix_cache: compute the whole prompt, though the prefix cache may have parts
+            of it.
+        extra_args, logprob_token_ids, repetition_detection, routed_experts_prompt_start,
+            thinking_token_budget: vLLM's, not supported: nothing but the default.
 
     Raises:
         ValueError: a value is outside its range.
@@ -168,6 +182,13 @@ class SamplingParams:
     logits_processors: list[Callable] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     seed: int | None = None
+    flat_logprobs: bool = False
+    skip_reading_prefix_cache: bool | None = None
+    extra_args: dict[str, Any] | None = field(default=None, repr=False)
+    logprob_token_ids: list[int] | None = field(default=None, repr=False)
+    repetition_detection: Any = field(default=None, repr=False)
+    routed_experts_prompt_start: int = field(default=0, repr=False)
+    thinking_token_budget: int | None = field(default=None, repr=False)
     # Of bad_words and structured_outputs; llm.py sets them, which has the tokenizer.
     bad_words_token_ids: list[list[int]] = field(
         default_factory=list, init=False, repr=False, compare=False
@@ -188,14 +209,41 @@ class SamplingParams:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.skip_reading_prefix_cache, bool | None):
+            raise TypeError(
+                f"skip_reading_prefix_cache must be a bool, got {self.skip_reading_prefix_cache!r}"
+            )
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         if self.seed == -1:  # as in vLLM
             self.seed = None
+        for name in UNSUPPORTED:
+            if getattr(self, name) != getattr(SamplingParams, name):  # the default
+                raise ValueError(f"{name} is not supported: leave it out")
         self._check_ranges()
         self._check_stop()
         self._check_logits()
         self._check_constraints()
+
+    @classmethod
+    def from_optional(cls, **values: Any) -> "SamplingParams":
+        """vLLM's way from JSON: None stands for the default (of max_tokens, for no limit), the keys
+        of logit_bias may be strings, and its values are clipped to [-100, 100].
+
+        Raises:
+            ValueError, TypeError: as the constructor.
+        """
+        if isinstance(bias := values.get("logit_bias"), dict):
+            try:
+                clipped = {int(token): min(100.0, max(-100.0, b)) for token, b in bias.items()}
+            except (TypeError, ValueError):
+                raise ValueError(f"logit_bias must be token id -> bias, got {bias!r:.80}") from None
+            values["logit_bias"] = clipped
+        return cls(**{k: v for k, v in values.items() if v is not None or k == "max_tokens"})
+
+    def clone(self) -> "SamplingParams":
+        """A copy that shares nothing with it."""
+        return copy.deepcopy(self)
 
     def _check_ranges(self) -> None:
         if not 0 <= self.temperature <= 2:

@@ -25,21 +25,21 @@ SPEED_ONLY = frozenset(
 )
 
 _OFF_BY_NONE = """
-    additional_config allowed_media_domains attention_config chat_template code_revision
+    additional_config allowed_media_domains attention_config code_revision
     collect_detailed_traces cpu_distributed_timeout_seconds data_parallel_address data_parallel_rank
     data_parallel_rpc_port data_parallel_size_local data_parallel_start_rank default_mm_loras
     device_ids diffusion_config disable_nccl_for_dp_synchronization distributed_executor_backend
-    distributed_timeout_seconds download_dir ec_transfer_config enable_bf16x3_router_gemm
-    eplb_config gdn_prefill_backend hf_config_path hf_overrides hf_token io_processor_plugin
+    distributed_timeout_seconds ec_transfer_config enable_bf16x3_router_gemm
+    eplb_config gdn_prefill_backend hf_config_path io_processor_plugin
     ir_op_priority kernel_config kv_events_config kv_offloading_size kv_transfer_config
     limit_mm_per_prompt logits_processors lora_target_modules mamba_block_size mamba_config
     max_cpu_loras max_num_scheduled_tokens media_io_kwargs mm_encoder_attn_backend
     mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path
     mm_processor_kwargs model_class_overrides model_loader_extra_config
-    offload_params otlp_traces_endpoint override_attention_dtype override_generation_config
-    pooler_config prefix_match_unit profiler_config quantization quantization_config
+    offload_params otlp_traces_endpoint override_attention_dtype
+    pooler_config prefix_match_unit quantization quantization_config
     reasoning_config reasoning_parser_plugin scheduler_cls served_model_name spec_method spec_model
-    spec_tokens speculative_config structured_outputs_config tokenizer_revision video_pruning_rate
+    spec_tokens speculative_config structured_outputs_config video_pruning_rate
     weight_transfer_config cpu_offload_params ignore_patterns kv_cache_dtype_skip_layers
     """
 _SPEED_SWITCHES = """
@@ -69,7 +69,7 @@ _OFF_BY_ZERO = """
     ubatch_size
     """
 _OFF_BY_AUTO = """
-    config_format convert generation_config kv_cache_dtype lora_dtype mamba_cache_dtype
+    config_format convert kv_cache_dtype lora_dtype mamba_cache_dtype
     mamba_ssm_cache_dtype model_impl offload_backend runner tokenizer_mode worker_cls
     """
 _OFF_BY_EMPTY = "allowed_local_media_path model_weights reasoning_parser worker_extension_cls"
@@ -125,4 +125,32 @@ VLLM_DEFAULTS: dict[str, Any] = {
     "mm_tensor_ipc": "direct_rpc",
     "pt_load_map_location": "cpu",
     "scheduling_policy": "fcfs",
+}
+
+# Values beside the defaults that ask for what we do anyway.
+ALSO_FINE = {
+    "config_format": "hf",
+    "convert": "none",
+    "distributed_executor_backend": "uni",
+    "runner": "generate",
+    "tokenizer_mode": "hf",
+}
+
+# Methods of vLLM's LLM that ours does not have, and what to do instead.
+_POOLING = "it takes a pooling model, and those are not supported yet"
+_WEIGHTS = "weights can't be updated in place yet: make a new LLM"
+UNSUPPORTED_METHODS = {
+    **dict.fromkeys(("encode", "embed", "classify", "score"), _POOLING),
+    **dict.fromkeys(
+        (
+            "finish_weight_update",
+            "init_weight_transfer_engine",
+            "start_draft_weight_update",
+            "start_weight_update",
+            "update_weights",
+        ),
+        _WEIGHTS,
+    ),
+    "collective_rpc": "the worker is in this process: apply_model hands you the model",
+    "reset_mm_cache": "prompts are text alone, there is no such cache",
 }

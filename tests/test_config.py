@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig, ModelConfig, token_id_tuple
-from nanovllm.vllm_options import SPEED_ONLY, VLLM_DEFAULTS
+from nanovllm.vllm_options import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS
 
 
 @pytest.fixture
@@ -99,6 +99,7 @@ def test_vllms_defaults_spelled_out_are_silent(caplog):
     assert set(VLLM_DEFAULTS) >= SPEED_ONLY and not ours & set(VLLM_DEFAULTS)
     EngineConfig.from_options("folder", **VLLM_DEFAULTS)
     EngineConfig.from_options("folder", **dict.fromkeys(VLLM_DEFAULTS))
+    EngineConfig.from_options("folder", **ALSO_FINE)
     assert not caplog.records
 
 
@@ -122,7 +123,7 @@ def test_an_option_that_only_tunes_speed_warns(name, value, caplog):
         ("pipeline_parallel_size", 2, 1),
         ("cpu_offload_gb", 4, 0),
         ("enable_lora", True, False),
-        ("hf_overrides", {"a": 1}, None),
+        ("limit_mm_per_prompt", {"image": 1}, None),
         ("speculative_config", {"method": "ngram"}, None),
     ],
 )

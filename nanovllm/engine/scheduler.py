@@ -221,7 +221,7 @@ class Scheduler:
         """Move the oldest waiting sequence to the running ones, if its pages are there, and those
         that are still to come."""
         seq, pages = self.waiting[0], self.block_manager
-        hits = pages.find_prefix(seq)
+        hits = array("i") if seq.params.skip_reading_prefix_cache else pages.find_prefix(seq)
         if seq.scores is not None:
             hits = hits[: seq.num_cacheable // pages.block_size]
         num_shared = pages.num_held(hits)

@@ -168,7 +168,8 @@ class Sequence:
         token = self.token_ids[-1]
         if token in self.stops:
             self.finish_reason = "stop"
-            if self.params.ignore_eos or token not in self.eos_token_ids:
+            # As in vLLM all but the first count as stop_token_ids here.
+            if self.params.ignore_eos or (token,) != self.eos_token_ids[:1]:
                 self.stop_reason = token
         elif len(self.token_ids) >= self.max_len:
             self.finish_reason = "length"

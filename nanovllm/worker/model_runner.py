@@ -239,7 +239,7 @@ class ModelRunner:
         if self.config.load_format == "dummy":
             fill_dummy_weights(self.model, self.config.seed)
         else:
-            folder = resolve_folder(self.config.model, self.config.revision, with_weights=True)
+            folder = resolve_folder(self.config, with_weights=True)
             load_weights(self.model, folder)
         pack_weights(self.model)
 

@@ -226,7 +226,7 @@ def test_chat_errors_come_before_anything_runs(llm):
         ([WHO, "b"], None, {}, TypeError, "conversation 1 must be a list of messages"),
         (WHO, None, {"continue_final_message": True}, ValueError, "add_generation_prompt=False"),
         (WHO, None, {"chat_template": "{{"}, ValueError, "the chat template refuses"),
-        (WHO, None, {"lora_request": None}, TypeError, "lora_request"),
+        (WHO, None, {"lora_request": 1}, ValueError, "lora_request is not supported"),
     ):
         with pytest.raises(error, match=text):
             llm.chat(messages, params, **options)

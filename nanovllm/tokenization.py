@@ -1,0 +1,66 @@
+"""Prompts tokenized as generate's tokenization_kwargs say, vLLM's overrides: cut to a length, with
+or without special tokens. LLM calls it only where they are given; prompts.py checks the result."""
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from nanovllm import prompts
+
+KEYS = {"add_special_tokens", "truncate_prompt_tokens", "truncation_side"}
+
+
+def tokenize(
+    prompt_list: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    max_model_len: int,
+    kwargs: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Prompts of any form as token ids, with their text if they had one.
+
+    Args:
+        prompt_list: as for LLM.generate.
+        tokenizer, vocab_size: as for prompts.normalize.
+        max_model_len: what truncate_prompt_tokens=-1 leaves room for a token in.
+        kwargs: truncate_prompt_tokens: so many are kept; truncation_side: "left" keeps the last
+            ones, "right" the first; add_special_tokens: of texts.
+
+    Raises:
+        ValueError, TypeError: an override is unknown or its value won't do; or a prompt, as of
+        prompts.normalize.
+    """
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"tokenization_kwargs must be a dict, got {kwargs!r:.80}")
+    if unknown := kwargs.keys() - KEYS:
+        raise ValueError(
+            f"tokenization_kwargs {', '.join(sorted(unknown))}: not supported; "
+            f"supported: {', '.join(sorted(KEYS))}"
+        )
+    length, side = kwargs.get("truncate_prompt_tokens"), kwargs.get("truncation_side")
+    if length is not None and (type(length) is not int or length == 0 or length < -1):
+        raise ValueError(f"truncate_prompt_tokens must be at least 1, or -1, got {length!r}")
+    if length is not None and length >= max_model_len:
+        raise ValueError(
+            f"truncate_prompt_tokens={length} leaves no room for a token in "
+            f"max_model_len={max_model_len}"
+        )
+    if side not in (None, "left", "right"):
+        raise ValueError(f"truncation_side must be 'left' or 'right', got {side!r}")
+    special = kwargs.get("add_special_tokens", True)
+    if not isinstance(special, bool):
+        raise TypeError(f"add_special_tokens must be True or False, got {special!r}")
+    length = max_model_len - 1 if length == -1 else length or sys.maxsize
+    from_left = (side or getattr(tokenizer, "truncation_side", "right")) == "left"
+    if tokenizer is not None:
+        tokenizer = partial(tokenizer, add_special_tokens=special)
+    return [
+        {
+            "prompt": prompt.text,
+            "prompt_token_ids": (
+                prompt.token_ids[-length:] if from_left else prompt.token_ids[:length]
+            ).tolist(),
+        }
+        for prompt in prompts.normalize(prompt_list, tokenizer, vocab_size, sys.maxsize)
+    ]

@@ -1,0 +1,107 @@
+"""docs/vllm.md has a row for every name of vLLM's offline API, and what it says is so."""
+
+import ast
+import inspect
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from nanovllm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
+from nanovllm.config import EngineConfig
+from nanovllm.vllm_options import VLLM_DEFAULTS
+
+ROOT = Path(__file__).parents[1]
+NAMES = json.loads((ROOT / "tests/data/vllm_0_26_names.json").read_text())
+SECTIONS = {
+    "SamplingParams": [*NAMES["SamplingParams"], *NAMES["SamplingParams methods"]],
+    "LLM(...)": list(NAMES["options"]),
+    "LLM's methods": list(NAMES["LLM"]),
+    **{name: NAMES[name] for name in ("RequestOutput", "CompletionOutput", "Logprob")},
+}
+OURS = {"supported", "differs"}
+STATES = {*OURS, "refused", "no effect", "missing", "not yet"}
+
+
+def read_table():
+    """(section, name, state, note) of each name in the document."""
+    for section in re.split(r"^## ", (ROOT / "docs/vllm.md").read_text(), flags=re.M)[1:]:
+        title, *lines = section.splitlines()
+        for line in lines:
+            if row := re.fullmatch(r"\| (`[^|]*`) \| ([a-z ]+) \|(.*)\|", line):
+                for name in re.findall(r"`(.*?)`", row[1]):
+                    yield title, name, row[2], row[3]
+
+
+TABLE = list(read_table())
+HAS = {
+    "SamplingParams": {f.name for f in fields(SamplingParams)} | set(dir(SamplingParams)),
+    "LLM(...)": {f.name for f in fields(EngineConfig)},
+    "LLM's methods": set(dir(LLM)),
+    "RequestOutput": {f.name for f in fields(RequestOutput)} | set(dir(RequestOutput)),
+    "CompletionOutput": {f.name for f in fields(CompletionOutput)} | set(dir(CompletionOutput)),
+    "Logprob": {f.name for f in fields(Logprob)},
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_name_has_one_row(section):
+    names = [name for title, name, *_ in TABLE if title == section]
+    assert sorted(names) == sorted(SECTIONS[section])
+    assert {state for _, _, state, _ in TABLE} <= STATES
+
+
+@pytest.mark.parametrize(("section", "name", "state"), [row[:3] for row in TABLE])
+def test_a_row_says_what_is_so(section, name, state, caplog):
+    has = name in HAS[section]
+    if state in OURS:
+        assert has
+    elif state in ("missing", "no effect"):
+        assert not has
+    elif state == "not yet":
+        assert not has, "it is there: the table should say so"
+    if section == "LLM(...)" and state in ("refused", "no effect"):
+        assert name in VLLM_DEFAULTS
+        if state == "refused":
+            with pytest.raises(ValueError, match=f"{name}=.* is not supported yet; leave it out"):
+                EngineConfig.from_options("folder", **{name: object()})
+        else:
+            EngineConfig.from_options("folder", **{name: object()})
+            assert "has no effect here" in caplog.text
+    elif section == "LLM's methods" and state == "refused":
+        with pytest.raises(AttributeError, match=f"vLLM's LLM.{name} is not supported: "):
+            getattr(LLM.__new__(LLM), name)
+    elif section == "SamplingParams" and state in ("refused", "missing"):
+        error = ValueError if state == "refused" else TypeError
+        with pytest.raises(error, match=name):
+            SamplingParams(**{name: 5})
+
+
+def test_defaults_are_vllms():
+    ours = {f.name: f.default for f in fields(SamplingParams)}
+    ours = {**ours, **{f.name: f.default for f in fields(EngineConfig)}, "model": None}
+    compared = 0
+    for name, default in (NAMES["SamplingParams"] | NAMES["options"]).items():
+        try:
+            value = ast.literal_eval(default or "")
+        except (ValueError, SyntaxError):
+            continue
+        if name in ours or name in VLLM_DEFAULTS:
+            assert ours.get(name, VLLM_DEFAULTS.get(name)) == value, name
+            compared += 1
+    assert compared > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "note"), [row[1::2] for row in TABLE if row[0] == "LLM's methods" and row[2] in OURS]
+)
+def test_methods_take_vllms_arguments(name, note):
+    """In vLLM's order, which a script may rely on; the row names those that are not there."""
+    arguments = inspect.signature(getattr(LLM, name)).parameters
+    theirs = NAMES["LLM"][name]
+    shared = [a for a in arguments if a in theirs]
+    assert shared == [a for a in theirs if a in shared]
+    if all(a.kind is not a.VAR_KEYWORD for a in arguments.values()):
+        assert all(a in arguments or f"`{a}`" in note for a in theirs)
