@@ -30,11 +30,12 @@ class Linear(nn.Module):
         norm: RMSNorm | None = None,
         gated: bool = False,
         residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The product, with what stands before and after it: of norm(x), as silu(gate) * up, added
-        to `residual` in place."""
+        to `residual` in place, or put into `out`."""
         parts = None if norm is None else (norm.weight, norm.eps)
-        return ops.linear(x, self.weight, self.bias, parts, gated, residual)
+        return ops.linear(x, self.weight, self.bias, parts, gated, residual, out)
 
 
 class Embedding(nn.Module):

@@ -86,6 +86,6 @@ class CausalLM(nn.Module):
         cache."""
         return self.model(batch, kv)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, vocab] from [n, hidden]."""
-        return self.lm_head(hidden, self.model.norm)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[n, vocab] from [n, hidden]; in `out` if it is there."""
+        return self.lm_head(hidden, self.model.norm, out=out)

@@ -29,6 +29,7 @@ __all__ = [
     "qk_norm_rope_store",
     "rms_norm",
     "sample",
+    "top_logprobs",
 ]
 
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -52,6 +53,7 @@ rms_norm = _by_device(reference.rms_norm)
 linear = _by_device(reference.linear, "triton_linear")
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference.sample, "triton_sampling")
+top_logprobs = _by_device(reference.top_logprobs, "triton_sampling")
 keep_sampled = _by_device(reference.keep_sampled, "triton_rows")
 
 

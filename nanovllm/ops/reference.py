@@ -41,6 +41,7 @@ def linear(
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias, with what stands before and after it in a layer.
 
@@ -51,15 +52,18 @@ def linear(
         norm: weight and eps of an RMSNorm that x goes through first.
         gated: the weight is gate and up, [2 * out, in]: the result is silu_and_mul of the product.
         residual: [T, out], what the result is added to, in place; not x itself.
+        out: [T, out], where the product is put, if nothing follows it.
 
-    Returns: [T, out]; the residual if there is one.
+    Returns: [T, out]; residual or out if there is one.
     """
     if norm is not None:
         x = rms_norm(x, *norm)
-    out = matmul(x, weight, bias)
+    y = matmul(x, weight, bias)
     if gated:
-        out = silu_and_mul(out)
-    return out if residual is None else residual.add_(out)
+        y = silu_and_mul(y)
+    if out is not None:
+        return out.copy_(y)
+    return y if residual is None else residual.add_(y)
 
 
 def apply_rope(x_THD: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -359,3 +363,24 @@ def keep_likely(
         drop[:, 0] = False
         ordered = ordered.masked_fill(drop, -torch.inf)
     return torch.empty_like(logits).scatter_(-1, indices, ordered)
+
+
+def top_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of a token a row, and of the most likely ones.
+
+    Args:
+        logits: [n, vocab].
+        token_ids: [n] int64.
+        num_top: how many of the most likely ones, the likeliest first.
+
+    Returns: token ids, the given one first, [n, 1 + num_top] int64; their log-probabilities,
+        float32; and how many tokens are at least as likely as the given one, [n].
+    """
+    logprobs = logits.log_softmax(-1, dtype=torch.float32)
+    own = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs >= own).sum(-1)
+    # topk would take several times as long for one, and may choose another of those that are equal.
+    top, top_ids = logprobs.max(-1, keepdim=True) if num_top == 1 else logprobs.topk(num_top)
+    return torch.cat((token_ids[:, None], top_ids), 1), torch.cat((own, top), 1), ranks

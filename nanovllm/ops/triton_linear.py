@@ -87,12 +87,16 @@ def linear(
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As reference.linear."""
+    assert out is None or (bias is None and residual is None and not gated)
     if 0 < len(x) <= max_gemv_rows(weight.numel()):
-        return _gemv(x, weight, bias, norm, gated, residual)
+        return _gemv(x, weight, bias, norm, gated, residual, out)
     if norm is not None:
         x = rms_norm(x, *norm)
+    if out is not None:
+        return torch.mm(x, weight.T, out=out)
     if residual is not None and bias is None and not gated:
         return residual.addmm_(x, weight.T)
     y = F.linear(x, weight, bias)
@@ -108,11 +112,13 @@ def _gemv(
     norm: tuple[torch.Tensor, float] | None,
     gated: bool,
     residual: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     assert x.is_contiguous() and weight.is_contiguous()
     num_rows, size = x.shape
     num_out = len(weight) // 2 if gated else len(weight)
-    out = x.new_empty(num_rows, num_out) if residual is None else residual
+    if out is None:
+        out = x.new_empty(num_rows, num_out) if residual is None else residual
     assert out.is_contiguous()
     norm_weight, eps = norm or (x, 0.0)
     config = gemv_config(size, x.element_size(), gated)

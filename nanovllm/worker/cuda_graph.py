@@ -25,11 +25,11 @@ class DecodeOutput:
     alone, are in the rows' state and at the host already.
 
     Attributes:
-        hidden: [size, hidden].
+        logits: [size, vocab], which the next step overwrites.
         rows, turn: as keep_sampled takes them, for who draws others.
     """
 
-    hidden: torch.Tensor
+    logits: torch.Tensor
     rows: torch.Tensor
     turn: torch.Tensor
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from nanovllm import ops
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.step import StepInput, StepLogprobs
 from nanovllm.worker.upload import RING, Uploader
@@ -112,22 +113,9 @@ class LogprobsReader:
         width = host.shape[1] // 2
         parts = (tensor.split(self.num_rows) for tensor in (host, index, token_ids))
         for lines, where, tokens in zip(*parts, strict=True):
-            ids, logprobs, ranks = top_logprobs(logits_of(where), tokens, width - 1)
+            ids, logprobs, ranks = ops.top_logprobs(logits_of(where), tokens, width - 1)
             packed = (ids.int(), logprobs.view(torch.int32), ranks[:, None].int())
             lines.copy_(torch.cat(packed, 1), non_blocking=True)
         lines = host.numpy()
         values = lines[:, width : 2 * width].view(np.float32)
         return StepLogprobs(lines[:, :width], values, lines[:, 2 * width])
-
-
-def top_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A row's token and its most likely ones, [n, 1 + num_top]; their log-probabilities, float32;
-    and how many tokens are at least as likely as the first, [n]."""
-    logprobs = logits.log_softmax(-1, dtype=torch.float32)
-    own = logprobs.gather(1, token_ids[:, None])
-    ranks = (logprobs >= own).sum(-1)
-    # topk would take several times as long for one, and may choose another of those that are equal.
-    top, top_ids = logprobs.max(-1, keepdim=True) if num_top == 1 else logprobs.topk(num_top)
-    return torch.cat((token_ids[:, None], top_ids), 1), torch.cat((own, top), 1), ranks

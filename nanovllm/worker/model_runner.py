@@ -28,7 +28,7 @@ from nanovllm.models.weights import (
     weight_bytes,
 )
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
-from nanovllm.step import Chunk, RowStart, Scoring, StepInput, StepLogprobs
+from nanovllm.step import Chunk, RowStart, StepInput, StepLogprobs
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
     CachePlan,
@@ -101,6 +101,9 @@ class ModelRunner:
         self.uploader = Uploader(device)
         self.sampler = Sampler(max_num_seqs + 1, model_config.vocab_size, self.uploader)
         self.graphs: DecodeGraphs | None = None
+        if self.is_gpu:  # one for all graphs
+            shape = (max_num_seqs, model_config.vocab_size)
+            self.decode_logits = torch.empty(shape, dtype=self.dtype, device=device)
 
         # On a GPU nobody knows before trying what a step needs beside weights and cache.
         max_positions = config.max_model_len or model_config.max_position_embeddings
@@ -201,9 +204,8 @@ class ModelRunner:
         rows, positions = step.decode_rows, step.decode_positions + 1
         if self.sampler.is_plain(rows, positions):
             return None
-        # Warpers, changed logits and log-probabilities: the LM head once more, which costs less
-        # than keeping every size's logits, and other draws in place of the first.
-        logits = self.model.logits(output.hidden[:num_decodes])
+        # Warpers, changed logits and log-probabilities: other draws in place of the first.
+        logits = output.logits[:num_decodes]
         token_ids = self.sampler.sample(logits, rows, positions)
         self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
         return self.sampler.logprobs.read(logits, token_ids, rows)
@@ -276,6 +278,10 @@ class ModelRunner:
                 self._decode(size, self.uploader.upload(arrays))
                 for size in range(1, min(MAX_GEMV_ROWS, self.max_num_seqs) + 1):
                     self._decode(size, self.uploader.upload(self._begin_decodes(1, size)))
+                one = torch.ones(1, device=self.device)
+                logits, keys = self.decode_logits[:1], one.new_zeros((1, 2), dtype=torch.int64)
+                ops.sample(logits, one, keys, top_p=one)
+                ops.top_logprobs(logits, keys[:, 0], MAX_LOGPROBS)
             del self.kv, self.inputs
             # Kernels that were there already have run, others not: it is in no state to go on.
             self.attention = self._make_attention()
@@ -351,20 +357,18 @@ class ModelRunner:
         return first + (2 * len(others) + 1) * second
 
     def _run_largest_step(self, max_model_len: int, num_seqs: int | None = None) -> None:
-        """As many tokens as a step may have, as many rows of logits (or so many), every warper, and
-        scorings enough for the largest part that there is a copy of."""
+        """As many tokens as a step may have, and as many rows of logits (or so many). What else may
+        be asked of a row takes less memory than its layers did."""
         num_tokens = self.max_num_batched_tokens
         num_seqs = num_seqs or min(self.max_num_seqs, num_tokens)
         query_lens = [min(max_model_len, num_tokens // num_seqs)] * num_seqs
         query_lens[0] = min(max_model_len, num_tokens - sum(query_lens[1:]))
-        params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1)
+        params = SamplingParams(temperature=1.0)
         step = StepInput()
         for row, query_len in enumerate(query_lens):
             # Cached to the end: the one page there is is read, and nothing is stored.
             step.starts.append(RowStart(row, max_model_len, params, 0, (), 0))
             step.chunks.append(Chunk(row, 0, [0] * query_len, samples=True))
-            num_scored = min(query_len, -(-self.sampler.logprobs.num_rows // num_seqs))
-            step.scorings.append(Scoring(row, 0, [0] * num_scored, MAX_LOGPROBS))
         self.run(step)
 
     def _run_mixed_step(self, num_decodes: int) -> None:
@@ -413,10 +417,10 @@ class ModelRunner:
         """A step of decodes, drawn by temperature alone, without a look at the host."""
         batch, tensors = self.inputs.decode_batch(size, attention_tensors)
         hidden = self.model(batch, kv or self.kv)
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, out=self.decode_logits[:size])
         token_ids = ops.sample(logits, tensors["temperature"], tensors["noise_keys"])
         self.inputs.keep_sampled(tensors["rows"], token_ids, tensors["turn"])
-        return DecodeOutput(hidden, tensors["rows"], tensors["turn"])
+        return DecodeOutput(logits, tensors["rows"], tensors["turn"])
 
     def _check_memory(self, cache_bytes: int) -> None:
         available = self.memory.budget if self.memory else platform.available_memory()
