@@ -153,10 +153,11 @@ def sample_kernel(
 
 @triton.jit
 def _above(
-    logits, a, b, c, best, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr
+    logits, a, b, c, best, scale,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr, STRICT: tl.constexpr = False,
 ):  # fmt: skip
-    """How many tokens of a row have keys of a, b and c at least; with MASS the sums of their
-    softmax weights."""
+    """How many tokens of a row have keys of a (with STRICT above a), b and c at least; with MASS
+    the sums of their softmax weights."""
     a = _value(a.to(tl.int32), logits.dtype.element_ty)  # as values need no keys
     b = _value(b.to(tl.int32), logits.dtype.element_ty)
     c = _value(c.to(tl.int32), logits.dtype.element_ty)
@@ -169,7 +170,7 @@ def _above(
         weights = 1.0
         if MASS:
             weights = _weights(values, best, scale)
-        above_a += tl.where(values >= a, weights, 0.0)
+        above_a += tl.where(values > a if STRICT else values >= a, weights, 0.0)
         above_b += tl.where(values >= b, weights, 0.0)
         above_c += tl.where(values >= c, weights, 0.0)
     return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
@@ -256,17 +257,21 @@ def limits_kernel(
             target = k.to(tl.float32)
             low = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, False)
             above, all_above, _ = _above(
-                logits, low + 1, low, low, best, scale, VOCAB, BLOCK, False
+                logits, low, low, low, best, scale, VOCAB, BLOCK, False, STRICT=True
             )
             ties, equal = target - above, all_above - above
         if p < 1:
-            above, all_above, _ = _above(logits, low + 1, low, low, best, scale, VOCAB, BLOCK, True)
+            above, all_above, _ = _above(
+                logits, low, low, low, best, scale, VOCAB, BLOCK, True, STRICT=True
+            )
             kept = all_above
             if ties < equal:
                 kept = above + ties * _weights(_value(low.to(tl.int32), dtype), best, scale)
             target = p * kept
             cut = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, True)
-            above, all_above, _ = _above(logits, cut + 1, cut, cut, best, scale, VOCAB, BLOCK, True)
+            above, all_above, _ = _above(
+                logits, cut, cut, cut, best, scale, VOCAB, BLOCK, True, STRICT=True
+            )
             # Tokens stay while those before them do not reach p.
             weight = _weights(_value(cut.to(tl.int32), dtype), best, scale)
             number = tl.maximum(tl.ceil((target - above) / weight), 1.0)
@@ -382,7 +387,8 @@ def find_limits(
     limits_kernel[(num_rows,)](
         lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums, VOCAB=vocab,
         BLOCK=SEARCH_BLOCK, SCAN_BLOCK=SCAN_BLOCK, NUM_BLOCKS=num_blocks,
-        BLOCKS=triton.next_power_of_2(num_blocks), num_warps=SEARCH_WARPS, **pdl_options(logits.device),
+        BLOCKS=triton.next_power_of_2(num_blocks), num_warps=SEARCH_WARPS,
+        **pdl_options(logits.device),
     )  # fmt: skip
     return lowest, last
 
