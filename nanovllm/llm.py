@@ -1,32 +1,28 @@
 """LLM, what users import: prompts in, RequestOutputs out. The one place that wires engine to
 worker.
 
-It tokenizes and checks requests; the engine decides what runs when; the worker computes.
+requests.py checks and tokenizes, the engine decides what runs when, the worker computes.
 """
 
 import copy
 import gc
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
-from tqdm.auto import tqdm
-from xxhash import xxh3_64_intdigest
-
-from nanovllm import chat, platform, prompts
+from nanovllm import chat, platform, prompts, streaming
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import EngineMetrics
 from nanovllm.models import model_class
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.outputs import RequestOutput
+from nanovllm.progress import Progress
+from nanovllm.requests import Requests
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
 
@@ -61,8 +57,7 @@ class LLM:
         self.model_config = self._checkpoint.model_config
         model_class(self.model_config.architecture)  # before weights are fetched or read
         tokenizer = self._checkpoint.tokenizer
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
-        self._num_requests = 0
+        detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._streamed: set[Sequence] = set()  # stream hands these out, step doesn't
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
@@ -73,6 +68,7 @@ class LLM:
         )
         plan = executor.plan
         self.max_model_len = plan.max_model_len
+        self._requests = Requests(self._checkpoint, detokenizer, plan.max_model_len, config.seed)
         overlaps = config.async_scheduling
         if overlaps is None:
             overlaps = device.type == "cuda"
@@ -85,7 +81,7 @@ class LLM:
             enable_prefix_caching=config.enable_prefix_caching is not False,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if overlaps else 1,
-            detokenizer=self._detokenizer,
+            detokenizer=detokenizer,
         )
         logger.info(
             "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
@@ -120,7 +116,7 @@ class LLM:
         """
         with self._use_engine() as engine, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
-            seqs = self._make_sequences(prompts, sampling_params)
+            seqs = self._requests.make(engine, prompts, sampling_params)
             try:
                 engine.add_batch(seqs)
                 return self._run(engine, seqs, use_tqdm, on_step=first_step.close)
@@ -177,14 +173,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
         running, outputs = set(seqs), {}
-        with _Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
+        with Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
             while running:
                 ended = engine.step()
                 # What follows costs nothing: a GPU runs the next step meanwhile.
                 on_step()  # ends the wait of garbage collections, once
                 for seq in running.intersection(ended):
                     running.remove(seq)
-                    outputs[seq] = self._output(seq)
+                    outputs[seq] = self._requests.output(seq)
                 progress.show(num_finished=len(outputs))
         for seq in seqs:
             engine.advanced.pop(seq, None)
@@ -212,42 +208,19 @@ class LLM:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
         with self._use_engine() as engine:
-            seqs = self._make_sequences(prompts, sampling_params)
-            stream = self._stream(seqs)
+            seqs = self._requests.make(engine, prompts, sampling_params)
+            stream = streaming.stream(seqs, self._requests, self._use_engine, self._end_stream)
             next(stream)  # one that hasn't begun would not get to its `finally`
+            self._streamed.update(seqs)
             engine.add_batch(seqs)
         return stream
 
-    def _stream(self, seqs: list[Sequence]) -> Iterator[Any]:
-        """Nothing first, then the increments."""
-        running = {seq: i for i, seq in enumerate(seqs)}
-        self._streamed.update(seqs)
-        try:
-            yield
-            while running:
-                yield from self._increments(running)
-        finally:
-            with self._lock:
-                self._streamed.difference_update(seqs)
-                if self._engine is not None:
-                    self._engine.abort(seqs)
-
-    def _increments(self, running: dict[Sequence, int]) -> list[RequestOutput]:
-        """What is new of some sequences, after a step if nothing is: others may have stepped. Takes
-        those that have ended out of `running`."""
-        outputs = []
-        with self._use_engine() as engine:
-            while not (news := [seq for seq in running if seq.finished or seq.has_undelivered]):
-                engine.step()
-            for seq in news:
-                if seq.finish_reason != "abort":
-                    output = self._output(seq, delta=True)
-                    output.index = running[seq]
-                    outputs.append(output)
-                if seq.finished:
-                    del running[seq]
-                engine.advanced.pop(seq, None)
-        return outputs
+    def _end_stream(self, seqs: list[Sequence]) -> None:
+        """Abort what is left of a stream's sequences."""
+        with self._lock:
+            self._streamed.difference_update(seqs)
+            if self._engine is not None:
+                self._engine.abort(seqs)
 
     # One step at a time
 
@@ -275,7 +248,7 @@ class LLM:
         with self._use_engine() as engine:
             if request_id is not None and engine.has_request(request_id):
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            [seq] = self._make_sequences([prompt], sampling_params, request_id)
+            [seq] = self._requests.make(engine, [prompt], sampling_params, request_id)
             engine.add(seq)
         return seq.request_id
 
@@ -285,7 +258,7 @@ class LLM:
         with self._use_engine() as engine:
             engine.step()
             outputs = [
-                self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
+                self._requests.output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
                 for seq in engine.advanced
                 if seq not in self._streamed
                 and (seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY)
@@ -348,94 +321,6 @@ class LLM:
                 raise RuntimeError("this LLM is closed")
             yield self._engine
 
-    def _make_sequences(
-        self,
-        prompt_list: Any,
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
-        request_id: str | None = None,
-    ) -> list[Sequence]:
-        """Checked sequences for all prompts, or an error before any is made."""
-        tokenized = prompts.normalize(
-            prompt_list,
-            self._checkpoint.tokenizer,
-            self.model_config.vocab_size,
-            self.max_model_len,
-            request_id,
-        )
-        if sampling_params is None:
-            sampling_params = self._checkpoint.default_sampling_params
-        params = prompts.match_params(sampling_params, len(tokenized))
-        for p in {id(p): p for p in params}.values():  # one may serve all prompts
-            self._check_stop(p)
-            prompts.bind_params(p, self.model_config.vocab_size, self._checkpoint.tokenizer)
-        now = time.monotonic()
-        eos_token_ids = self._checkpoint.eos_token_ids
-        seqs = []
-        for prompt, p in zip(tokenized, params, strict=True):
-            number = self._num_requests
-            self._num_requests += 1
-            seqs.append(
-                Sequence(
-                    request_id or self._free_id(number),
-                    prompt.token_ids,
-                    p,
-                    seed=_sequence_seed(p.seed, self.config.seed, number),
-                    max_model_len=self.max_model_len,
-                    eos_token_ids=eos_token_ids,
-                    prompt=prompt.text,
-                    arrival_time=now,
-                )
-            )
-        return seqs
-
-    def _check_stop(self, params: SamplingParams) -> None:
-        if params.stop and self._detokenizer is None:
-            raise ValueError(
-                "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
-            )
-
-    def _free_id(self, number: int) -> str:
-        request_id = str(number)
-        while self._engine and self._engine.has_request(request_id):  # somebody chose our number
-            request_id += "'"
-        return request_id
-
-    def _output(self, seq: Sequence, delta: bool = False) -> RequestOutput:
-        """What a request has so far, or only what is new since the last such call."""
-        text = self._detokenizer.text(seq) if self._detokenizer else ""
-        token_ids = seq.output_token_ids
-        logprobs: SequenceOf[dict[int, Logprob]] | None = None
-        cumulative = None
-        if seq.logprobs is not None:  # as they are now
-            tokenizer = self._checkpoint.tokenizer
-            has_text = tokenizer is not None and seq.params.detokenize
-            logprobs = seq.logprobs.copy(tokenizer.decode if has_text else None)
-            cumulative = seq.logprobs.cumulative
-        if delta:
-            num_tokens, num_characters = seq.delivered
-            seq.delivered = len(token_ids), len(text)
-            text, token_ids = text[num_characters:], token_ids[num_tokens:]
-            logprobs = logprobs and logprobs[num_tokens:]
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=token_ids,
-            cumulative_logprob=cumulative,
-            logprobs=logprobs,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-        )
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt=seq.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
-            prompt_logprobs=None,
-            outputs=[completion],
-            finished=seq.finished,
-            metrics=replace(seq.metrics),
-            num_cached_tokens=seq.num_cached_tokens or 0,
-        )
-
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
@@ -448,39 +333,3 @@ def _no_collections() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-class _Progress:
-    """A bar of requests done, with the tokens per second of prefill and decode."""
-
-    def __init__(self, num_requests: int, metrics: EngineMetrics, disable: bool):
-        self.metrics = metrics
-        self.start = self.shown = time.monotonic()
-        self.prefill, self.decode = metrics.prefill_tokens, metrics.decode_tokens
-        self.bar = tqdm(
-            total=num_requests, desc="Processed prompts", disable=disable, dynamic_ncols=True
-        )
-
-    def show(self, num_finished: int) -> None:
-        now = time.monotonic()
-        if self.bar.disable or (now - self.shown < 0.1 and num_finished < self.bar.total):
-            return
-        self.shown = now
-        seconds = max(now - self.start, 1e-9)  # a coarse clock may stand still
-        prefill = (self.metrics.prefill_tokens - self.prefill) / seconds
-        decode = (self.metrics.decode_tokens - self.decode) / seconds
-        self.bar.n = num_finished
-        self.bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s")
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-
-def _sequence_seed(seed: int | None, engine_seed: int, request_number: int) -> int:
-    """64 bits: from the request's seed and the index of the sample in it, or from the engine's seed
-    and the request's number."""
-    origin = f"engine {engine_seed} {request_number}" if seed is None else f"request {seed}"
-    return xxh3_64_intdigest(f"{origin} sample 0".encode())

@@ -95,7 +95,7 @@ class SamplingParams:
     bad_words: list[str] | None = None
     logprobs: int | None = None
     seed: int | None = None
-    # Of bad_words; llm.py sets it, which has the tokenizer.
+    # Of bad_words; prompts.py sets it, which has the tokenizer.
     bad_words_token_ids: list[list[int]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )

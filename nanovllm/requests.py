@@ -1,0 +1,147 @@
+"""Prompts and parameters -> checked sequences; sequences -> what users get of them.
+
+llm.py calls it before a request runs and when it has news. Which forms prompts and parameters may
+have is prompts.py's business, the text the detokenizer's.
+"""
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from nanovllm import prompts
+from nanovllm.checkpoint import Checkpoint
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.engine import Engine
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+
+class Requests:
+    """Makes the sequences and the outputs of one LLM's requests.
+
+    Args:
+        checkpoint: its tokenizer, EOS tokens, vocabulary and default parameters.
+        detokenizer: None: there is no text.
+        max_model_len: tokens of a sequence at most.
+        seed: the engine's, for requests that have none.
+
+    Attributes:
+        num_made: requests so far.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        detokenizer: Detokenizer | None,
+        max_model_len: int,
+        seed: int,
+    ):
+        self.checkpoint = checkpoint
+        self.detokenizer = detokenizer
+        self.max_model_len = max_model_len
+        self.seed = seed
+        self.num_made = 0
+
+    def make(
+        self,
+        engine: Engine,
+        prompt_list: Any,
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
+        request_id: str | None = None,
+    ) -> list[Sequence]:
+        """Checked sequences for all prompts, or an error before any is made.
+
+        Args:
+            engine: where they will run; their ids are free there.
+            prompt_list, sampling_params: as for LLM.generate.
+            request_id: of a single prompt; None: numbers.
+        """
+        checkpoint = self.checkpoint
+        vocab_size = checkpoint.model_config.vocab_size
+        tokenized = prompts.normalize(
+            prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
+        )
+        if sampling_params is None:
+            sampling_params = checkpoint.default_sampling_params
+        params = prompts.match_params(sampling_params, len(tokenized))
+        for p in {id(p): p for p in params}.values():  # one may serve all prompts
+            self._check_stop(p)
+            prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
+        now = time.monotonic()
+        seqs = []
+        for prompt, p in zip(tokenized, params, strict=True):
+            number = self.num_made
+            self.num_made += 1
+            seqs.append(
+                Sequence(
+                    request_id or _free_id(engine, number),
+                    prompt.token_ids,
+                    p,
+                    seed=_sequence_seed(p.seed, self.seed, number),
+                    max_model_len=self.max_model_len,
+                    eos_token_ids=checkpoint.eos_token_ids,
+                    prompt=prompt.text,
+                    arrival_time=now,
+                )
+            )
+        return seqs
+
+    def _check_stop(self, params: SamplingParams) -> None:
+        if params.stop and self.detokenizer is None:
+            raise ValueError(
+                "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
+            )
+
+    def output(self, seq: Sequence, delta: bool = False) -> RequestOutput:
+        """What a request has so far, or only what is new since the last such call."""
+        text = self.detokenizer.text(seq) if self.detokenizer else ""
+        token_ids = seq.output_token_ids
+        logprobs: SequenceOf[dict[int, Logprob]] | None = None
+        cumulative = None
+        if seq.logprobs is not None:  # as they are now
+            tokenizer = self.checkpoint.tokenizer
+            has_text = tokenizer is not None and seq.params.detokenize
+            logprobs = seq.logprobs.copy(tokenizer.decode if has_text else None)
+            cumulative = seq.logprobs.cumulative
+        if delta:
+            num_tokens, num_characters = seq.delivered
+            seq.delivered = len(token_ids), len(text)
+            text, token_ids = text[num_characters:], token_ids[num_tokens:]
+            logprobs = logprobs and logprobs[num_tokens:]
+        completion = CompletionOutput(
+            index=0,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=cumulative,
+            logprobs=logprobs,
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+        )
+        return RequestOutput(
+            request_id=seq.request_id,
+            prompt=seq.prompt,
+            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
+            prompt_logprobs=None,
+            outputs=[completion],
+            finished=seq.finished,
+            metrics=replace(seq.metrics),
+            num_cached_tokens=seq.num_cached_tokens or 0,
+        )
+
+
+def _free_id(engine: Engine, number: int) -> str:
+    request_id = str(number)
+    while engine.has_request(request_id):  # somebody chose our number
+        request_id += "'"
+    return request_id
+
+
+def _sequence_seed(seed: int | None, engine_seed: int, request_number: int) -> int:
+    """64 bits: from the request's seed and the index of the sample in it, or from the engine's seed
+    and the request's number."""
+    origin = f"engine {engine_seed} {request_number}" if seed is None else f"request {seed}"
+    return xxh3_64_intdigest(f"{origin} sample 0".encode())
