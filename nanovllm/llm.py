@@ -23,7 +23,7 @@ from nanovllm.models import model_class
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import Progress
 from nanovllm.requests import Requests
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
 
 logger = logging.getLogger(__name__)
@@ -172,19 +172,22 @@ class LLM:
         on_step: Callable[[], None],
     ) -> list[RequestOutput]:
         """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
-        running, outputs = set(seqs), {}
-        with Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
+        running, requests = set(seqs), dict.fromkeys(seq.request_id for seq in seqs)
+        outputs: dict[str, RequestOutput] = {}
+        with Progress(len(requests), engine.metrics, disable=not use_tqdm) as progress:
             while running:
                 ended = engine.step()
                 # What follows costs nothing: a GPU runs the next step meanwhile.
                 on_step()  # ends the wait of garbage collections, once
                 for seq in running.intersection(ended):
                     running.remove(seq)
-                    outputs[seq] = self._requests.output(seq)
+                    name = seq.request_id
+                    if name not in engine.unfinished and name not in outputs:
+                        outputs[name] = self._requests.output(seq.samples)
                 progress.show(num_finished=len(outputs))
         for seq in seqs:
             engine.advanced.pop(seq, None)
-        return [outputs[seq] for seq in seqs]
+        return [outputs[name] for name in requests]
 
     # As it comes
 
@@ -202,7 +205,8 @@ class LLM:
             prompts, sampling_params: as for generate.
 
         Returns: an iterator over outputs of what is new, as of RequestOutputKind.DELTA; `index`
-            says of which prompt. A text never ends inside a character; it may be empty.
+            says of which prompt, that of a completion of which sample. A text never ends inside a
+            character; it may be empty.
 
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
@@ -248,21 +252,16 @@ class LLM:
         with self._use_engine() as engine:
             if request_id is not None and engine.has_request(request_id):
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            [seq] = self._requests.make(engine, [prompt], sampling_params, request_id)
-            engine.add(seq)
-        return seq.request_id
+            seqs = self._requests.make(engine, [prompt], sampling_params, request_id)
+            engine.add_batch(seqs)
+        return seqs[0].request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one round of the engine. Returns the outputs of the requests that got a token, each
-        as its output_kind says; may be empty while there is more to do."""
+        """Run one round of the engine. Returns the outputs of the requests that got a token, one
+        for each, as its output_kind says; may be empty while there is more to do."""
         with self._use_engine() as engine:
             engine.step()
-            outputs = [
-                self._requests.output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
-                for seq in engine.advanced
-                if seq not in self._streamed
-                and (seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY)
-            ]
+            outputs = self._requests.news(engine, left_out=self._streamed)
             engine.advanced.clear()
             return outputs
 
@@ -270,7 +269,8 @@ class LLM:
         """End a request without an output; one that has ended or is unknown is left alone."""
         with self._use_engine() as engine:
             if request_id in engine.unfinished:
-                engine.abort([engine.unfinished[request_id]])
+                [seq, *_] = engine.unfinished[request_id]
+                engine.abort(seq.samples)
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished and step() has nothing more to give."""

@@ -5,8 +5,10 @@ have is prompts.py's business, the text the detokenizer's.
 """
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -17,7 +19,7 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
 class Requests:
@@ -53,7 +55,8 @@ class Requests:
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
         request_id: str | None = None,
     ) -> list[Sequence]:
-        """Checked sequences for all prompts, or an error before any is made.
+        """Checked sequences for all prompts, the samples of each one after another; or an error
+        before any is made.
 
         Args:
             engine: where they will run; their ids are free there.
@@ -76,18 +79,22 @@ class Requests:
         for prompt, p in zip(tokenized, params, strict=True):
             number = self.num_made
             self.num_made += 1
-            seqs.append(
+            own_id = request_id or _free_id(engine, number)
+            samples = [
                 Sequence(
-                    request_id or _free_id(engine, number),
+                    own_id,
                     prompt.token_ids,
                     p,
-                    seed=_sequence_seed(p.seed, self.seed, number),
+                    seed=_sequence_seed(p.seed, self.seed, number, index),
                     max_model_len=self.max_model_len,
                     eos_token_ids=checkpoint.eos_token_ids,
                     prompt=prompt.text,
                     arrival_time=now,
                 )
-            )
+                for index in range(p.n)
+            ]
+            Sequence.join(samples)
+            seqs += samples
         return seqs
 
     def _check_stop(self, params: SamplingParams) -> None:
@@ -96,8 +103,44 @@ class Requests:
                 "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
             )
 
-    def output(self, seq: Sequence, delta: bool = False) -> RequestOutput:
-        """What a request has so far, or only what is new since the last such call."""
+    def news(self, engine: Engine, left_out: set[Sequence]) -> list[RequestOutput]:
+        """Of the sequences that advanced, an output for each request, as its output_kind says."""
+        final_only, delta = RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA
+        news = by_request(
+            seq
+            for seq in engine.advanced
+            if seq not in left_out
+            and (
+                seq.params.output_kind is not final_only or seq.request_id not in engine.unfinished
+            )
+        )
+        return [
+            self.output(seqs, delta=True)
+            if seqs[0].params.output_kind is delta
+            else self.output(seqs[0].samples)
+            for seqs in news
+        ]
+
+    def output(self, samples: list[Sequence], delta: bool = False) -> RequestOutput:
+        """What samples of a request have so far, or only what is new since the last such call."""
+        seq = samples[0]
+        finished = seq.request_finished
+        metrics = replace(seq.metrics)
+        if not finished:  # some samples may have
+            metrics.finished_time = None
+        samples = sorted(samples, key=attrgetter("index"))
+        return RequestOutput(
+            request_id=seq.request_id,
+            prompt=seq.prompt,
+            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
+            prompt_logprobs=None,
+            outputs=[self._completion(sample, delta) for sample in samples],
+            finished=finished,
+            metrics=metrics,
+            num_cached_tokens=seq.samples[0].num_cached_tokens or 0,
+        )
+
+    def _completion(self, seq: Sequence, delta: bool) -> CompletionOutput:
         text = self.detokenizer.text(seq) if self.detokenizer else ""
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
@@ -112,8 +155,8 @@ class Requests:
             seq.delivered = len(token_ids), len(text)
             text, token_ids = text[num_characters:], token_ids[num_tokens:]
             logprobs = logprobs and logprobs[num_tokens:]
-        completion = CompletionOutput(
-            index=0,
+        return CompletionOutput(
+            index=seq.index,
             text=text,
             token_ids=token_ids,
             cumulative_logprob=cumulative,
@@ -121,16 +164,14 @@ class Requests:
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt=seq.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
-            prompt_logprobs=None,
-            outputs=[completion],
-            finished=seq.finished,
-            metrics=replace(seq.metrics),
-            num_cached_tokens=seq.num_cached_tokens or 0,
-        )
+
+
+def by_request(seqs: Iterable[Sequence]) -> list[list[Sequence]]:
+    """Sequences, those of a request together."""
+    groups: dict[str, list[Sequence]] = {}
+    for seq in seqs:
+        groups.setdefault(seq.request_id, []).append(seq)
+    return list(groups.values())
 
 
 def _free_id(engine: Engine, number: int) -> str:
@@ -140,8 +181,8 @@ def _free_id(engine: Engine, number: int) -> str:
     return request_id
 
 
-def _sequence_seed(seed: int | None, engine_seed: int, request_number: int) -> int:
-    """64 bits: from the request's seed and the index of the sample in it, or from the engine's seed
-    and the request's number."""
+def _sequence_seed(seed: int | None, engine_seed: int, request_number: int, index: int) -> int:
+    """64 bits: from the request's seed or, where it has none, the engine's seed and the request's
+    number; and from the index of the sample in it."""
     origin = f"engine {engine_seed} {request_number}" if seed is None else f"request {seed}"
-    return xxh3_64_intdigest(f"{origin} sample 0".encode())
+    return xxh3_64_intdigest(f"{origin} sample {index}".encode())

@@ -18,6 +18,7 @@ _FLAGS = (
     "spaces_between_special_tokens",
 )
 MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
+MAX_SAMPLES = 16384  # of a request, as in vLLM
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
@@ -36,6 +37,7 @@ class SamplingParams:
     """Sampling parameters of a request.
 
     Args:
+        n: samples of the prompt, each a CompletionOutput; greedy requests have one.
         temperature: divides the logits, in [0, 2]; 0 is greedy (the token of the highest logit).
         top_p: keeps the smallest set of most likely tokens whose probabilities reach top_p, in (0,
             1].
@@ -65,14 +67,15 @@ class SamplingParams:
         bad_words: texts that are not generated: a token that would complete one is not drawn.
         logprobs: log-probabilities of each generated token and of so many most likely ones, in [0,
             20]; None: none at all.
-        seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
-            the engine's own.
+        seed: the same seed draws the same tokens whatever else is in the batch, another for each
+            sample; None or -1: one of the engine's own.
 
     Raises:
         ValueError: a value is outside its range.
         TypeError: a value has the wrong type.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -103,7 +106,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", *PENALTIES):
             setattr(self, name, _as_number(name, getattr(self, name), float))
-        for name in ("top_k", "min_tokens"):
+        for name in ("n", "top_k", "min_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
         if self.logprobs is True:  # as in vLLM
             self.logprobs = 1
@@ -124,6 +127,13 @@ class SamplingParams:
     def _check_ranges(self) -> None:
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature must be in [0, 2] (0 is greedy), got {self.temperature}")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise ValueError(f"n must be in [1, {MAX_SAMPLES}], got {self.n}")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(
+                f"n must be 1 when sampling is greedy (temperature 0), got {self.n}: all samples "
+                f"would be the same"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}")
         if self.top_k < -1:

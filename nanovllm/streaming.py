@@ -10,7 +10,7 @@ from typing import Any
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput
-from nanovllm.requests import Requests
+from nanovllm.requests import Requests, by_request
 
 
 def stream(
@@ -27,7 +27,7 @@ def stream(
         use_engine: the engine, for as long as no other thread steps it.
         end: aborts those that are left.
     """
-    running = {seq: i for i, seq in enumerate(seqs)}
+    running = {seq: i for i, samples in enumerate(by_request(seqs)) for seq in samples}
     try:
         yield
         while running:
@@ -46,11 +46,11 @@ def _increments(
     outputs = []
     while not (news := [seq for seq in running if seq.finished or seq.has_undelivered]):
         engine.step()
+    for samples in by_request(news):
+        output = requests.output(samples, delta=True)
+        output.index = running[samples[0]]
+        outputs.append(output)
     for seq in news:
-        if seq.finish_reason != "abort":
-            output = requests.output(seq, delta=True)
-            output.index = running[seq]
-            outputs.append(output)
         if seq.finished:
             del running[seq]
         engine.advanced.pop(seq, None)

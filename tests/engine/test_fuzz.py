@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager
+from nanovllm.engine.sequence import Sequence
 
 FUZZ = int(os.environ.get("NANOVLLM_FUZZ", "0"))
 
@@ -80,6 +81,7 @@ REQUESTS = st.tuples(
     st.sampled_from([True, True, False]),  # ignore_eos
     st.sampled_from([None, [NEVER], [NEVER], [3, 4, 5]]),  # stop_token_ids
     st.integers(0, 1),  # seed
+    st.sampled_from([1, 1, 1, 2, 4]),  # samples
 )
 NO_EVENTS = [("step", 0)] * 24
 ABORTS = [("abort", back) for back in (1, 1, 2, 2, 3, 4, 6, 8)]
@@ -122,22 +124,27 @@ class Run:
         assert Counter(self.delivered) == Counter(expected)
         assert self.caching or not self.engine.metrics.cached_tokens
 
-    def add(self, text, length, tail, max_tokens, min_tokens, ignore_eos, stop_token_ids, seed):
-        seq = make_sequence(
-            (text[:length] + tail)[: self.max_model_len - 1],
-            # The ids of requests that ended come back.
-            request_id=next(i for i in map(str, count()) if i not in self.engine.unfinished),
-            max_model_len=self.max_model_len,
-            seed=seed,
-            max_tokens=max_tokens,
-            min_tokens=min(min_tokens, max_tokens or min_tokens),
-            ignore_eos=ignore_eos,
-            stop_token_ids=stop_token_ids,
-            logprobs=2 if seed else None,
-            presence_penalty=seed,  # the worker gets the tokens so far
-        )
-        self.engine.add(seq)
-        self.seqs.append(seq)
+    def add(self, text, length, tail, max_tokens, min_tokens, ignore_eos, stop_token_ids, seed, n):
+        # The ids of requests that ended come back.
+        request_id = next(i for i in map(str, count()) if i not in self.engine.unfinished)
+        samples = [
+            make_sequence(
+                (text[:length] + tail)[: self.max_model_len - 1],
+                request_id=request_id,
+                max_model_len=self.max_model_len,
+                seed=seed + index,
+                max_tokens=max_tokens,
+                min_tokens=min(min_tokens, max_tokens or min_tokens),
+                ignore_eos=ignore_eos,
+                stop_token_ids=stop_token_ids,
+                logprobs=2 if seed else None,
+                presence_penalty=seed,  # the worker gets the tokens so far
+            )
+            for index in range(n)
+        ]
+        Sequence.join(samples)
+        self.engine.add_batch(samples)
+        self.seqs += samples
 
     def step(self, times=1):
         for _ in range(times):
@@ -158,10 +165,9 @@ class Run:
         assert len(decodes) - preempted <= num_decodes <= len(decodes)
 
     def abort(self, back):
-        seq = self.seqs[-min(back, len(self.seqs))]
-        if seq in self.engine.advanced:
-            self.dropped.append(seq)
-        self.engine.abort([seq])
+        samples = self.seqs[-min(back, len(self.seqs))].samples
+        self.dropped += [seq for seq in samples if seq in self.engine.advanced]
+        self.engine.abort(samples)
         check_invariants(self.engine)
 
     def fail(self, stage, error):
@@ -193,6 +199,7 @@ CERTAIN = st.lists(
         st.integers(1, 39),  # prompt tokens
         st.lists(st.integers(1, 2), max_size=3),
         st.sampled_from([1, 3, 8, 16, 30]),  # max_tokens
+        st.sampled_from([1, 1, 3]),  # samples
         st.integers(0, 6),  # steps until the next
     ),
     min_size=4,
@@ -205,7 +212,7 @@ CERTAIN = st.lists(
 def test_nobody_is_preempted_where_lengths_are_certain(engine, requests):
     run = Run(*engine)
     run.play([
-        ((text, length, tail, max_tokens, 0, True, None, 0), ("step", 0), num_steps)
-        for text, length, tail, max_tokens, num_steps in requests
+        ((text, length, tail, max_tokens, 0, True, None, 0, n), ("step", 0), num_steps)
+        for text, length, tail, max_tokens, n, num_steps in requests
     ])  # fmt: skip
     assert run.engine.metrics.preemptions == 0
