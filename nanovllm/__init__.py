@@ -4,12 +4,16 @@ a part of the engine doesn't import torch."""
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
-    from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+    from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
+    "BeamSearchOutput": "nanovllm.beam_search",
+    "BeamSearchParams": "nanovllm.sampling_params",
+    "BeamSearchSequence": "nanovllm.beam_search",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
@@ -18,6 +22,9 @@ _MODULES = {
 }
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Logprob",
     "RequestOutput",

@@ -10,10 +10,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from nanovllm import chat, platform, prompts, streaming
+from nanovllm.beam_search import BeamSearchOutput, beam_search
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
@@ -23,7 +24,7 @@ from nanovllm.models import model_class
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import Progress
 from nanovllm.requests import Requests
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
 
 logger = logging.getLogger(__name__)
@@ -117,12 +118,7 @@ class LLM:
         with self._use_engine() as engine, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
             seqs = self._requests.make(engine, prompts, sampling_params)
-            try:
-                engine.add_batch(seqs)
-                return self._run(engine, seqs, use_tqdm, on_step=first_step.close)
-            except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
-                engine.abort(seqs)
-                raise
+            return self._run(engine, seqs, use_tqdm, on_step=first_step.close)
 
     def chat(
         self,
@@ -164,6 +160,30 @@ class LLM:
         prompts = chat.render(messages, self.get_tokenizer(), options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The most likely continuations of every prompt that a beam search finds.
+
+        Args:
+            prompts: as for generate.
+            params: how wide and how long.
+            use_tqdm: show a bar of tokens, up to max_tokens.
+            concurrency_limit: prompts at a time; None: all.
+
+        Returns: an output for each prompt, in their order.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter won't do; then none has run.
+        """
+        with self._use_engine() as engine:
+            return beam_search(engine, self._requests, prompts, params, use_tqdm, concurrency_limit)
+
     def _run(
         self,
         engine: Engine,
@@ -172,21 +192,20 @@ class LLM:
         on_step: Callable[[], None],
     ) -> list[RequestOutput]:
         """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
-        running, requests = set(seqs), dict.fromkeys(seq.request_id for seq in seqs)
+        requests = dict.fromkeys(seq.request_id for seq in seqs)
         outputs: dict[str, RequestOutput] = {}
-        with Progress(len(requests), engine.metrics, disable=not use_tqdm) as progress:
-            while running:
-                ended = engine.step()
+        with (
+            Progress(len(requests), engine.metrics, disable=not use_tqdm) as progress,
+            closing(engine.run(seqs)) as steps,
+        ):
+            for ended in steps:
                 # What follows costs nothing: a GPU runs the next step meanwhile.
                 on_step()  # ends the wait of garbage collections, once
-                for seq in running.intersection(ended):
-                    running.remove(seq)
+                for seq in ended:
                     name = seq.request_id
                     if name not in engine.unfinished and name not in outputs:
                         outputs[name] = self._requests.output(seq.samples)
                 progress.show(num_finished=len(outputs))
-        for seq in seqs:
-            engine.advanced.pop(seq, None)
         return [outputs[name] for name in requests]
 
     # As it comes

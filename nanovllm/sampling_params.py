@@ -229,6 +229,53 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
 
+@dataclass
+class BeamSearchParams:
+    """Parameters of LLM.beam_search.
+
+    Args:
+        beam_width: continuations that are kept at each token, and returned; at most 10, as each
+            looks at the log-probabilities of twice as many tokens.
+        max_tokens: tokens generated at most.
+        ignore_eos: go on after an EOS token.
+        temperature: of a draw that gives each beam one more candidate; 0: it gives none.
+        length_penalty: a sum of log-probabilities is divided by the length, the prompt's included,
+            to this power; in [-16, 16]. Above 0 it favours long texts.
+        include_stop_str_in_output: the text shows the EOS token that ended it.
+
+    Raises:
+        ValueError: a value is outside its range.
+        TypeError: a value has the wrong type.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        self.beam_width = int(_as_number("beam_width", self.beam_width, int))
+        if not 1 <= self.beam_width <= MAX_LOGPROBS // 2:
+            raise ValueError(
+                f"beam_width must be in [1, {MAX_LOGPROBS // 2}], got {self.beam_width}: each beam "
+                f"looks at twice as many log-probabilities, and there are {MAX_LOGPROBS}"
+            )
+        self.length_penalty = _as_number("length_penalty", self.length_penalty, float)
+        if not -16 <= self.length_penalty <= 16:  # its powers stay in a float's range
+            raise ValueError(f"length_penalty must be in [-16, 16], got {self.length_penalty}")
+        if self.max_tokens is None:
+            raise TypeError("max_tokens must be a whole number, got None")
+        checked = SamplingParams(
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+        )
+        self.max_tokens, self.temperature = checked.max_tokens or 0, checked.temperature
+
+
 def _as_number(name: str, value: Any, kind: type) -> int | float:
     """Python's own number for any kind of it (numpy's, say)."""
     wanted = Integral if kind is int else Real
