@@ -128,7 +128,8 @@ class Requests:
         metrics = replace(seq.metrics)
         if not finished:  # some samples may have
             metrics.finished_time = None
-        samples = sorted(samples, key=attrgetter("index"))
+        if len(samples) > 1:
+            samples = sorted(samples, key=attrgetter("index"))
         return RequestOutput(
             request_id=seq.request_id,
             prompt=seq.prompt,
@@ -137,7 +138,7 @@ class Requests:
             outputs=[self._completion(sample, delta) for sample in samples],
             finished=finished,
             metrics=metrics,
-            num_cached_tokens=seq.samples[0].num_cached_tokens or 0,
+            num_cached_tokens=(seq.siblings or samples)[0].num_cached_tokens or 0,
         )
 
     def _completion(self, seq: Sequence, delta: bool) -> CompletionOutput:

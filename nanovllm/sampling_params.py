@@ -256,24 +256,23 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        self.beam_width = int(_as_number("beam_width", self.beam_width, int))
+        for name in ("beam_width", "max_tokens"):
+            setattr(self, name, _as_number(name, getattr(self, name), int))
+        for name in ("temperature", "length_penalty"):
+            setattr(self, name, _as_number(name, getattr(self, name), float))
         if not 1 <= self.beam_width <= MAX_LOGPROBS // 2:
             raise ValueError(
                 f"beam_width must be in [1, {MAX_LOGPROBS // 2}], got {self.beam_width}: each beam "
                 f"looks at twice as many log-probabilities, and there are {MAX_LOGPROBS}"
             )
-        self.length_penalty = _as_number("length_penalty", self.length_penalty, float)
         if not -16 <= self.length_penalty <= 16:  # its powers stay in a float's range
             raise ValueError(f"length_penalty must be in [-16, 16], got {self.length_penalty}")
-        if self.max_tokens is None:
-            raise TypeError("max_tokens must be a whole number, got None")
-        checked = SamplingParams(
+        SamplingParams(  # which checks these
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             ignore_eos=self.ignore_eos,
             include_stop_str_in_output=self.include_stop_str_in_output,
         )
-        self.max_tokens, self.temperature = checked.max_tokens or 0, checked.temperature
 
 
 def _as_number(name: str, value: Any, kind: type) -> int | float:

@@ -141,7 +141,7 @@ class Sequence:
 
     @property
     def request_finished(self) -> bool:
-        return all(seq.finished for seq in self.samples)
+        return all(seq.finished for seq in self.siblings) if self.siblings else self.finished
 
     @property
     def has_undelivered(self) -> bool:
