@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence
     from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
-    from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
+    from nanovllm.sampling_params import (
+        BeamSearchParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 _MODULES = {
     "LLM": "nanovllm.llm",
@@ -15,10 +20,12 @@ _MODULES = {
     "BeamSearchParams": "nanovllm.sampling_params",
     "BeamSearchSequence": "nanovllm.beam_search",
     "CompletionOutput": "nanovllm.outputs",
+    "Loglikelihood": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
     "RequestOutputKind": "nanovllm.sampling_params",
     "SamplingParams": "nanovllm.sampling_params",
+    "StructuredOutputsParams": "nanovllm.sampling_params",
 }
 __all__ = [
     "LLM",
@@ -26,10 +33,12 @@ __all__ = [
     "BeamSearchParams",
     "BeamSearchSequence",
     "CompletionOutput",
+    "Loglikelihood",
     "Logprob",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 __version__ = "0.1.0"
 

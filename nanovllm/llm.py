@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
-from nanovllm import chat, platform, prompts, streaming
+from nanovllm import chat, platform, prompts, scoring, streaming
 from nanovllm.beam_search import BeamSearchOutput, beam_search
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
@@ -21,7 +23,7 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models import model_class
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import Loglikelihood, RequestOutput
 from nanovllm.progress import Progress
 from nanovllm.requests import Requests
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
+Pair = tuple[str, str] | tuple[list[int], list[int]]
+Output = TypeVar("Output")
 
 
 class LLM:
@@ -114,11 +118,13 @@ class LLM:
 
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
+            RuntimeError: a logits processor raised, or a grammar became too large; from its error.
         """
         with self._use_engine() as engine, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
             seqs = self._requests.make(engine, prompts, sampling_params)
-            return self._run(engine, seqs, use_tqdm, on_step=first_step.close)
+            read = partial(self._requests.output, engine)
+            return self._run(engine, seqs, use_tqdm, read, on_step=first_step.close)
 
     def chat(
         self,
@@ -184,16 +190,66 @@ class LLM:
         with self._use_engine() as engine:
             return beam_search(engine, self._requests, prompts, params, use_tqdm, concurrency_limit)
 
+    def loglikelihood(self, pairs: SequenceOf[Pair], use_tqdm: bool = True) -> list[Loglikelihood]:
+        """Score given continuations of contexts. Equal contexts are computed once.
+
+        Args:
+            pairs: a list of (context, continuation), two texts or two lists of token ids. Both
+                together may have max_model_len + 1 tokens. An empty context is BOS, or else EOS.
+            use_tqdm: show a progress bar.
+
+        Returns: for each pair, what the model says of the continuation's tokens.
+
+        Raises:
+            ValueError, TypeError: a pair won't do; then none has run.
+        """
+        return self._score(scoring.from_pairs(pairs, *self._scoring_limits), use_tqdm)
+
+    def loglikelihood_rolling(
+        self, texts: Prompt | SequenceOf[Prompt], use_tqdm: bool = True
+    ) -> list[Loglikelihood]:
+        """Score whole texts of any length, by windows of max_model_len tokens; each is scored by
+        itself, beginning after BOS, or else EOS.
+
+        Args:
+            texts: as the prompts of generate.
+            use_tqdm: show a progress bar.
+
+        Returns: for each text, what the model says of its tokens.
+
+        Raises:
+            ValueError, TypeError: a text won't do; then none has run.
+        """
+        windows = scoring.from_texts(texts, *self._scoring_limits)
+        parts = iter(self._score([part for text in windows for part in text], use_tqdm))
+        return [scoring.join(islice(parts, len(text))) for text in windows]
+
+    @property
+    def _scoring_limits(self) -> tuple[Any, int, int]:
+        return self._checkpoint.tokenizer, self.model_config.vocab_size, self.max_model_len
+
+    def _score(self, scored: list[scoring.Scored], use_tqdm: bool) -> list[Loglikelihood]:
+        def read(samples: list[Sequence]) -> Loglikelihood:
+            [seq] = samples
+            assert seq.scores is not None
+            return scoring.read(seq.scores)
+
+        with self._use_engine() as engine:
+            seqs = self._requests.make_scored(engine, scored)
+            return self._run(engine, seqs, use_tqdm, read)
+
     def _run(
         self,
         engine: Engine,
         seqs: list[Sequence],
         use_tqdm: bool,
-        on_step: Callable[[], None],
-    ) -> list[RequestOutput]:
-        """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
+        read: Callable[[list[Sequence]], Output],
+        on_step: Callable[[], None] = lambda: None,
+    ) -> list[Output]:
+        """Step until these sequences have ended, and read the samples of each request; what others
+        get meanwhile waits in `advanced`."""
         requests = dict.fromkeys(seq.request_id for seq in seqs)
-        outputs: dict[str, RequestOutput] = {}
+        outputs: dict[str, Output] = {}
         with (
             Progress(len(requests), engine.metrics, disable=not use_tqdm) as progress,
             closing(engine.run(seqs)) as steps,
@@ -204,7 +260,7 @@ class LLM:
                 for seq in ended:
                     name = seq.request_id
                     if name not in engine.unfinished and name not in outputs:
-                        outputs[name] = self._requests.output(seq.samples)
+                        outputs[name] = read(seq.samples)
                 progress.show(num_finished=len(outputs))
         return [outputs[name] for name in requests]
 
@@ -277,7 +333,9 @@ class LLM:
 
     def step(self) -> list[RequestOutput]:
         """Run one round of the engine. Returns the outputs of the requests that got a token, one
-        for each, as its output_kind says; may be empty while there is more to do."""
+        for each, as its output_kind says; may be empty while there is more to do. Raises
+        RuntimeError for one that an error ended, as generate; the others' news come with the next
+        call."""
         with self._use_engine() as engine:
             engine.step()
             outputs = self._requests.news(engine, left_out=self._streamed)

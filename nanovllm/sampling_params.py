@@ -4,8 +4,10 @@ meanings are vLLM's.
 Users construct it; llm.py copies it on admission; the sampler and the stop checks read it.
 """
 
+import inspect
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
@@ -19,6 +21,15 @@ _FLAGS = (
 )
 MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
 MAX_SAMPLES = 16384  # of a request, as in vLLM
+LOGPROBS = ("logprobs", "prompt_logprobs")
+_KINDS: dict[str, Any] = {  # of structured outputs
+    "json": str | dict,
+    "regex": str,
+    "choice": list | tuple,
+    "grammar": str,
+    "json_object": bool,
+    "structural_tag": str,
+}
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
@@ -30,6 +41,59 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0  # all so far
     DELTA = 1  # what is new
     FINAL_ONLY = 2  # nothing before it has ended
+
+
+@dataclass
+class StructuredOutputsParams:
+    """What a request's text must be: one of json to structural_tag, and how it is read.
+
+    Args:
+        json: a JSON Schema, as a dict or as text; the text validates against it.
+        regex: the text matches it from beginning to end. Rust's syntax: no look-around, no
+            back-references.
+        choice: it is one of these.
+        grammar: it is derived from this one, in Lark or, with `::=`, in GBNF (EBNF) syntax.
+        json_object: True: any JSON object.
+        disable_any_whitespace: JSON without white space.
+        disable_additional_properties: objects whose schema names properties have no others, unless
+            it says so.
+        whitespace_pattern: a regex of the white space in JSON.
+        structural_tag: JSON of {"structures": [{"begin", "schema", "end"}], "triggers": [...]}:
+            free text, but what follows a trigger is one of the structures.
+
+    Raises:
+        ValueError: none of the kinds is given, or several, or an empty one.
+        TypeError: a value has the wrong type.
+    """
+
+    json: str | dict | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs take exactly one of {', '.join(_KINDS)}; "
+                f"got {' and '.join(given) or 'none'}"
+            )
+        [self.kind] = given
+        value = getattr(self, self.kind)
+        types: dict[str, Any] = {self.kind: _KINDS[self.kind], "whitespace_pattern": str | None}
+        types |= {"disable_any_whitespace": bool, "disable_additional_properties": bool}
+        for name, kind in types.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"structured_outputs: {name} can't be {getattr(self, name)!r:.80}")
+        if value != {} and not value:
+            raise ValueError(f"structured_outputs: {self.kind} is {value!r}, which says nothing")
+        if self.kind == "choice" and not all(isinstance(text, str) for text in value):
+            raise TypeError(f"structured_outputs: choice must be strings, got {value!r:.80}")
 
 
 @dataclass(kw_only=True)
@@ -67,6 +131,12 @@ class SamplingParams:
         bad_words: texts that are not generated: a token that would complete one is not drawn.
         logprobs: log-probabilities of each generated token and of so many most likely ones, in [0,
             20]; None: none at all.
+        prompt_logprobs: the same for each token of the prompt but the first. Such a request
+            computes all of its prompt, whatever the prefix cache has.
+        logits_processors: callables, in turn, (output token ids, logits) or (prompt token ids,
+            output token ids, logits) -> logits: lists of ints; [vocab] float32 on the device,
+            which may be changed in place.
+        structured_outputs: what the text must be; StructuredOutputsParams.
         seed: the same seed draws the same tokens whatever else is in the batch, another for each
             sample; None or -1: one of the engine's own.
 
@@ -97,20 +167,25 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logits_processors: list[Callable] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     seed: int | None = None
-    # Of bad_words; prompts.py sets it, which has the tokenizer.
+    # Of bad_words and structured_outputs; requests.py sets them, which has the tokenizer.
     bad_words_token_ids: list[list[int]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
+    grammar: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", *PENALTIES):
             setattr(self, name, _as_number(name, getattr(self, name), float))
         for name in ("n", "top_k", "min_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
-        if self.logprobs is True:  # as in vLLM
-            self.logprobs = 1
-        for name in ("max_tokens", "logprobs", "seed"):
+        for name in LOGPROBS:
+            if getattr(self, name) is True:  # as in vLLM
+                setattr(self, name, 1)
+        for name in ("max_tokens", *LOGPROBS, "seed"):
             if getattr(self, name) is not None:
                 setattr(self, name, _as_number(name, getattr(self, name), int))
         for name in _FLAGS:
@@ -123,6 +198,7 @@ class SamplingParams:
         self._check_ranges()
         self._check_stop()
         self._check_logits()
+        self._check_constraints()
 
     def _check_ranges(self) -> None:
         if not 0 <= self.temperature <= 2:
@@ -169,10 +245,12 @@ class SamplingParams:
                 f"repetition_penalty must be above 0 and finite (1 changes nothing), "
                 f"got {self.repetition_penalty}"
             )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(
-                f"logprobs must be in [0, {MAX_LOGPROBS}], or None for none, got {self.logprobs}"
-            )
+        for name in LOGPROBS:
+            number = getattr(self, name)
+            if number is not None and not 0 <= number <= MAX_LOGPROBS:
+                raise ValueError(
+                    f"{name} must be in [0, {MAX_LOGPROBS}], or None for none, got {number}"
+                )
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise TypeError(
@@ -196,6 +274,24 @@ class SamplingParams:
                 raise ValueError(f"bad_words must not have an empty string, got {words!r:.80}")
             self.bad_words = list(dict.fromkeys(words))
 
+    def _check_constraints(self) -> None:
+        if self.logits_processors is not None:
+            processors = self.logits_processors
+            if not isinstance(processors, (list, tuple)) or not all(map(callable, processors)):
+                raise TypeError(
+                    f"logits_processors must be a list of callables, got {processors!r:.80}"
+                )
+            for processor in processors:
+                takes_prompt(processor)
+            self.logits_processors = list(processors)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise TypeError(
+                f"structured_outputs must be StructuredOutputsParams, "
+                f"got {self.structured_outputs!r:.80}"
+            )
+        if self.structured_outputs is not None:
+            self.structured_outputs = replace(self.structured_outputs)  # checks it again
+
     @property
     def penalizes(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
@@ -204,13 +300,27 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether its tokens are drawn from other logits than the model's."""
         return bool(
-            self.penalizes or self.logit_bias or self.allowed_token_ids or self.bad_words_token_ids
+            self.penalizes
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.bad_words_token_ids
+            or self.needs_host
         )
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host has to see each token before it can say how the next one is drawn."""
+        return self.structured_outputs is not None or bool(self.logits_processors)
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether the device changes its logits by its tokens so far."""
+        return self.penalizes or any(len(word) > 1 for word in self.bad_words_token_ids)
 
     @property
     def needs_history(self) -> bool:
         """Whether its logits depend on its tokens so far."""
-        return self.penalizes or any(len(word) > 1 for word in self.bad_words_token_ids)
+        return self.reads_history or self.needs_host
 
     def _check_stop(self) -> None:
         """A list, as in vLLM."""
@@ -273,6 +383,25 @@ class BeamSearchParams:
             ignore_eos=self.ignore_eos,
             include_stop_str_in_output=self.include_stop_str_in_output,
         )
+
+
+def takes_prompt(processor: Callable) -> bool:
+    """Whether a logits processor is called with three arguments, not two. Raises TypeError if it
+    takes neither."""
+    try:
+        signature = inspect.signature(processor)
+    except ValueError:  # written in C
+        return False
+    for arguments in ((None,) * 2, (None,) * 3):
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            continue
+        return len(arguments) == 3
+    raise TypeError(
+        f"a logits processor takes (output token ids, logits) or (prompt token ids, output token "
+        f"ids, logits); {processor!r:.80} has the parameters {signature}"
+    )
 
 
 def _as_number(name: str, value: Any, kind: type) -> int | float:

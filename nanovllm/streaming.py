@@ -47,7 +47,7 @@ def _increments(
     while not (news := [seq for seq in running if seq.finished or seq.has_undelivered]):
         engine.step()
     for samples in by_request(news):
-        output = requests.output(samples, delta=True)
+        output = requests.output(engine, samples, delta=True)
         output.index = running[samples[0]]
         outputs.append(output)
     for seq in news:

@@ -148,6 +148,8 @@ class Engine:
                 self._check_stop(seq)  # the exception may have come between a token and its check
             if seq.logprobs is not None:  # which come before their tokens
                 seq.logprobs.truncate(len(seq.token_ids) - seq.num_prompt_tokens)
+            if seq.scores is not None:
+                seq.scores.truncate(len(seq.scores))  # what was not kept whole
             if seq.finished and seq.finish_reason != "abort":
                 seq.metrics.finished_time = time.monotonic()
                 self.advanced[seq] = None
@@ -163,8 +165,17 @@ class Engine:
         """Append a step's tokens. Returns the sequences that they end."""
         now = time.monotonic()
         advanced, finished = self.advanced, []
+        for i, error in output.errors.items():
+            seq = step.sampled[i]
+            for sample in seq.samples:  # all of the request end by it
+                if not sample.finished:
+                    advanced[sample] = None
+                    sample.error, sample.finish_reason = error, "error"
+                    finished.append(sample)
         if output.logprobs is not None:
             _keep_logprobs(step.sampled, output.logprobs)
+        if output.scores is not None:
+            _keep_scores(step, output.scores)
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
@@ -207,3 +218,14 @@ def _keep_logprobs(sampled: list[Sequence], logprobs: StepLogprobs) -> None:
     for seq, line in zip(asking, lines, strict=True):
         if seq.logprobs is not None and not seq.finished:
             seq.logprobs.append(*line)
+
+
+def _keep_scores(step: ScheduledStep, scores: StepLogprobs) -> None:
+    """Append the lines of each scoring to its sequence's."""
+    last = 0
+    for seq, scoring in zip(step.scored, step.input.scorings, strict=True):
+        first, last = last, last + len(scoring.token_ids)
+        assert seq.scores is not None
+        seq.scores.extend(
+            scores.token_ids[first:last], scores.logprobs[first:last], scores.ranks[first:last]
+        )

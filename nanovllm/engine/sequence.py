@@ -45,6 +45,11 @@ class Sequence:
         check_from: with so many tokens, and from then on, every token may end it: at max_len, or
             earlier where its text is searched for stop strings.
         logprobs: of its generated tokens, if they were asked for.
+        targets: known tokens whose log-probabilities are asked for, one after another; they may go
+            one token beyond the prompt.
+        score_from: the position of the first of them.
+        scores: of the targets, as far as they were read; None: nobody asks.
+        error: why its next token could not be drawn, which ended it.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -57,6 +62,7 @@ class Sequence:
         "check_from",
         "delivered",
         "eos_token_ids",
+        "error",
         "finish_reason",
         "index",
         "logprobs",
@@ -70,11 +76,14 @@ class Sequence:
         "prompt",
         "request_id",
         "row",
+        "score_from",
+        "scores",
         "seed",
         "siblings",
         "stop_reason",
         "stop_token_ids",
         "stops",
+        "targets",
         "text",
         "token_ids",
     )
@@ -90,7 +99,11 @@ class Sequence:
         eos_token_ids: tuple[int, ...] = (),
         prompt: str | None = None,
         arrival_time: float = 0.0,
+        targets: Iterable[int] | None = None,
+        score_from: int = 1,
     ):
+        """If params.prompt_logprobs asks: of `targets`, or of the prompt from its second token
+        on."""
         self.request_id = request_id
         self.prompt = prompt
         self.token_ids = array("I", prompt_token_ids)
@@ -109,10 +122,16 @@ class Sequence:
         self.logprobs = None if params.logprobs is None else SampleLogprobs(params.logprobs)
         self.index = 0
         self.siblings: list[Sequence] = []
+        self.scores: SampleLogprobs | None = None
+        if params.prompt_logprobs is not None:
+            self.scores = SampleLogprobs(params.prompt_logprobs)
+            self.targets = array("I", self.token_ids[1:] if targets is None else targets)
+            self.score_from = score_from
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: Exception | None = None
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )
@@ -158,6 +177,14 @@ class Sequence:
         if len(samples) > 1:
             for index, seq in enumerate(samples):
                 seq.index, seq.siblings, seq.metrics = index, samples, samples[0].metrics
+
+    @property
+    def num_cacheable(self) -> int:
+        """So many of its first tokens may be prefix hits: those behind them give log-probabilities
+        that are still to come."""
+        if self.scores is None or len(self.scores) == len(self.targets):
+            return len(self.token_ids)
+        return self.score_from + len(self.scores) - 1
 
     def check_stop(self) -> None:
         """Set finish_reason if the last token ends the sequence."""

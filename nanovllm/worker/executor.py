@@ -5,13 +5,12 @@ import traceback
 from contextlib import suppress
 from itertools import cycle
 
-import numpy as np
 import torch
 
 from nanovllm import platform
 from nanovllm.config import EngineConfig, ModelConfig
-from nanovllm.step import StepInput, StepLogprobs, StepOutput
-from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.step import StepInput, StepOutput
+from nanovllm.worker.model_runner import ModelRunner, Sampled
 
 STEPS_IN_FLIGHT = 4  # more than any engine has
 
@@ -52,11 +51,11 @@ class InProcessExecutor:
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
-            token_ids, logprobs = self.runner.run(step)
+            sampled = self.runner.run(step)
             written = next(self.events) if self.events else None
             if written is not None:
                 written.record()
-        return SampledTokens(token_ids, logprobs, written)
+        return SampledTokens(sampled, written)
 
     def close(self) -> None:
         """Give the memory back; no step may follow."""
@@ -72,21 +71,15 @@ class SampledTokens:
     """Tokens on their way from the device.
 
     Args:
-        token_ids: [n] int64, which the device writes to.
-        logprobs: theirs, likewise.
-        written: recorded behind that; None: they are there.
+        sampled: what the device writes to.
+        written: recorded behind that; None: it is there.
     """
 
-    def __init__(
-        self,
-        token_ids: np.ndarray,
-        logprobs: StepLogprobs | None,
-        written: torch.cuda.Event | None,
-    ):
-        self.token_ids, self.logprobs = token_ids, logprobs
-        self.written = written
+    def __init__(self, sampled: Sampled, written: torch.cuda.Event | None):
+        self.sampled, self.written = sampled, written
 
     def result(self) -> StepOutput:
         if self.written is not None:
             self.written.synchronize()
-        return StepOutput(self.token_ids.tolist(), self.logprobs)
+        token_ids, logprobs, scores, errors = self.sampled
+        return StepOutput(token_ids.tolist(), logprobs, scores, errors)

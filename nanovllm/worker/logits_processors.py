@@ -73,7 +73,7 @@ class LogitsProcessors:
         self.stop_token_ids.start(rows, [start.stop_token_ids for start in starts])
         self.bias_ids.start(rows, [list(bias) for bias in biases])
         self.bias.start(rows, [list(bias.values()) for bias in biases])
-        self.history.start(rows, [start.token_ids for start in starts])
+        self.history.start(rows, [s.token_ids if s.params.reads_history else () for s in starts])
 
     def asking(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Whether the logits of these rows, for the tokens at these positions, are changed."""

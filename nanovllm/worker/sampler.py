@@ -11,6 +11,7 @@ import torch
 
 from nanovllm import ops
 from nanovllm.step import RowStart
+from nanovllm.worker.host_processors import HostProcessors
 from nanovllm.worker.logits_processors import LogitsProcessors
 from nanovllm.worker.logprobs import LogprobsReader
 from nanovllm.worker.upload import Uploader
@@ -44,6 +45,7 @@ class Sampler:
             "seed": torch.zeros(num_rows, dtype=torch.int64, device=uploader.device),
         }
         self.processors = LogitsProcessors(num_rows, vocab_size, uploader)
+        self.host = HostProcessors(num_rows, uploader)
         self.logprobs = LogprobsReader(num_rows, vocab_size, uploader)
 
     def forget_rows(self) -> None:
@@ -58,6 +60,7 @@ class Sampler:
         for start in starts:
             self.start_row(start)
         self.processors.start_rows(starts)
+        self.host.start_rows(starts)
         changes = self.processors.asks.any() or self.processors.min_len.any()
         self.all_plain = not (self.warps.any() or changes or self.logprobs.asks.any())
         if self.uploader.device.type != "cpu":
@@ -102,6 +105,7 @@ class Sampler:
         asks = self.processors.asking(rows, positions)
         if not asks.any():
             return ops.sample(logits, **self.uploader.upload(self._draws(rows, positions)))
+        self.host.catch_up(rows)
         # Those that ask come last, and in parts: a float32 copy of their logits is changed.
         order = np.argsort(asks, kind="stable")
         draws = self.uploader.upload({"order": order, **self._draws(rows, positions)})
@@ -120,6 +124,7 @@ class Sampler:
             if first >= num_plain:
                 tensors = {name: column[part] for name, column in columns.items()}
                 own = self.processors.apply(own.float(), rows[part], positions[part], tensors)
+                self.host.apply(own, rows[part])
             # Copies, not slices: kernels would be compiled once more for those that aren't aligned.
             token_ids[index] = ops.sample(own, **{name: x[index] for name, x in draws.items()})
         self.processors.keep(rows, positions, token_ids[places])

@@ -259,9 +259,9 @@ def test_a_batch_that_runs_longest_first_comes_back_in_order(tiny):
 def test_generate_makes_outputs_while_others_run(llm, monkeypatch):
     left, make_output = [], llm._requests.output
 
-    def output(seq):
+    def output(*args):
         left.append(len(llm.llm_engine.unfinished))
-        return make_output(seq)
+        return make_output(*args)
 
     monkeypatch.setattr(llm._requests, "output", output)
     params = [greedy(n, ignore_eos=True) for n in (9, 2, 5)]

@@ -205,6 +205,55 @@ def test_logprobs_are_each_samples_own(llm):
         assert completion.cumulative_logprob == pytest.approx(total)
 
 
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_prompt_logprobs_are_the_first_samples_alone(llm, kind):
+    text = TEXT * 9
+    [alone] = llm.generate(text, sampling(1, prompt_logprobs=1), use_tqdm=False)
+    before = llm.llm_engine.metrics.prefill_tokens
+    params = sampling(3, prompt_logprobs=1, output_kind=kind)
+    [out] = llm.generate(text, params, use_tqdm=False)
+    assert out.prompt_logprobs == alone.prompt_logprobs
+    tail = (len(out.prompt_token_ids) - 1) % 16 + 1
+    computed = len(out.prompt_token_ids) + 2 * tail
+    assert llm.llm_engine.metrics.prefill_tokens - before == computed
+    llm.add_request(text, params)
+    first, *others = drain(llm)
+    assert first.prompt_logprobs == alone.prompt_logprobs
+    if kind is RequestOutputKind.DELTA:
+        assert others and all(out.prompt_logprobs == [] for out in others)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_an_error_of_one_sample_ends_its_request(tiny, kind, depth):
+    calls = []
+
+    def fails(output, logits):
+        calls.append(output)
+        return 1 / 0 if len(calls) == 8 else logits
+
+    options = {"kv_cache_memory_bytes": 4 << 20, "async_scheduling": depth == 2, **SMALL}
+    with LLM(str(tiny), **options) as llm:
+        want = tokens(llm, [[5, 6]], sampling(2))
+        params = sampling(3, max_tokens=20, logits_processors=[fails])
+        with pytest.raises(RuntimeError, match="ended by an error in its logits_processors"):
+            llm.generate([[5, 6], [7]], [params, sampling(2)], use_tqdm=False)
+        assert llm.is_finished()
+        calls.clear()
+        params.output_kind = kind
+        llm.add_request([7], params, "a")
+        llm.add_request([5, 6], sampling(2), "b")
+        seen, errors = [], []
+        while not llm.is_finished():
+            try:
+                seen += llm.step()
+            except RuntimeError as error:
+                errors.append(error)
+        assert len(errors) == 1 and not any(out.finished for out in seen if out.request_id == "a")
+        last = [out for out in seen if out.request_id == "b"][-1]
+        assert last.finished and [c.token_ids for c in last.outputs] == want[0]
+
+
 def test_the_progress_bar_counts_requests(llm, capsys):
     llm.generate([TEXT, [5]], sampling(3))
     assert "2/2" in capsys.readouterr().err

@@ -286,7 +286,7 @@ def test_a_stream_never_splits_a_character(idle):
     shown = []
     for token in bias:
         seq.token_ids.append(token)
-        shown.append(idle._requests.output([seq], delta=True)["text"])
+        shown.append(idle._requests.output(idle.llm_engine, [seq], delta=True)["text"])
     assert len(bias) > 3 and "".join(shown) == "\N{PARTY POPPER} \N{PARTY POPPER}"
     assert all("\ufffd" not in text for text in shown)
 

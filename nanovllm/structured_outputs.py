@@ -1,0 +1,154 @@
+"""StructuredOutputsParams -> grammars, which say what tokens may come next, by llguidance.
+
+llm.py compiles them when requests are made; the worker gives each row a matcher of its own and
+moves it on (worker/host_processors.py).
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.sampling_params import StructuredOutputsParams
+
+NUM_KEPT = 1024  # grammars, for the next requests with the same
+# JSON Schema's keywords that hold named schemas, and those that hold plain values.
+NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+VALUES = ("const", "enum", "default", "examples")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """An llguidance.LLMatcher at the beginning, which each row copies, and how many 32-bit words a
+    mask over its vocabulary has."""
+
+    matcher: Any
+    num_words: int
+
+
+class GrammarCompiler:
+    """Compiles each grammar once.
+
+    Args:
+        tokenizer: transformers'; None: there is none.
+        vocab_size: of the model's logits.
+        eos_token_ids: what may be drawn where a grammar can end.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: tuple[int, ...]):
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.vocabulary: Any = None  # llguidance's, made when somebody asks
+        self.compiled: dict[str, Grammar] = {}
+
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """Raises:
+        ValueError: the grammar is wrong, or has what llguidance lacks; there is no tokenizer or
+            no EOS token; or no llguidance.
+        """
+        key = repr(params)
+        if key not in self.compiled:
+            grammar = self._compile(params)
+            if len(self.compiled) >= NUM_KEPT:
+                del self.compiled[next(iter(self.compiled))]
+            self.compiled[key] = grammar
+        return self.compiled[key]
+
+    def _compile(self, params: StructuredOutputsParams) -> Grammar:
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise ValueError(
+                "structured_outputs need the llguidance package: pip install 'nanovllm[structured]'"
+            ) from None
+        self._read_vocabulary()
+        try:
+            source = self._source(params)
+            error = LLMatcher.validate_grammar(source, self.vocabulary)
+        except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as wrong:
+            error = str(wrong) if isinstance(wrong, ValueError) else repr(wrong)
+        if error:
+            raise ValueError(f"structured_outputs: {params.kind} won't do: {error.strip()}")
+        matcher = LLMatcher(self.vocabulary, source, log_level=0)
+        return Grammar(matcher, -(-self.vocabulary.vocab_size // 32))
+
+    def _read_vocabulary(self) -> None:
+        if self.vocabulary is not None:
+            return
+        if self.tokenizer is None:
+            raise ValueError("structured_outputs need a tokenizer, and skip_tokenizer_init=True")
+        if not self.eos_token_ids:
+            raise ValueError("structured_outputs need an EOS token; the checkpoint names none")
+        from llguidance.hf import from_tokenizer
+
+        size = max(self.vocab_size, len(self.tokenizer))
+        self.vocabulary = from_tokenizer(self.tokenizer, size, eos_token=list(self.eos_token_ids))
+
+    def _source(self, params: StructuredOutputsParams) -> str:
+        """The grammar as llguidance takes it; it may still be wrong."""
+        from llguidance import LLMatcher, grammar_from
+
+        if params.json is not None:
+            schema = params.json
+            return _json_grammar(json.loads(schema) if isinstance(schema, str) else schema, params)
+        if params.json_object:
+            return _json_grammar({"type": "object"}, params)
+        if params.regex is not None:
+            if "\0" in params.regex:
+                raise ValueError("it has a NUL character")
+            return LLMatcher.grammar_from_regex(params.regex)
+        if params.choice is not None:
+            return grammar_from("choice", json.dumps(params.choice))
+        if params.grammar is not None:
+            # As in vLLM: Lark has no such sign.
+            return grammar_from("gbnf" if "::=" in params.grammar else "lark", params.grammar)
+        assert params.structural_tag is not None
+        return self._tag_grammar(json.loads(params.structural_tag), params)
+
+    def _tag_grammar(self, content: dict[str, Any], params: StructuredOutputsParams) -> str:
+        from llguidance import StructTag
+
+        if "structures" not in content:
+            raise ValueError("it must be an object of 'structures' and 'triggers'")
+        tags = []
+        for structure in content["structures"]:
+            begin = structure["begin"]
+            trigger = next((t for t in content["triggers"] if begin.startswith(t)), None)
+            if not trigger:
+                raise ValueError(f"no trigger begins {begin!r}")
+            grammar = _json_grammar(structure["schema"], params)
+            tags.append(
+                StructTag(trigger=trigger, begin=begin, grammar=grammar, end=structure["end"])
+            )
+        special = self.tokenizer.all_special_tokens
+        return StructTag.to_grammar(tags, assume_special=any(t.trigger in special for t in tags))
+
+
+def _json_grammar(schema: Any, params: StructuredOutputsParams) -> str:
+    from llguidance import LLMatcher
+
+    if params.disable_additional_properties:
+        schema = _closed(schema)
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(schema),
+        defaults={
+            "whitespace_flexible": not params.disable_any_whitespace,
+            "whitespace_pattern": params.whitespace_pattern,
+        },
+    )
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with no properties but those named, wherever it names some and does not say."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
+            result[key] = {name: _closed(named) for name, named in value.items()}
+        else:
+            result[key] = value if key in VALUES else _closed(value)
+    if {"properties", "patternProperties"} & set(schema):
+        result.setdefault("additionalProperties", False)
+    return result
