@@ -4,12 +4,21 @@ a part of the engine doesn't import torch."""
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
-    from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+    from nanovllm.sampling_params import (
+        BeamSearchParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 _MODULES = {
     "LLM": "nanovllm.llm",
+    "BeamSearchOutput": "nanovllm.beam_search",
+    "BeamSearchParams": "nanovllm.sampling_params",
+    "BeamSearchSequence": "nanovllm.beam_search",
     "CompletionOutput": "nanovllm.outputs",
     "Loglikelihood": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
@@ -20,6 +29,9 @@ _MODULES = {
 }
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Loglikelihood",
     "Logprob",

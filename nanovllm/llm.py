@@ -1,42 +1,35 @@
 """LLM, what users import: prompts in, RequestOutputs out. The one place that wires engine to
 worker.
 
-It tokenizes and checks requests; the engine decides what runs when; the worker computes.
+requests.py checks and tokenizes, the engine decides what runs when, the worker computes.
 """
 
 import copy
 import gc
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm.auto import tqdm
-from xxhash import xxh3_64_intdigest
 
-from nanovllm import chat, platform, prompts, scoring, tokenization
+from nanovllm import chat, platform, prompts, scoring, streaming, tokenization
+from nanovllm.beam_search import BeamSearchOutput, beam_search
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import EngineMetrics
 from nanovllm.models import model_class
-from nanovllm.outputs import (
-    CompletionOutput,
-    Loglikelihood,
-    Logprob,
-    PromptLogprobs,
-    RequestOutput,
-)
+from nanovllm.outputs import Loglikelihood, RequestOutput
 from nanovllm.profiling import Profiler
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.structured_outputs import GrammarCompiler
+from nanovllm.progress import Progress
+from nanovllm.requests import Requests
+from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from nanovllm.vllm_options import UNSUPPORTED_METHODS
 from nanovllm.worker.executor import InProcessExecutor
 
@@ -77,11 +70,7 @@ class LLM:
         self.model_config = self._checkpoint.model_config
         model_class(self.model_config.architecture)  # before weights are fetched or read
         tokenizer = self._checkpoint.tokenizer
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
-        self._grammars = GrammarCompiler(
-            tokenizer, self.model_config.vocab_size, self._checkpoint.eos_token_ids
-        )
-        self._num_requests = 0
+        detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._streamed: set[Sequence] = set()  # stream hands these out, step doesn't
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
@@ -92,6 +81,7 @@ class LLM:
         )
         plan = executor.plan
         self.max_model_len = plan.max_model_len
+        self._requests = Requests(self._checkpoint, detokenizer, plan.max_model_len, config.seed)
         overlaps = config.async_scheduling
         if overlaps is None:
             overlaps = device.type == "cuda"
@@ -104,7 +94,7 @@ class LLM:
             enable_prefix_caching=config.enable_prefix_caching is not False,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if overlaps else 1,
-            detokenizer=self._detokenizer,
+            detokenizer=detokenizer,
         )
         logger.info(
             "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
@@ -153,8 +143,9 @@ class LLM:
         prompts = self._tokenized(prompts, tokenization_kwargs)
         with self._use_engine() as engine, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
-            seqs = self._make_sequences(prompts, sampling_params)
-            return self._run(engine, seqs, use_tqdm, self._output, on_step=first_step.close)
+            seqs = self._requests.make(engine, prompts, sampling_params)
+            read = partial(self._requests.output, engine)
+            return self._run(engine, seqs, use_tqdm, read, on_step=first_step.close)
 
     def chat(
         self,
@@ -234,6 +225,31 @@ class LLM:
         }
         return chat.render(messages, self.get_tokenizer(), options)
 
+    def beam_search(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The most likely continuations of every prompt that a beam search finds.
+
+        Args:
+            prompts: as for generate.
+            params: how wide and how long.
+            use_tqdm: show a bar of tokens, up to max_tokens.
+            concurrency_limit: prompts at a time; None: all.
+
+        Returns: an output for each prompt, in their order.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter won't do; then none has run.
+        """
+        _refuse(lora_request)
+        with self._use_engine() as engine:
+            return beam_search(engine, self._requests, prompts, params, use_tqdm, concurrency_limit)
+
     def loglikelihood(self, pairs: SequenceOf[Pair], use_tqdm: bool = True) -> list[Loglikelihood]:
         """Score given continuations of contexts. Equal contexts are computed once.
 
@@ -273,26 +289,13 @@ class LLM:
         return self._checkpoint.tokenizer, self.model_config.vocab_size, self.max_model_len
 
     def _score(self, scored: list[scoring.Scored], use_tqdm: bool) -> list[Loglikelihood]:
-        def read(seq: Sequence) -> Loglikelihood:
+        def read(samples: list[Sequence]) -> Loglikelihood:
+            [seq] = samples
             assert seq.scores is not None
             return scoring.read(seq.scores)
 
         with self._use_engine() as engine:
-            seqs = []
-            for token_ids, start in scored:
-                seqs.append(
-                    Sequence(
-                        self._free_id(self._num_requests),
-                        token_ids[:-1],
-                        scoring.PARAMS,
-                        seed=0,
-                        max_model_len=self.max_model_len + 1,
-                        arrival_time=time.monotonic(),
-                        targets=token_ids[start:],
-                        score_from=start,
-                    )
-                )
-                self._num_requests += 1
+            seqs = self._requests.make_scored(engine, scored)
             return self._run(engine, seqs, use_tqdm, read)
 
     def _run(
@@ -300,29 +303,26 @@ class LLM:
         engine: Engine,
         seqs: list[Sequence],
         use_tqdm: bool | Callable[..., tqdm],
-        read: Callable[[Sequence], Output],
+        read: Callable[[list[Sequence]], Output],
         on_step: Callable[[], None] = lambda: None,
     ) -> list[Output]:
-        """Step until these sequences have ended, and read each; what others get meanwhile waits in
-        `advanced`."""
-        running, outputs = set(seqs), {}
-        try:
-            engine.add_batch(seqs)
-            with _Progress(len(seqs), engine.metrics, use_tqdm) as progress:
-                while running:
-                    ended = engine.step()
-                    # What follows costs nothing: a GPU runs the next step meanwhile.
-                    on_step()  # ends the wait of garbage collections, once
-                    for seq in running.intersection(ended):
-                        running.remove(seq)
-                        outputs[seq] = read(seq)
-                    progress.show(num_finished=len(outputs))
-        except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
-            engine.abort(seqs)
-            raise
-        for seq in seqs:
-            engine.advanced.pop(seq, None)
-        return [outputs[seq] for seq in seqs]
+        """Step until these sequences have ended, and read the samples of each request; what others
+        get meanwhile waits in `advanced`."""
+        requests = dict.fromkeys(seq.request_id for seq in seqs)
+        outputs: dict[str, Output] = {}
+        with (
+            Progress(len(requests), engine.metrics, use_tqdm) as progress,
+            closing(engine.run(seqs)) as steps,
+        ):
+            for ended in steps:
+                # What follows costs nothing: a GPU runs the next step meanwhile.
+                on_step()  # ends the wait of garbage collections, once
+                for seq in ended:
+                    name = seq.request_id
+                    if name not in engine.unfinished and name not in outputs:
+                        outputs[name] = read(seq.samples)
+                progress.show(num_finished=len(outputs))
+        return [outputs[name] for name in requests]
 
     def enqueue(
         self,
@@ -339,7 +339,7 @@ class LLM:
         _refuse(lora_request, priority, mm_processor_kwargs)
         with self._use_engine() as engine:
             prompts = self._tokenized(prompts, tokenization_kwargs)
-            seqs = self._make_sequences(prompts, sampling_params)
+            seqs = self._requests.make(engine, prompts, sampling_params)
             for seq in seqs:
                 seq.params.output_kind = RequestOutputKind.FINAL_ONLY
             engine.add_batch(seqs)
@@ -410,48 +410,26 @@ class LLM:
             prompts, sampling_params: as for generate.
 
         Returns: an iterator over outputs of what is new, as of RequestOutputKind.DELTA; `index`
-            says of which prompt. A text never ends inside a character; it may be empty.
+            says of which prompt, that of a completion of which sample. A text never ends inside a
+            character; it may be empty.
 
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
         with self._use_engine() as engine:
-            seqs = self._make_sequences(prompts, sampling_params)
-            stream = self._stream(seqs)
+            seqs = self._requests.make(engine, prompts, sampling_params)
+            stream = streaming.stream(seqs, self._requests, self._use_engine, self._end_stream)
             next(stream)  # one that hasn't begun would not get to its `finally`
+            self._streamed.update(seqs)
             engine.add_batch(seqs)
         return stream
 
-    def _stream(self, seqs: list[Sequence]) -> Iterator[Any]:
-        """Nothing first, then the increments."""
-        running = {seq: i for i, seq in enumerate(seqs)}
-        self._streamed.update(seqs)
-        try:
-            yield
-            while running:
-                yield from self._increments(running)
-        finally:
-            with self._lock:
-                self._streamed.difference_update(seqs)
-                if self._engine is not None:
-                    self._engine.abort(seqs)
-
-    def _increments(self, running: dict[Sequence, int]) -> list[RequestOutput]:
-        """What is new of some sequences, after a step if nothing is: others may have stepped. Takes
-        those that have ended out of `running`."""
-        outputs = []
-        with self._use_engine() as engine:
-            while not (news := [seq for seq in running if seq.finished or seq.has_undelivered]):
-                engine.step()
-            for seq in news:
-                if seq.finish_reason != "abort":
-                    output = self._output(seq, delta=True)
-                    output.index = running[seq]
-                    outputs.append(output)
-                if seq.finished:
-                    del running[seq]
-                engine.advanced.pop(seq, None)
-        return outputs
+    def _end_stream(self, seqs: list[Sequence]) -> None:
+        """Abort what is left of a stream's sequences."""
+        with self._lock:
+            self._streamed.difference_update(seqs)
+            if self._engine is not None:
+                self._engine.abort(seqs)
 
     # One step at a time
 
@@ -479,27 +457,18 @@ class LLM:
         with self._use_engine() as engine:
             if request_id is not None and engine.has_request(request_id):
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            [seq] = self._make_sequences([prompt], sampling_params, request_id)
-            engine.add(seq)
-        return seq.request_id
+            seqs = self._requests.make(engine, [prompt], sampling_params, request_id)
+            engine.add_batch(seqs)
+        return seqs[0].request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one round of the engine. Returns the outputs of the requests that got a token, each
-        as its output_kind says; may be empty while there is more to do. Raises RuntimeError for one
-        that an error ended, as generate; the others' news come with the next call."""
+        """Run one round of the engine. Returns the outputs of the requests that got a token, one
+        for each, as its output_kind says; may be empty while there is more to do. Raises
+        RuntimeError for one that an error ended, as generate; the others' news come with the next
+        call."""
         with self._use_engine() as engine:
             engine.step()
-            news = [
-                seq
-                for seq in engine.advanced
-                if seq not in self._streamed
-                and (seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY)
-            ]
-            news.sort(key=lambda seq: seq.error is None)  # raised before anybody's news are taken
-            outputs = [
-                self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
-                for seq in news
-            ]
+            outputs = self._requests.news(engine, left_out=self._streamed)
             engine.advanced.clear()
             return outputs
 
@@ -507,7 +476,8 @@ class LLM:
         """End a request without an output; one that has ended or is unknown is left alone."""
         with self._use_engine() as engine:
             if request_id in engine.unfinished:
-                engine.abort([engine.unfinished[request_id]])
+                [seq, *_] = engine.unfinished[request_id]
+                engine.abort(seq.samples)
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished and step() has nothing more to give."""
@@ -597,114 +567,8 @@ class LLM:
         tokenizer, vocab_size = self._checkpoint.tokenizer, self.model_config.vocab_size
         return tokenization.tokenize(prompts, tokenizer, vocab_size, self.max_model_len, kwargs)
 
-    def _make_sequences(
-        self,
-        prompt_list: Any,
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
-        request_id: str | None = None,
-    ) -> list[Sequence]:
-        """Checked sequences for all prompts, or an error before any is made."""
-        tokenized = prompts.normalize(
-            prompt_list,
-            self._checkpoint.tokenizer,
-            self.model_config.vocab_size,
-            self.max_model_len,
-            request_id,
-        )
-        if sampling_params is None:
-            sampling_params = self._checkpoint.default_sampling_params
-        params = prompts.match_params(sampling_params, len(tokenized))
-        for p in {id(p): p for p in params}.values():  # one may serve all prompts
-            self._check_stop(p)
-            prompts.bind_params(p, self.model_config.vocab_size, self._checkpoint.tokenizer)
-            if p.structured_outputs is not None:
-                p.grammar = self._grammars.compile(p.structured_outputs)
-        now = time.monotonic()
-        eos_token_ids = self._checkpoint.eos_token_ids
-        seqs = []
-        for prompt, p in zip(tokenized, params, strict=True):
-            number = self._num_requests
-            self._num_requests += 1
-            seqs.append(
-                Sequence(
-                    request_id or self._free_id(number),
-                    prompt.token_ids,
-                    p,
-                    seed=_sequence_seed(p.seed, self.config.seed, number),
-                    max_model_len=self.max_model_len,
-                    eos_token_ids=eos_token_ids,
-                    prompt=prompt.text,
-                    arrival_time=now,
-                )
-            )
-        return seqs
 
-    def _check_stop(self, params: SamplingParams) -> None:
-        if params.stop and self._detokenizer is None:
-            raise ValueError(
-                "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
-            )
-
-    def _free_id(self, number: int) -> str:
-        request_id = str(number)
-        while self._engine and self._engine.has_request(request_id):  # somebody chose our number
-            request_id += "'"
-        return request_id
-
-    def _output(self, seq: Sequence, delta: bool = False) -> RequestOutput:
-        """What a request has so far, or only what is new since the last such call. Raises
-        RuntimeError for one that an error ended, and takes its news."""
-        if seq.error is not None:
-            if self._engine is not None:
-                self._engine.advanced.pop(seq, None)
-            raise RuntimeError(
-                f"request {seq.request_id!r} ended by an error in its logits_processors or its "
-                f"structured_outputs after {len(seq.token_ids) - seq.num_prompt_tokens} tokens: "
-                f"{seq.error!r}"
-            ) from seq.error
-        text = self._detokenizer.text(seq) if self._detokenizer else ""
-        token_ids = seq.output_token_ids
-        logprobs: SequenceOf[dict[int, Logprob]] | None = None
-        prompt_logprobs: SequenceOf[dict[int, Logprob] | None] | None = None
-        cumulative = None
-        if seq.logprobs is not None:  # as they are now
-            logprobs = seq.logprobs.copy(self._token_text(seq))
-            cumulative = seq.logprobs.cumulative
-        if seq.scores is not None:
-            prompt_logprobs = PromptLogprobs(seq.scores.copy(self._token_text(seq)))
-        if delta:
-            num_tokens, num_characters = seq.delivered
-            if num_tokens and prompt_logprobs:
-                prompt_logprobs = []  # they were in the first
-            seq.delivered = len(token_ids), len(text)
-            text, token_ids = text[num_characters:], token_ids[num_tokens:]
-            logprobs = logprobs and logprobs[num_tokens:]
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=token_ids,
-            cumulative_logprob=cumulative,
-            logprobs=logprobs,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-        )
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt=seq.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
-            prompt_logprobs=prompt_logprobs,
-            outputs=[completion],
-            finished=seq.finished,
-            metrics=replace(seq.metrics),
-            num_cached_tokens=seq.num_cached_tokens or 0,
-        )
-
-    def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
-        tokenizer = self._checkpoint.tokenizer
-        return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
-
-
-def _refuse(lora_request: Any, priority: Any, mm_processor_kwargs: Any) -> None:
+def _refuse(lora_request: Any, priority: Any = None, mm_processor_kwargs: Any = None) -> None:
     """vLLM's arguments that we don't have."""
     if lora_request is not None:
         raise ValueError("lora_request is not supported yet: leave it out")
@@ -725,42 +589,3 @@ def _no_collections() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-class _Progress:
-    """A bar of requests done, with the tokens per second of prefill and decode."""
-
-    def __init__(
-        self, num_requests: int, metrics: EngineMetrics, use_tqdm: bool | Callable[..., tqdm]
-    ):
-        self.metrics = metrics
-        self.start = self.shown = time.monotonic()
-        self.prefill, self.decode = metrics.prefill_tokens, metrics.decode_tokens
-        make = use_tqdm if callable(use_tqdm) else tqdm
-        self.bar = make(
-            total=num_requests, desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True
-        )
-
-    def show(self, num_finished: int) -> None:
-        now = time.monotonic()
-        if self.bar.disable or (now - self.shown < 0.1 and num_finished < self.bar.total):
-            return
-        self.shown = now
-        seconds = max(now - self.start, 1e-9)  # a coarse clock may stand still
-        prefill = (self.metrics.prefill_tokens - self.prefill) / seconds
-        decode = (self.metrics.decode_tokens - self.decode) / seconds
-        self.bar.n = num_finished
-        self.bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s")
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-
-def _sequence_seed(seed: int | None, engine_seed: int, request_number: int) -> int:
-    """64 bits: from the request's seed and the index of the sample in it, or from the engine's seed
-    and the request's number."""
-    origin = f"engine {engine_seed} {request_number}" if seed is None else f"request {seed}"
-    return xxh3_64_intdigest(f"{origin} sample 0".encode())

@@ -152,7 +152,8 @@ class CompletionOutput:
         logprobs: for each generated token a dict of token id -> Logprob. Both are None if they were
             not asked for.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
-            max_model_len), None while it runs.
+            max_model_len), "abort" (in a stream alone: who else aborts gets no output), None while
+            it runs.
         stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after
             "length" or the tokenizer's EOS. Another EOS of generation_config is named, as in vLLM.
     """
@@ -171,7 +172,8 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Seconds on time.monotonic's clock; None: not reached yet."""
+    """Seconds on time.monotonic's clock; None: not reached yet. A request of several samples has
+    its first token with the first of any, and ends with the last."""
 
     arrival_time: float
     first_token_time: float | None = None
@@ -190,10 +192,12 @@ class RequestOutput:
         prompt_logprobs: for each token of the prompt a dict of token id -> Logprob, but None for
             the first; None if they were not asked for. Of RequestOutputKind.DELTA the first output
             has them, and later ones an empty list.
-        outputs: the completions.
+        outputs: a completion for each sample, in order of index; of RequestOutputKind.DELTA those
+            that have news.
         finished: whether all of them have ended.
         metrics: when it arrived, had its first token, and ended.
-        num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache.
+        num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache; by
+            the first sample, the others find its pages as well.
         index: of LLM.stream, which of its prompts this is of.
     """
 

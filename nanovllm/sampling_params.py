@@ -29,6 +29,7 @@ UNSUPPORTED = (
     "thinking_token_budget",
 )
 MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
+MAX_SAMPLES = 16384  # of a request, as in vLLM
 LOGPROBS = ("logprobs", "prompt_logprobs")
 _KINDS: dict[str, Any] = {  # of structured outputs
     "json": str | dict,
@@ -109,6 +110,7 @@ class SamplingParams:
     """Sampling parameters of a request.
 
     Args:
+        n: samples of the prompt, each a CompletionOutput; greedy requests have one.
         temperature: divides the logits, in [0, 2]; 0 is greedy (the token of the highest logit).
         top_p: keeps the smallest set of most likely tokens whose probabilities reach top_p, in (0,
             1].
@@ -144,8 +146,8 @@ class SamplingParams:
             output token ids, logits) -> logits: lists of ints; [vocab] float32 on the device,
             which may be changed in place.
         structured_outputs: what the text must be; StructuredOutputsParams.
-        seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
-            the engine's own.
+        seed: the same seed draws the same tokens whatever else is in the batch, another for each
+            sample; None or -1: one of the engine's own.
         flat_logprobs: no effect: log-probabilities always lie in arrays.
         skip_reading_prefix_cache: compute the whole prompt, though the prefix cache may have parts
             of it.
@@ -157,6 +159,7 @@ class SamplingParams:
         TypeError: a value has the wrong type.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -189,7 +192,7 @@ class SamplingParams:
     repetition_detection: Any = field(default=None, repr=False)
     routed_experts_prompt_start: int = field(default=0, repr=False)
     thinking_token_budget: int | None = field(default=None, repr=False)
-    # Of bad_words and structured_outputs; llm.py sets them, which has the tokenizer.
+    # Of bad_words and structured_outputs; requests.py sets them, which has the tokenizer.
     bad_words_token_ids: list[list[int]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -198,7 +201,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", *PENALTIES):
             setattr(self, name, _as_number(name, getattr(self, name), float))
-        for name in ("top_k", "min_tokens"):
+        for name in ("n", "top_k", "min_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
         for name in LOGPROBS:
             if getattr(self, name) is True:  # as in vLLM
@@ -248,6 +251,13 @@ class SamplingParams:
     def _check_ranges(self) -> None:
         if not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature must be in [0, 2] (0 is greedy), got {self.temperature}")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise ValueError(f"n must be in [1, {MAX_SAMPLES}], got {self.n}")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(
+                f"n must be 1 when sampling is greedy (temperature 0), got {self.n}: all samples "
+                f"would be the same"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}")
         if self.top_k < -1:
@@ -375,6 +385,52 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+
+@dataclass
+class BeamSearchParams:
+    """Parameters of LLM.beam_search.
+
+    Args:
+        beam_width: continuations that are kept at each token, and returned; at most 10, as each
+            looks at the log-probabilities of twice as many tokens.
+        max_tokens: tokens generated at most.
+        ignore_eos: go on after an EOS token.
+        temperature: of a draw that gives each beam one more candidate; 0: it gives none.
+        length_penalty: a sum of log-probabilities is divided by the length, the prompt's included,
+            to this power; in [-16, 16]. Above 0 it favours long texts.
+        include_stop_str_in_output: the text shows the EOS token that ended it.
+
+    Raises:
+        ValueError: a value is outside its range.
+        TypeError: a value has the wrong type.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens"):
+            setattr(self, name, _as_number(name, getattr(self, name), int))
+        for name in ("temperature", "length_penalty"):
+            setattr(self, name, _as_number(name, getattr(self, name), float))
+        if not 1 <= self.beam_width <= MAX_LOGPROBS // 2:
+            raise ValueError(
+                f"beam_width must be in [1, {MAX_LOGPROBS // 2}], got {self.beam_width}: each beam "
+                f"looks at twice as many log-probabilities, and there are {MAX_LOGPROBS}"
+            )
+        if not -16 <= self.length_penalty <= 16:  # its powers stay in a float's range
+            raise ValueError(f"length_penalty must be in [-16, 16], got {self.length_penalty}")
+        SamplingParams(  # which checks these
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+        )
 
 
 def takes_prompt(processor: Callable) -> bool:

@@ -5,7 +5,8 @@ llm.py drives it; what runs in a step is the scheduler's choice, how it runs the
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Generator
+from itertools import chain
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
@@ -51,7 +52,8 @@ class Engine:
             max_num_batched_tokens,
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
-        self.unfinished: dict[str, Sequence] = {}
+        # Request id -> its samples, in order.
+        self.unfinished: dict[str, dict[Sequence, None]] = {}
         # Sequences with new tokens; who hands them on takes them out. An interrupt loses none.
         self.advanced: dict[Sequence, None] = {}
         # Set while scheduler and pages change; found set later, an exception came in between.
@@ -62,17 +64,35 @@ class Engine:
         return bool(self.unfinished or self.pending or self.advanced)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence. Its request id must be new, and it must fit in the cache alone."""
-        assert seq.request_id not in self.unfinished
+        """Queue a sequence. Its request id must be new, or that of its other samples, which were
+        added just before; and it must fit in the cache alone."""
+        assert seq.siblings or seq.request_id not in self.unfinished
         dirty, self.dirty = self.dirty, True
-        self.unfinished[seq.request_id] = seq
+        self.unfinished.setdefault(seq.request_id, {})[seq] = None
         self.scheduler.add(seq)
         self.dirty = dirty
 
     def add_batch(self, seqs: list[Sequence]) -> None:
-        """Queue sequences that may run in any order."""
-        for seq in self.scheduler.best_order(seqs):
-            self.add(seq)
+        """Queue sequences that may run in any order, all of them or none."""
+        try:
+            for seq in self.scheduler.best_order(seqs):
+                self.add(seq)
+        except BaseException:
+            self.abort(seqs)
+            raise
+
+    def run(self, seqs: list[Sequence]) -> Generator[set[Sequence], None, None]:
+        """Queue sequences and step until they have ended, giving after each step those that it
+        ended. Nothing of them stays, however it ends; who may not get to the end closes it."""
+        running = set(seqs)
+        try:
+            self.add_batch(seqs)
+            while running:
+                ended = running.intersection(self.step())
+                running -= ended
+                yield ended
+        finally:
+            self.abort(seqs)
 
     def has_request(self, request_id: str) -> bool:
         """Whether a request of that id is unfinished, or has news that nobody took yet."""
@@ -86,12 +106,11 @@ class Engine:
         if self.dirty:
             self._recover()
         self.dirty = True
-        live = [seq for seq in seqs if self.unfinished.get(seq.request_id) is seq]
+        live = [seq for seq in seqs if seq in self.unfinished.get(seq.request_id, ())]
         for seq in live:
             seq.finish_reason = "abort"
         self.scheduler.finish(live)
-        for seq in live:
-            del self.unfinished[seq.request_id]
+        self._remove(live)
         for seq in seqs:
             self.advanced.pop(seq, None)
         self.dirty = False
@@ -123,7 +142,8 @@ class Engine:
         """After an exception, Ctrl-C too, which may come at any line, of this method as well: keep
         what the sequences know, and compute all of it again."""
         self.pending.clear()
-        for seq in self.unfinished.values():
+        unfinished = list(chain.from_iterable(self.unfinished.values()))
+        for seq in unfinished:
             if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
                 self._check_stop(seq)  # the exception may have come between a token and its check
             if seq.logprobs is not None:  # which come before their tokens
@@ -133,8 +153,12 @@ class Engine:
             if seq.finished and seq.finish_reason != "abort":
                 seq.metrics.finished_time = time.monotonic()
                 self.advanced[seq] = None
-        self.unfinished = {s.request_id: s for s in self.unfinished.values() if not s.finished}
-        self.scheduler.restart(list(self.unfinished.values()))
+        live: dict[str, dict[Sequence, None]] = {}
+        for seq in unfinished:
+            if not seq.finished:
+                live.setdefault(seq.request_id, {})[seq] = None
+        self.unfinished = live
+        self.scheduler.restart(list(chain.from_iterable(live.values())))
         self.dirty = False
 
     def _process(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
@@ -143,10 +167,11 @@ class Engine:
         advanced, finished = self.advanced, []
         for i, error in output.errors.items():
             seq = step.sampled[i]
-            if not seq.finished:
-                advanced[seq] = None
-                seq.error, seq.finish_reason = error, "error"
-                finished.append(seq)
+            for sample in seq.samples:  # all of the request end by it
+                if not sample.finished:
+                    advanced[sample] = None
+                    sample.error, sample.finish_reason = error, "error"
+                    finished.append(sample)
         if output.logprobs is not None:
             _keep_logprobs(step.sampled, output.logprobs)
         if output.scores is not None:
@@ -166,9 +191,15 @@ class Engine:
                 seq.metrics.first_token_time = now
         if finished:
             self.scheduler.finish(finished)
-            for seq in finished:
-                del self.unfinished[seq.request_id]
+            self._remove(finished)
         return finished
+
+    def _remove(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
+            samples = self.unfinished[seq.request_id]
+            del samples[seq]
+            if not samples:
+                del self.unfinished[seq.request_id]
 
     def _check_stop(self, seq: Sequence) -> None:
         """Whether the last token ends the sequence. A stop string that it completes counts before

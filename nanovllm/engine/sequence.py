@@ -1,5 +1,5 @@
-"""One request's state in the engine. Scheduler and block manager move it; the engine appends its
-tokens."""
+"""One sample of a request: its state in the engine. Scheduler and block manager move it; the engine
+appends its tokens."""
 
 from array import array
 from collections.abc import Iterable
@@ -36,6 +36,9 @@ class Sequence:
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
         max_len: prompt and generated tokens at most.
+        index: which sample of its request it is.
+        siblings: all samples of its request; empty where it is the only one.
+        metrics: of the request, shared by its samples.
         delivered: how many of its output tokens, and characters of its text, were handed out as
             increments.
         stops: tokens that end it.
@@ -61,6 +64,7 @@ class Sequence:
         "eos_token_ids",
         "error",
         "finish_reason",
+        "index",
         "logprobs",
         "max_len",
         "metrics",
@@ -75,6 +79,7 @@ class Sequence:
         "score_from",
         "scores",
         "seed",
+        "siblings",
         "stop_reason",
         "stop_token_ids",
         "stops",
@@ -115,6 +120,8 @@ class Sequence:
         if params.stop:
             self.check_from = min(self.max_len, self.num_prompt_tokens + params.min_tokens)
         self.logprobs = None if params.logprobs is None else SampleLogprobs(params.logprobs)
+        self.index = 0
+        self.siblings: list[Sequence] = []
         self.scores: SampleLogprobs | None = None
         if params.prompt_logprobs is not None:
             self.scores = SampleLogprobs(params.prompt_logprobs)
@@ -147,6 +154,15 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def samples(self) -> "list[Sequence]":
+        """All samples of its request."""
+        return self.siblings or [self]
+
+    @property
+    def request_finished(self) -> bool:
+        return all(seq.finished for seq in self.siblings) if self.siblings else self.finished
+
+    @property
     def has_undelivered(self) -> bool:
         return len(self.token_ids) - self.num_prompt_tokens > self.delivered[0]
 
@@ -154,6 +170,13 @@ class Sequence:
     def may_stop(self) -> bool:
         """Whether it may end before max_len."""
         return bool(self.stops or self.params.stop)
+
+    @staticmethod
+    def join(samples: "list[Sequence]") -> None:
+        """Make sequences the samples of one request."""
+        if len(samples) > 1:
+            for index, seq in enumerate(samples):
+                seq.index, seq.siblings, seq.metrics = index, samples, samples[0].metrics
 
     @property
     def num_cacheable(self) -> int:

@@ -16,7 +16,7 @@ from tiny_models import (
     oracle_logits,
 )
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.worker.cuda_graph import graph_sizes
 
 pytestmark = pytest.mark.gpu
@@ -217,6 +217,29 @@ def test_changed_logits_and_logprobs_are_those_of_a_cpu(tiny, options):
             assert next(iter(found)) == next(iter(expected))
             for token in set(found) & set(expected):  # the last of the most likely may tie
                 assert found[token].logprob == pytest.approx(expected[token].logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(enforce_eager=True), dict(async_scheduling=False)], ids=str
+)
+def test_samples_share_their_prompt_and_beams_are_those_of_a_cpu(setting, options):
+    folder, prompts, _ = setting
+    sampled = SamplingParams(n=6, max_tokens=20, ignore_eos=True, seed=5)
+    beams = BeamSearchParams(beam_width=3, max_tokens=12)
+    with load(folder, device="cpu") as llm:
+        expected = llm.beam_search(prompts, beams)
+    with load(folder, block_size=16, **options) as llm:
+        metrics = llm.llm_engine.metrics
+        [mixed] = [[c.token_ids for c in out.outputs] for out in llm.generate(
+            [prompts[3]], sampled, use_tqdm=False)]  # fmt: skip
+        tail = (len(prompts[3]) - 1) % 16 + 1
+        assert metrics.prefill_tokens == len(prompts[3]) + 5 * tail
+        sampled.n = 1
+        assert generate(llm, [prompts[3]], sampled) == mixed[:1]
+        assert len({tuple(tokens) for tokens in mixed}) == 6
+        outputs = llm.beam_search(prompts, beams)
+    for out, want in zip(outputs, expected, strict=True):
+        assert [seq.tokens for seq in out.sequences] == [seq.tokens for seq in want.sequences]
 
 
 def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):

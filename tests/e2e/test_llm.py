@@ -258,13 +258,13 @@ def test_a_batch_that_runs_longest_first_comes_back_in_order(tiny):
 
 
 def test_generate_makes_outputs_while_others_run(llm, monkeypatch):
-    left, make_output = [], llm._output
+    left, make_output = [], llm._requests.output
 
-    def output(seq):
+    def output(*args):
         left.append(len(llm.llm_engine.unfinished))
-        return make_output(seq)
+        return make_output(*args)
 
-    monkeypatch.setattr(llm, "_output", output)
+    monkeypatch.setattr(llm._requests, "output", output)
     params = [greedy(n, ignore_eos=True) for n in (9, 2, 5)]
     outs = llm.generate([TEXT] * 3, params, use_tqdm=False)
     assert [len(out["token_ids"]) for out in outs] == [9, 2, 5]
@@ -310,7 +310,7 @@ def test_an_id_is_free_again_once_its_request_ended(llm):
 
 
 def test_chosen_ids_that_look_like_ours_do_not_clash(llm):
-    following = llm._num_requests + 1
+    following = llm._requests.num_made + 1
     llm.add_request(TEXT, greedy(4), str(following))
     assert len(tokens(llm, [TEXT] * 3, greedy(2))) == 3
     assert list(drain(llm)) == [str(following)]

@@ -197,7 +197,7 @@ def test_vocabularies_of_another_size_than_the_tokenizers(tmp_path, vocab_size):
 
 
 def test_a_grammar_is_compiled_once(llm, monkeypatch):
-    compiler, calls = llm._grammars, []
+    compiler, calls = llm._requests.grammars, []
     compile_one = compiler._compile
     monkeypatch.setattr(compiler, "_compile", lambda p: calls.append(p) or compile_one(p))
     params = [ask(dict(regex="[a-m]{2}")), ask(dict(regex="[a-n]{2}"))] * 3

@@ -282,11 +282,11 @@ def test_a_streams_increments_add_up_to_generates_outputs(idle):
 def test_a_stream_never_splits_a_character(idle):
     tokenizer = idle.get_tokenizer()
     bias = tokenizer("\N{PARTY POPPER} \N{PARTY POPPER}")["input_ids"]
-    seq = idle._make_sequences([[5]], greedy())[0]
+    seq = idle._requests.make(idle.llm_engine, [[5]], greedy())[0]
     shown = []
     for token in bias:
         seq.token_ids.append(token)
-        shown.append(idle._output(seq, delta=True)["text"])
+        shown.append(idle._requests.output(idle.llm_engine, [seq], delta=True)["text"])
     assert len(bias) > 3 and "".join(shown) == "\N{PARTY POPPER} \N{PARTY POPPER}"
     assert all("\ufffd" not in text for text in shown)
 

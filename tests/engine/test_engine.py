@@ -21,6 +21,7 @@ from fake_worker import (
 )
 
 import nanovllm.engine.engine
+from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -455,6 +456,8 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_engine_usable(depth):
     while interrupted:
         engine = make_engine(max_num_batched_tokens=8, num_blocks=13, mean_output=0, depth=depth)
         seqs = sequences([1] * 4, PROMPT, max_tokens=AT_OTHER + 2, stop_token_ids=[OTHER])
+        seqs.insert(1, make_sequence([1] * 4, seqs[0].request_id, max_tokens=2))
+        Sequence.join(seqs[:2])
         seqs += [make_sequence([1] * 10, "short", max_tokens=2, prompt_logprobs=1)]
         for seq in seqs:
             engine.add(seq)
@@ -478,23 +481,24 @@ def test_a_second_ctrl_c_while_cleaning_up_loses_nothing_either(depth, method):
     while interrupted:
         engine = make_engine(max_num_batched_tokens=8, num_blocks=13, mean_output=0, depth=depth)
         kept = unpredictable([1] * 4, [2] * 9, max_tokens=12)
-        gone = make_sequence([3] * 7, "gone", max_tokens=12)
-        for seq in (*kept, gone):
+        gone = [make_sequence([3] * 7, "gone", max_tokens=12, seed=i) for i in range(2)]
+        Sequence.join(gone)
+        for seq in (*kept, *gone):
             engine.add(seq)
         delivered = []
         assert interrupt(engine, 150, delivered)  # in the middle of a step
         interrupted = True
         with suppress(KeyboardInterrupt), CtrlC(line):
             if method == "abort":
-                engine.abort([gone])
+                engine.abort(gone)
             else:
                 engine.step()
             interrupted = False
-        engine.abort([gone])
+        engine.abort(gone)
         check_invariants(engine)
         delivered += run(engine)
-        assert_right(*kept, gone)
-        assert set(delivered) - {gone} == set(kept)
+        assert_right(*kept, *gone)
+        assert set(delivered) - set(gone) == set(kept)
         line += 1
     assert line > 5
 

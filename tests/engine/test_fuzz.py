@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager
+from nanovllm.engine.sequence import Sequence
 
 FUZZ = int(os.environ.get("NANOVLLM_FUZZ", "0"))
 
@@ -80,6 +81,7 @@ REQUESTS = st.tuples(
     st.sampled_from([True, True, False]),  # ignore_eos
     st.sampled_from([None, [NEVER], [NEVER], [3, 4, 5]]),  # stop_token_ids
     st.integers(0, 1),  # seed
+    st.sampled_from([1, 1, 1, 2, 4]),  # samples
     # The log-probabilities of known tokens: none, the prompt's, those from a position on.
     st.sampled_from([None, None, None, "prompt", 1, 4, 9]),
 )
@@ -125,29 +127,44 @@ class Run:
         assert self.caching or not self.engine.metrics.cached_tokens
 
     def add(
-        self, text, length, tail, max_tokens, min_tokens, ignore_eos, stop_token_ids, seed, scored
+        self,
+        text,
+        length,
+        tail,
+        max_tokens,
+        min_tokens,
+        ignore_eos,
+        stop_token_ids,
+        seed,
+        n,
+        scored,
     ):
         prompt = (text[:length] + tail)[: self.max_model_len - 1]
         scores = {} if scored is None else dict(prompt_logprobs=length % 3)
         if isinstance(scored, int):
             score_from = min(scored, len(prompt))
             scores |= dict(score_from=score_from, targets=[*prompt[score_from:], 7])
-        seq = make_sequence(
-            prompt,
-            # The ids of requests that ended come back.
-            request_id=next(i for i in map(str, count()) if i not in self.engine.unfinished),
-            max_model_len=self.max_model_len,
-            seed=seed,
-            max_tokens=max_tokens,
-            min_tokens=min(min_tokens, max_tokens or min_tokens),
-            ignore_eos=ignore_eos,
-            stop_token_ids=stop_token_ids,
-            logprobs=2 if seed else None,
-            presence_penalty=seed,  # the worker gets the tokens so far
-            **scores,
-        )
-        self.engine.add(seq)
-        self.seqs.append(seq)
+        # The ids of requests that ended come back.
+        request_id = next(i for i in map(str, count()) if i not in self.engine.unfinished)
+        samples = [
+            make_sequence(
+                prompt,
+                request_id=request_id,
+                max_model_len=self.max_model_len,
+                seed=seed + index,
+                max_tokens=max_tokens,
+                min_tokens=min(min_tokens, max_tokens or min_tokens),
+                ignore_eos=ignore_eos,
+                stop_token_ids=stop_token_ids,
+                logprobs=2 if seed else None,
+                presence_penalty=seed,  # the worker gets the tokens so far
+                **scores,
+            )
+            for index in range(n)
+        ]
+        Sequence.join(samples)
+        self.engine.add_batch(samples)
+        self.seqs += samples
 
     def step(self, times=1):
         for _ in range(times):
@@ -168,10 +185,9 @@ class Run:
         assert len(decodes) - preempted <= num_decodes <= len(decodes)
 
     def abort(self, back):
-        seq = self.seqs[-min(back, len(self.seqs))]
-        if seq in self.engine.advanced:
-            self.dropped.append(seq)
-        self.engine.abort([seq])
+        samples = self.seqs[-min(back, len(self.seqs))].samples
+        self.dropped += [seq for seq in samples if seq in self.engine.advanced]
+        self.engine.abort(samples)
         check_invariants(self.engine)
 
     def fail(self, stage, error):
@@ -203,6 +219,7 @@ CERTAIN = st.lists(
         st.integers(1, 39),  # prompt tokens
         st.lists(st.integers(1, 2), max_size=3),
         st.sampled_from([1, 3, 8, 16, 30]),  # max_tokens
+        st.sampled_from([1, 1, 3]),  # samples
         st.integers(0, 6),  # steps until the next
         st.sampled_from([None, None, "prompt", 5]),
     ),
@@ -216,7 +233,7 @@ CERTAIN = st.lists(
 def test_nobody_is_preempted_where_lengths_are_certain(engine, requests):
     run = Run(*engine)
     run.play([
-        ((text, length, tail, max_tokens, 0, True, None, 0, scored), ("step", 0), num_steps)
-        for text, length, tail, max_tokens, num_steps, scored in requests
+        ((text, length, tail, max_tokens, 0, True, None, 0, n, scored), ("step", 0), num_steps)
+        for text, length, tail, max_tokens, n, num_steps, scored in requests
     ])  # fmt: skip
     assert run.engine.metrics.preemptions == 0

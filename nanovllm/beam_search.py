@@ -1,0 +1,199 @@
+"""Beam search: of every prompt the `beam_width` best continuations, found token by token.
+
+LLM.beam_search calls it. Each round asks the engine for one token of every beam, as a request of
+its own, for the sake of its log-probabilities; that beams share what they have in common is the
+prefix cache's doing (docs/decisions/0015). What counts as best, and when a search ends, is vLLM's.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from contextlib import closing
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from nanovllm import prompts
+from nanovllm.engine.engine import Engine
+from nanovllm.outputs import Logprob, SampleLogprobs
+from nanovllm.requests import Requests
+from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+
+
+@dataclass
+class BeamSearchSequence:
+    """One continuation.
+
+    Attributes:
+        tokens: the prompt's and the generated ones, with the EOS token that ended it.
+        logprobs: for each generated token a dict of token id -> Logprob: the candidates.
+        cum_logprob: the sum of the generated tokens' log-probabilities.
+        text: of all tokens, special ones too; None without a tokenizer.
+        finish_reason: "stop" (EOS) or "length" (max_tokens or max_model_len).
+        stop_reason: None.
+    """
+
+    tokens: list[int]
+    logprobs: SequenceOf[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """The answer to one prompt: as many sequences as the beam is wide, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+class Beam(NamedTuple):
+    tokens: list[int]  # the prompt's, too
+    lines: list[SampleLogprobs]  # of one token each
+    cum_logprob: float = 0.0
+    score: float = 0.0
+    ended: bool = False
+
+
+class Search:
+    """One prompt's beams.
+
+    Args:
+        prompt: its tokens.
+        params: the user's.
+        eos_token_ids: tokens that end a beam, unless they are ignored.
+        max_model_len: tokens of a beam at most.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        params: BeamSearchParams,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+    ):
+        self.params = params
+        self.eos_token_ids = eos_token_ids
+        self.max_len = min(max_model_len, len(prompt) + params.max_tokens)
+        self.beams = [Beam(prompt, [])]
+        self.ended: list[Beam] = []  # the best of them
+
+    def extend(self, lines: list[SampleLogprobs]) -> None:
+        """Go on with the best of what these candidates make of the beams.
+
+        Args:
+            lines: for each beam a drawn token and the most likely ones.
+        """
+        params, length = self.params, len(self.beams[0].tokens) + 1
+        weight = length**params.length_penalty
+        eos_weight = (length - 1) ** params.length_penalty  # an EOS doesn't count, as in vLLM
+        found: list[tuple[float, float, int, int, bool]] = []
+        for i, (beam, line) in enumerate(zip(self.beams, lines, strict=True)):
+            for token, logprob in dict(zip(line.token_ids, line.logprobs, strict=True)).items():
+                cum_logprob = beam.cum_logprob + logprob
+                is_eos = token in self.eos_token_ids
+                score = cum_logprob / (eos_weight if is_eos else weight)
+                found.append((score, cum_logprob, i, token, is_eos and not params.ignore_eos))
+        found.sort(key=lambda candidate: candidate[0], reverse=True)  # stable, as in vLLM
+        beams: list[Beam] = []
+        ended = self.ended
+        for score, cum_logprob, i, token, ends in found:
+            beam, into = self.beams[i], ended if ends else beams
+            if ends or len(beams) < params.beam_width:
+                tokens, kept = [*beam.tokens, token], [*beam.lines, lines[i]]
+                into.append(Beam(tokens, kept, cum_logprob, score, ends))
+        self.beams, self.ended = beams, self._best(ended)
+
+    def _best(self, beams: list[Beam]) -> list[Beam]:
+        return sorted(beams, key=attrgetter("score"), reverse=True)[: self.params.beam_width]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the beams can't grow, or none of them can overtake those that have ended."""
+        if not self.beams or len(self.beams[0].tokens) == self.max_len:
+            return True
+        if len(self.ended) < self.params.beam_width:
+            return False
+        # A sum never rises, so the length alone may raise a score.
+        penalty = self.params.length_penalty
+        length = self.max_len if penalty > 0 else len(self.beams[0].tokens)
+        best = max(beam.cum_logprob for beam in self.beams)
+        return self.ended[-1].score >= best / length**penalty
+
+    def output(self, tokenizer: Any) -> BeamSearchOutput:
+        decode = None if tokenizer is None else tokenizer.decode
+        sequences = []
+        for tokens, lines, cum_logprob, _, ended in self._best(self.ended + self.beams):
+            shown = len(tokens) - (ended and not self.params.include_stop_str_in_output)
+            sequences.append(
+                BeamSearchSequence(
+                    tokens=tokens,
+                    logprobs=[line.copy(decode)[0] for line in lines],
+                    cum_logprob=cum_logprob,
+                    text=decode(tokens[:shown]) if decode else None,
+                    finish_reason="stop" if ended else "length",
+                )
+            )
+        return BeamSearchOutput(sequences)
+
+
+def beam_search(
+    engine: Engine,
+    requests: Requests,
+    prompt_list: Any,
+    params: BeamSearchParams,
+    use_tqdm: bool,
+    concurrency_limit: int | None,
+) -> list[BeamSearchOutput]:
+    """LLM.beam_search, with an engine that no other thread steps."""
+    if not isinstance(params, BeamSearchParams):
+        raise TypeError(f"params must be BeamSearchParams, got {params!r:.80}")
+    params = replace(params)  # checked anew
+    if concurrency_limit is not None and (
+        type(concurrency_limit) is not int or concurrency_limit < 1
+    ):
+        raise ValueError(
+            f"concurrency_limit must be at least 1, or None for all prompts at once, "
+            f"got {concurrency_limit!r:.80}"
+        )
+    checkpoint, max_model_len = requests.checkpoint, requests.max_model_len
+    vocab_size = checkpoint.model_config.vocab_size
+    tokenized = prompts.normalize(prompt_list, checkpoint.tokenizer, vocab_size, max_model_len)
+    searches = [
+        Search(prompt.token_ids.tolist(), params, checkpoint.eos_token_ids, max_model_len)
+        for prompt in tokenized
+    ]
+    width = concurrency_limit or max(1, len(searches))
+    for start in range(0, len(searches), width):
+        _run(engine, requests, searches[start : start + width], params, use_tqdm)
+    return [search.output(checkpoint.tokenizer) for search in searches]
+
+
+def _run(
+    engine: Engine,
+    requests: Requests,
+    searches: list[Search],
+    params: BeamSearchParams,
+    use_tqdm: bool,
+) -> None:
+    """Run searches to their ends, all beams of a round in one batch."""
+    one_token = SamplingParams(
+        temperature=params.temperature,
+        logprobs=2 * params.beam_width,  # enough if an EOS is among each beam's, as in vLLM
+        max_tokens=1,
+        ignore_eos=True,
+        detokenize=False,
+    )
+    for _ in tqdm(range(params.max_tokens), "Beam search", unit="token", disable=not use_tqdm):
+        searches = [search for search in searches if not search.is_done]
+        if not searches:
+            break
+        beams = [beam.tokens for search in searches for beam in search.beams]
+        seqs = requests.make(engine, beams, one_token)
+        with closing(engine.run(seqs)) as steps:
+            for _ in steps:
+                pass
+        lines = iter([seq.logprobs for seq in seqs if seq.logprobs is not None])
+        for search in searches:
+            search.extend([next(lines) for _ in search.beams])
