@@ -4,12 +4,14 @@ a part of the engine doesn't import torch."""
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm.async_llm import AsyncLLM
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
     from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
+    "AsyncLLM": "nanovllm.async_llm",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
@@ -18,6 +20,7 @@ _MODULES = {
 }
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "Logprob",
     "RequestOutput",

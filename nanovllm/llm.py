@@ -7,9 +7,8 @@ It tokenizes and checks requests; the engine decides what runs when; the worker 
 import copy
 import gc
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,12 +22,15 @@ from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import EngineMetrics
+from nanovllm.fair_lock import FairLock
+from nanovllm.metrics import EngineMetrics, Metric
 from nanovllm.models import model_class
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
+from nanovllm.worker.model_runner import PARTS
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class LLM:
 
     def __init__(self, model: str, **options: Any):
         self._engine: Engine | None = None
-        self._lock = threading.RLock()
+        self._why_closed = "this LLM is closed"
+        self._lock = FairLock()
         self.config = config = EngineConfig.from_options(model, **options)
         device = platform.resolve_device(config.device)
         self._checkpoint = read_checkpoint(config)
@@ -63,7 +66,7 @@ class LLM:
         tokenizer = self._checkpoint.tokenizer
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._num_requests = 0
-        self._streamed: set[Sequence] = set()  # stream hands these out, step doesn't
+        self._owned: set[Sequence] = set()  # generate and stream hand these out, step doesn't
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
@@ -118,15 +121,13 @@ class LLM:
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
-        with self._use_engine() as engine, ExitStack() as first_step:
+        with ExitStack() as stack, ExitStack() as first_step:
             first_step.enter_context(_no_collections())
-            seqs = self._make_sequences(prompts, sampling_params)
-            try:
+            with self._use_engine() as engine:
+                seqs = self._make_sequences(prompts, sampling_params)
+                stack.enter_context(self._own(seqs))
                 engine.add_batch(seqs)
-                return self._run(engine, seqs, use_tqdm, on_step=first_step.close)
-            except BaseException:  # Ctrl-C too: nothing of this call stays, others' requests do
-                engine.abort(seqs)
-                raise
+            return self._run(seqs, use_tqdm, on_step=first_step.close)
 
     def chat(
         self,
@@ -168,26 +169,43 @@ class LLM:
         prompts = chat.render(messages, self.get_tokenizer(), options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    @contextmanager
+    def _own(self, seqs: list[Sequence]) -> Iterator[None]:
+        """These are one call's. However it ends, Ctrl-C too, nothing of them stays, and others'
+        requests do."""
+        self._owned.update(seqs)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._owned.difference_update(seqs)
+                if self._engine is not None:
+                    self._engine.abort(seqs)
+
     def _run(
-        self,
-        engine: Engine,
-        seqs: list[Sequence],
-        use_tqdm: bool,
-        on_step: Callable[[], None],
+        self, seqs: list[Sequence], use_tqdm: bool, on_step: Callable[[], None]
     ) -> list[RequestOutput]:
-        """Step until these sequences have ended; what others get meanwhile waits in `advanced`."""
-        running, outputs = set(seqs), {}
-        with _Progress(len(seqs), engine.metrics, disable=not use_tqdm) as progress:
+        """Step until these sequences have ended. Between two steps other threads have their turn:
+        they add their requests to the batch, and step as well."""
+        running, outputs, rounds = set(seqs), {}, 0
+        with _Progress(len(seqs), self.llm_engine.metrics, disable=not use_tqdm) as progress:
             while running:
-                ended = engine.step()
+                with self._use_engine() as engine:
+                    ended: Collection[Sequence] = running.intersection(engine.step())
+                    if engine.rounds != rounds + 1:  # others have stepped, or recovered
+                        ended = [seq for seq in running if seq.finished]
+                    rounds = engine.rounds
                 # What follows costs nothing: a GPU runs the next step meanwhile.
                 on_step()  # ends the wait of garbage collections, once
-                for seq in running.intersection(ended):
+                for seq in ended:
+                    if seq.finish_reason == "error":
+                        raise RuntimeError(
+                            f"request {seq.request_id} was in two steps of another thread's that "
+                            f"failed; that thread has the reason"
+                        )
                     running.remove(seq)
                     outputs[seq] = self._output(seq)
                 progress.show(num_finished=len(outputs))
-        for seq in seqs:
-            engine.advanced.pop(seq, None)
         return [outputs[seq] for seq in seqs]
 
     # As it comes
@@ -221,16 +239,10 @@ class LLM:
     def _stream(self, seqs: list[Sequence]) -> Iterator[Any]:
         """Nothing first, then the increments."""
         running = {seq: i for i, seq in enumerate(seqs)}
-        self._streamed.update(seqs)
-        try:
+        with self._own(seqs):
             yield
             while running:
                 yield from self._increments(running)
-        finally:
-            with self._lock:
-                self._streamed.difference_update(seqs)
-                if self._engine is not None:
-                    self._engine.abort(seqs)
 
     def _increments(self, running: dict[Sequence, int]) -> list[RequestOutput]:
         """What is new of some sequences, after a step if nothing is: others may have stepped. Takes
@@ -287,7 +299,7 @@ class LLM:
             outputs = [
                 self._output(seq, delta=seq.params.output_kind is RequestOutputKind.DELTA)
                 for seq in engine.advanced
-                if seq not in self._streamed
+                if seq not in self._owned
                 and (seq.finished or seq.params.output_kind is not RequestOutputKind.FINAL_ONLY)
             ]
             engine.advanced.clear()
@@ -309,6 +321,62 @@ class LLM:
         """The engine inside, for those who watch it: its scheduler, its pages, its metrics."""
         with self._use_engine() as engine:
             return engine
+
+    # Its state
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has counted up to now: metrics.Counter, Gauge and Histogram, under
+        vLLM's names where it has them."""
+        with self._use_engine() as engine:
+            return read_metrics(engine, {"model_name": self.config.model})
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget the prefix cache. Returns whether that was done: not while pages are in use,
+        unless running requests may compute all of their tokens again."""
+        with self._use_engine() as engine:
+            return engine.reset_prefix_cache(reset_running_requests)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the memory of the weights and the KV cache, until wake_up.
+
+        Args:
+            level: 1 keeps the weights in the CPU's memory; 2 doesn't, wake_up loads them again.
+
+        Raises:
+            ValueError: another level.
+            RuntimeError: there are unfinished requests.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"level must be 1 or 2, got {level!r}")
+        with self._use_engine() as engine:
+            if engine.unfinished:
+                raise RuntimeError(
+                    f"{len(engine.unfinished)} requests are unfinished: let them end, or abort "
+                    f"them, before sleep"
+                )
+            engine.reset_prefix_cache(reset_running_requests=True)  # of steps in flight too
+            engine.executor.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """End the sleep; with what was lost loaded anew, and an empty cache.
+
+        Args:
+            tags: of "weights" and "kv_cache" which; None: both. Requests need both.
+
+        Raises:
+            ValueError: other tags.
+            RuntimeError: memory is too small; then all sleeps on.
+        """
+        tags = list(PARTS) if tags is None else tags
+        if not isinstance(tags, list) or not set(tags) <= set(PARTS):
+            raise ValueError(f"tags must be a list of {' and '.join(map(repr, PARTS))}, got {tags}")
+        with self._use_engine() as engine:
+            engine.executor.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        """Whether weights or cache have no memory now."""
+        with self._use_engine() as engine:
+            return bool(engine.executor.sleeping)
 
     # What the checkpoint brings
 
@@ -342,11 +410,21 @@ class LLM:
 
     @contextmanager
     def _use_engine(self) -> Iterator[Engine]:
-        """The engine for one thread at a time; others wait."""
+        """The engine for one thread at a time; others wait. It is closed if it can't go on after an
+        error."""
         with self._lock:
             if self._engine is None:
-                raise RuntimeError("this LLM is closed")
-            yield self._engine
+                raise RuntimeError(self._why_closed)
+            try:
+                yield self._engine
+            except RuntimeError as error:
+                if self._engine is not None and not self._engine.executor.is_usable():
+                    self._why_closed = (
+                        f"this LLM is closed: its GPU failed, and can't be used any more in this "
+                        f"process ({error}); start another one"
+                    )
+                    self.close()
+                raise
 
     def _make_sequences(
         self,
@@ -355,6 +433,8 @@ class LLM:
         request_id: str | None = None,
     ) -> list[Sequence]:
         """Checked sequences for all prompts, or an error before any is made."""
+        if self.is_sleeping():
+            raise RuntimeError("this LLM sleeps: call wake_up() first")
         tokenized = prompts.normalize(
             prompt_list,
             self._checkpoint.tokenizer,

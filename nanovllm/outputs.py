@@ -149,6 +149,25 @@ class RequestOutput:
     num_cached_tokens: int
     index: int = 0
 
+    def add(self, later: "RequestOutput", aggregate: bool) -> None:
+        """Take in a later output of the same request.
+
+        Args:
+            aggregate: both are increments, and are joined; else the later one has everything.
+        """
+        self.finished, self.metrics = later.finished, later.metrics
+        self.num_cached_tokens = later.num_cached_tokens
+        mine = {completion.index: completion for completion in self.outputs}
+        for new in later.outputs:
+            old = mine.get(new.index)
+            if aggregate and old is not None:
+                new.text = old.text + new.text
+                new.token_ids = [*old.token_ids, *new.token_ids]
+                if old.logprobs is not None and new.logprobs is not None:
+                    new.logprobs = [*old.logprobs, *new.logprobs]
+            mine[new.index] = new
+        self.outputs = list(mine.values())
+
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):
             raise KeyError(f"{key!r}: a RequestOutput answers 'text' and 'token_ids'")

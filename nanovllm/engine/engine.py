@@ -56,6 +56,8 @@ class Engine:
         self.advanced: dict[Sequence, None] = {}
         # Set while scheduler and pages change; found set later, an exception came in between.
         self.dirty = False
+        # Grows whenever sequences may have ended: tells who waits for some whether others stepped.
+        self.rounds = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -92,6 +94,7 @@ class Engine:
         self.scheduler.finish(live)
         for seq in live:
             del self.unfinished[seq.request_id]
+            self._count_request(seq)
         for seq in seqs:
             self.advanced.pop(seq, None)
         self.dirty = False
@@ -102,35 +105,66 @@ class Engine:
         ended have a finish_reason, and are returned for those who wait for nothing else.
 
         Raises what the executor raises. Unfinished requests then start over from their known tokens
-        at the next call.
+        at the next call; but those that run when a step fails, and have no token more than when one
+        failed before, end with the finish_reason "error".
         """
         if self.dirty:
             self._recover()
         self.dirty = True
+        self.rounds += 1
+        try:
+            finished = self._round()
+        except Exception:
+            self._count_failure()
+            raise
+        self.dirty = False
+        return finished
+
+    def _round(self) -> list[Sequence]:
         scheduled = self.scheduler.schedule(can_preempt=not self.pending)
         if scheduled:
             self.pending.append((scheduled, self.executor.submit(scheduled.input)))
             self.metrics.add(scheduled.metrics)
         assert self.pending or not self.unfinished, "unfinished requests, and none can run"
-        finished: list[Sequence] = []
         if self.pending and (not scheduled or len(self.pending) == self.depth):
             step, handle = self.pending.popleft()
-            finished = self._process(step, handle.result())
-        self.dirty = False
-        return finished
+            return self._process(step, handle.result())
+        return []
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget what the pages hold. Returns False, and does nothing, while some are in use; or
+        has those that use them start over from their known tokens."""
+        if self.dirty:
+            self._recover()
+        pages = self.scheduler.block_manager
+        if pages.num_free < pages.num_blocks and not reset_running_requests:
+            return False
+        self._recover()
+        return True
+
+    def _count_failure(self) -> None:
+        """Whoever ran may be why the step failed, and would fail all that follow."""
+        for seq in self.scheduler.running:
+            if seq.failed_at == len(seq.token_ids) and not seq.finished:
+                seq.finish_reason = "error"
+            seq.failed_at = len(seq.token_ids)
 
     def _recover(self) -> None:
         """After an exception, Ctrl-C too, which may come at any line, of this method as well: keep
         what the sequences know, and compute all of it again."""
+        self.dirty = True
+        self.rounds += 1
         self.pending.clear()
         for seq in self.unfinished.values():
             if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
                 self._check_stop(seq)  # the exception may have come between a token and its check
             if seq.logprobs is not None:  # which come before their tokens
                 seq.logprobs.truncate(len(seq.token_ids) - seq.num_prompt_tokens)
-            if seq.finished and seq.finish_reason != "abort":
-                seq.metrics.finished_time = time.monotonic()
-                self.advanced[seq] = None
+            if seq.finished:
+                if seq.finish_reason != "abort":
+                    seq.metrics.finished_time = time.monotonic()
+                    self.advanced[seq] = None
+                self._count_request(seq)
         self.unfinished = {s.request_id: s for s in self.unfinished.values() if not s.finished}
         self.scheduler.restart(list(self.unfinished.values()))
         self.dirty = False
@@ -158,7 +192,14 @@ class Engine:
             self.scheduler.finish(finished)
             for seq in finished:
                 del self.unfinished[seq.request_id]
+                self._count_request(seq)
         return finished
+
+    def _count_request(self, seq: Sequence) -> None:
+        num_generated = len(seq.token_ids) - seq.num_prompt_tokens
+        self.metrics.add_request(
+            seq.num_prompt_tokens, num_generated, seq.finish_reason or "", seq.metrics
+        )
 
     def _check_stop(self, seq: Sequence) -> None:
         """Whether the last token ends the sequence. A stop string that it completes counts before

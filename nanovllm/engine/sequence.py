@@ -41,6 +41,7 @@ class Sequence:
         stops: tokens that end it.
         check_from: with so many tokens, and from then on, every token may end it: at max_len, or
             earlier where its text is searched for stop strings.
+        failed_at: how many tokens were known when a step failed in which it ran; 0: none did.
         logprobs: of its generated tokens, if they were asked for.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
@@ -54,6 +55,7 @@ class Sequence:
         "check_from",
         "delivered",
         "eos_token_ids",
+        "failed_at",
         "finish_reason",
         "logprobs",
         "max_len",
@@ -104,6 +106,7 @@ class Sequence:
         self.logprobs = None if params.logprobs is None else SampleLogprobs(params.logprobs)
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
+        self.failed_at = 0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.text = TextState(
