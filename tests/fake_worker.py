@@ -317,13 +317,18 @@ def run(engine: Engine, *seqs: Sequence) -> list[Sequence]:
     raise AssertionError("some request never ends")
 
 
-def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
+def assert_right(
+    *seqs: Sequence,
+    max_model_len: int = MAX_MODEL_LEN,
+    cut: tuple[str, ...] = ("abort",),
+) -> None:
+    """They have their tokens; those that ended by one of `cut` the first of them."""
     for seq in seqs:
         prompt = seq.token_ids[: seq.num_prompt_tokens].tolist()
         tokens, reason = expected_tokens(
             prompt, seq.params, max_model_len=max_model_len, seed=seq.seed
         )
-        if seq.finish_reason == "abort":
+        if seq.finish_reason in cut:
             assert seq.output_token_ids == tokens[: len(seq.output_token_ids)]
         else:
             assert (seq.output_token_ids, seq.finish_reason) == (tokens, reason)
