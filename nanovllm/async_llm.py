@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import count
 from typing import Any
 
 from nanovllm import chat, prompts
@@ -39,7 +38,6 @@ class AsyncLLM:
         self._engine = _EngineThread(self._llm)
         # One thread: no event loop waits for a long prompt, and the tokenizer has one user.
         self._tokenizing = ThreadPoolExecutor(1, "nanovllm tokenizer")
-        self._numbers = count()
         # By shutdown, when nobody holds it any more, or at the end of the process.
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._tokenizing)
 
@@ -105,12 +103,10 @@ class AsyncLLM:
 
     async def _generate(
         self,
-        tokenize: Callable[[str], Prompt],
+        tokenize: Callable[[str | None], Prompt],
         sampling_params: SamplingParams | None,
         request_id: str | None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        if request_id is None:
-            request_id = f"async-{next(self._numbers)}"
         loop = asyncio.get_running_loop()
         request = _Request(request_id, sampling_params, loop)
         self._engine.check_runs()
@@ -126,7 +122,7 @@ class AsyncLLM:
     async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.wrap_future(self._engine.post(function, *args))
 
-    def _tokenize(self, prompt: Prompt, request_id: str) -> Prompt:
+    def _tokenize(self, prompt: Prompt, request_id: str | None) -> Prompt:
         """Token ids, which are quickly added; what is no prompt is left to add_request."""
         if not prompts.is_single(prompt):
             return prompt
@@ -140,7 +136,7 @@ class AsyncLLM:
         )
         return {"prompt": tokenized.text, "prompt_token_ids": tokenized.token_ids}
 
-    def _render(self, messages: list[Message], options: dict[str, Any], request_id: str) -> Prompt:
+    def _render(self, messages: list[Message], options: dict[str, Any], _: str | None) -> Prompt:
         defaults = {
             "chat_template": None,
             "add_generation_prompt": True,
@@ -156,7 +152,7 @@ class _Request:
     that nobody has taken yet."""
 
     def __init__(
-        self, request_id: str, params: SamplingParams | None, loop: asyncio.AbstractEventLoop
+        self, request_id: str | None, params: SamplingParams | None, loop: asyncio.AbstractEventLoop
     ):
         self.id, self.params, self.loop = request_id, params, loop
         self.is_over = False  # the last output was taken, or an error
@@ -256,11 +252,9 @@ class _EngineThread:
 
     def _step(self) -> None:
         try:
-            outputs = self.llm.step()
+            self._deliver(self.llm.step())
         except BaseException as error:  # whatever it is, they must not wait for ever
             self._fail(error)
-        else:
-            self._deliver(outputs)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         news = []
@@ -285,12 +279,12 @@ class _EngineThread:
 
     def _fail(self, error: BaseException) -> None:
         """No request goes on."""
-        requests, self.requests = list(self.requests.values()), {}
-        for request in requests:
+        requests, self.requests = self.requests, {}
+        for request_id, request in requests.items():
             with suppress(RuntimeError):  # the LLM may be closed
-                self.llm.abort(request.id)
+                self.llm.abort(request_id)
             request.error = error
-        self._wake(requests)
+        self._wake(list(requests.values()))
 
     def _stop(self) -> None:
         self.is_stopped = True
@@ -298,12 +292,12 @@ class _EngineThread:
         self.llm.close()
 
     def add(self, request: _Request, prompt: Prompt) -> None:
-        self.llm.add_request(prompt, request.params, request.id)
+        request.id = self.llm.add_request(prompt, request.params, request.id)
         self.requests[request.id] = request
 
     def drop(self, request: _Request) -> None:
         """Its consumer is gone."""
-        if self.requests.get(request.id) is request:
+        if request.id is not None and self.requests.get(request.id) is request:
             del self.requests[request.id]
             self.llm.abort(request.id)
 

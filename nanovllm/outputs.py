@@ -96,7 +96,8 @@ class CompletionOutput:
         logprobs: for each generated token a dict of token id -> Logprob. Both are None if they were
             not asked for.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
-            max_model_len), None while it runs.
+            max_model_len), "error" (two steps in which it ran failed), "abort" (of AsyncLLM), None
+            while it runs.
         stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after EOS
             or "length".
     """

@@ -1,11 +1,13 @@
 """The engine on a GPU: the same greedy tokens in float32 as transformers and the CPU give, with and
 without CUDA graphs, and its memory given back."""
 
+import asyncio
 import gc
 import logging
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tiny_models import (
     oracle_logits,
 )
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.worker.cuda_graph import graph_sizes
 
 pytestmark = pytest.mark.gpu
@@ -471,6 +473,32 @@ def test_too_little_memory_to_wake_up_leaves_it_asleep(tiny):
         torch.cuda.empty_cache()
         llm.wake_up()
         assert generate(llm, prompts, greedy()) == expected
+
+
+def test_asyncio_and_threads_give_the_same_tokens(setting):
+    """Others than the thread that made the engine step it, with graphs and without."""
+    folder, prompts, expected = setting
+    options = dict(device="cuda", dtype="float32", skip_tokenizer_init=True, max_model_len=256,
+                   max_num_seqs=16, kv_cache_memory_bytes=64 << 20)  # fmt: skip
+    llm = AsyncLLM(str(folder), **options)
+
+    async def one(prompt):
+        return [out["token_ids"] async for out in llm.generate(prompt, greedy())][-1]
+
+    async def every():
+        return await asyncio.gather(*map(one, prompts))
+
+    async def slept():
+        await llm.sleep()
+        await llm.wake_up()
+
+    assert asyncio.run(every()) == expected
+    asyncio.run(slept())
+    assert asyncio.run(every()) == expected
+    llm.shutdown()
+    with load(folder) as llm, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(generate, llm, prompts, greedy()) for _ in range(4)]
+        assert [call.result() for call in calls] == [expected] * 4
 
 
 LOST = """
