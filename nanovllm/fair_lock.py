@@ -5,19 +5,22 @@ import threading
 
 
 class FairLock:
-    """Reentrant; used by `with`."""
+    """Reentrant; used by `with`. Who holds it for long lets go when it `is_wanted`."""
 
     def __init__(self) -> None:
         # One thread waits for the lock, behind the door; the others in front of it.
         self._lock, self._door = threading.RLock(), threading.RLock()
         self._owner: int | None = None
         self._depth = 0
+        self.is_wanted = False
 
     def __enter__(self) -> None:
         me = threading.get_ident()
         if self._owner != me:
             with self._door:
+                self.is_wanted = True
                 self._lock.acquire()
+                self.is_wanted = False
             self._owner = me
         self._depth += 1
 

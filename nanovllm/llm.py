@@ -185,27 +185,32 @@ class LLM:
     def _run(
         self, seqs: list[Sequence], use_tqdm: bool, on_step: Callable[[], None]
     ) -> list[RequestOutput]:
-        """Step until these sequences have ended. Between two steps other threads have their turn:
-        they add their requests to the batch, and step as well."""
-        running, outputs, rounds = set(seqs), {}, 0
+        """Step until these sequences have ended. Other threads that want a turn have it between two
+        steps: they add their requests to the batch, and step as well."""
+        running, outputs = set(seqs), {}
+
+        def take(ended: Collection[Sequence]) -> None:
+            for seq in ended:
+                if seq.finish_reason == "error":
+                    raise RuntimeError(
+                        f"request {seq.request_id} was in two steps of other threads that failed; "
+                        f"those have the reason"
+                    )
+                running.remove(seq)
+                outputs[seq] = self._output(seq)
+            progress.show(num_finished=len(outputs))
+
         with _Progress(len(seqs), self.llm_engine.metrics, disable=not use_tqdm) as progress:
             while running:
                 with self._use_engine() as engine:
-                    ended: Collection[Sequence] = running.intersection(engine.step())
-                    if engine.rounds != rounds + 1:  # others have stepped, or recovered
-                        ended = [seq for seq in running if seq.finished]
-                    rounds = engine.rounds
-                # What follows costs nothing: a GPU runs the next step meanwhile.
-                on_step()  # ends the wait of garbage collections, once
-                for seq in ended:
-                    if seq.finish_reason == "error":
-                        raise RuntimeError(
-                            f"request {seq.request_id} was in two steps of another thread's that "
-                            f"failed; that thread has the reason"
-                        )
-                    running.remove(seq)
-                    outputs[seq] = self._output(seq)
-                progress.show(num_finished=len(outputs))
+                    take([seq for seq in running if seq.finished])  # in the turns of others
+                    while running:
+                        ended = running.intersection(engine.step())
+                        # What follows costs nothing: a GPU runs the next step meanwhile.
+                        on_step()  # ends the wait of garbage collections, once
+                        take(ended)
+                        if self._lock.is_wanted:
+                            break
         return [outputs[seq] for seq in seqs]
 
     # As it comes

@@ -56,8 +56,6 @@ class Engine:
         self.advanced: dict[Sequence, None] = {}
         # Set while scheduler and pages change; found set later, an exception came in between.
         self.dirty = False
-        # Grows whenever sequences may have ended: tells who waits for some whether others stepped.
-        self.rounds = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -108,12 +106,10 @@ class Engine:
         at the next call; but those that run when a step fails, and have no token more than when one
         failed before, end with the finish_reason "error".
         """
-        if self.dirty:
-            self._recover()
+        finished = self._recover() if self.dirty else []
         self.dirty = True
-        self.rounds += 1
         try:
-            finished = self._round()
+            finished += self._round()
         except Exception:
             self._count_failure()
             raise
@@ -149,11 +145,11 @@ class Engine:
                 seq.finish_reason = "error"
             seq.failed_at = len(seq.token_ids)
 
-    def _recover(self) -> None:
+    def _recover(self) -> list[Sequence]:
         """After an exception, Ctrl-C too, which may come at any line, of this method as well: keep
-        what the sequences know, and compute all of it again."""
+        what the sequences know, and compute all of it again. Returns those that turn out to have
+        ended."""
         self.dirty = True
-        self.rounds += 1
         self.pending.clear()
         for seq in self.unfinished.values():
             if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
@@ -165,9 +161,11 @@ class Engine:
                     seq.metrics.finished_time = time.monotonic()
                     self.advanced[seq] = None
                 self._count_request(seq)
+        finished = [seq for seq in self.unfinished.values() if seq.finished]
         self.unfinished = {s.request_id: s for s in self.unfinished.values() if not s.finished}
         self.scheduler.restart(list(self.unfinished.values()))
         self.dirty = False
+        return finished
 
     def _process(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
         """Append a step's tokens. Returns the sequences that they end."""
