@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanovllm.async_llm import AsyncLLM
     from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+    from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
     from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _MODULES = {
     "LLM": "nanovllm.llm",
     "AsyncLLM": "nanovllm.async_llm",
     "CompletionOutput": "nanovllm.outputs",
+    "Loglikelihood": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
     "RequestOutputKind": "nanovllm.sampling_params",
@@ -22,6 +23,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "Loglikelihood",
     "Logprob",
     "RequestOutput",
     "RequestOutputKind",

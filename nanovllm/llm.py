@@ -12,12 +12,13 @@ from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 from xxhash import xxh3_64_intdigest
 
-from nanovllm import chat, platform, prompts
+from nanovllm import chat, platform, prompts, scoring
 from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
@@ -27,7 +28,13 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.fair_lock import FairLock
 from nanovllm.metrics import EngineMetrics, Metric
 from nanovllm.models import model_class
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.outputs import (
+    CompletionOutput,
+    Loglikelihood,
+    Logprob,
+    PromptLogprobs,
+    RequestOutput,
+)
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.worker.executor import InProcessExecutor
 from nanovllm.worker.model_runner import PARTS
@@ -36,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
+Pair = tuple[str, str] | tuple[list[int], list[int]]
+Output = TypeVar("Output")
 
 
 class LLM:
@@ -121,13 +130,14 @@ class LLM:
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
-        with ExitStack() as stack, ExitStack() as first_step:
+        with ExitStack() as first_step:
             first_step.enter_context(_no_collections())
-            with self._use_engine() as engine:
-                seqs = self._make_sequences(prompts, sampling_params)
-                stack.enter_context(self._own(seqs))
-                engine.add_batch(seqs)
-            return self._run(seqs, use_tqdm, on_step=first_step.close)
+            return self._run(
+                lambda: self._make_sequences(prompts, sampling_params),
+                use_tqdm,
+                self._output,
+                on_step=first_step.close,
+            )
 
     def chat(
         self,
@@ -169,6 +179,70 @@ class LLM:
         prompts = chat.render(messages, self.get_tokenizer(), options)
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def loglikelihood(self, pairs: SequenceOf[Pair], use_tqdm: bool = True) -> list[Loglikelihood]:
+        """Score given continuations of contexts. Equal contexts are computed once.
+
+        Args:
+            pairs: a list of (context, continuation), two texts or two lists of token ids. Both
+                together may have max_model_len + 1 tokens. An empty context is BOS, or else EOS.
+            use_tqdm: show a progress bar.
+
+        Returns: for each pair, what the model says of the continuation's tokens.
+
+        Raises:
+            ValueError, TypeError: a pair won't do; then none has run.
+        """
+        return self._score(scoring.from_pairs(pairs, *self._scoring_limits), use_tqdm)
+
+    def loglikelihood_rolling(
+        self, texts: Prompt | SequenceOf[Prompt], use_tqdm: bool = True
+    ) -> list[Loglikelihood]:
+        """Score whole texts of any length, by windows of max_model_len tokens; each is scored by
+        itself, beginning after BOS, or else EOS.
+
+        Args:
+            texts: as the prompts of generate.
+            use_tqdm: show a progress bar.
+
+        Returns: for each text, what the model says of its tokens.
+
+        Raises:
+            ValueError, TypeError: a text won't do; then none has run.
+        """
+        windows = scoring.from_texts(texts, *self._scoring_limits)
+        parts = iter(self._score([part for text in windows for part in text], use_tqdm))
+        return [scoring.join(islice(parts, len(text))) for text in windows]
+
+    @property
+    def _scoring_limits(self) -> tuple[Any, int, int]:
+        return self._checkpoint.tokenizer, self.model_config.vocab_size, self.max_model_len
+
+    def _score(self, scored: list[scoring.Scored], use_tqdm: bool) -> list[Loglikelihood]:
+        def read(seq: Sequence) -> Loglikelihood:
+            assert seq.scores is not None
+            return scoring.read(seq.scores)
+
+        def make() -> list[Sequence]:
+            self._check_awake()
+            seqs = []
+            for token_ids, start in scored:
+                seqs.append(
+                    Sequence(
+                        self._free_id(self._num_requests),
+                        token_ids[:-1],
+                        scoring.PARAMS,
+                        seed=0,
+                        max_model_len=self.max_model_len + 1,
+                        arrival_time=time.monotonic(),
+                        targets=token_ids[start:],
+                        score_from=start,
+                    )
+                )
+                self._num_requests += 1
+            return seqs
+
+        return self._run(make, use_tqdm, read)
+
     @contextmanager
     def _own(self, seqs: list[Sequence]) -> Iterator[None]:
         """These are one call's. However it ends, Ctrl-C too, nothing of them stays, and others'
@@ -183,11 +257,15 @@ class LLM:
                     self._engine.abort(seqs)
 
     def _run(
-        self, seqs: list[Sequence], use_tqdm: bool, on_step: Callable[[], None]
-    ) -> list[RequestOutput]:
-        """Step until these sequences have ended. Other threads that want a turn have it between two
-        steps: they add their requests to the batch, and step as well."""
-        running, outputs = set(seqs), {}
+        self,
+        make: Callable[[], list[Sequence]],
+        use_tqdm: bool,
+        read: Callable[[Sequence], Output],
+        on_step: Callable[[], None] = lambda: None,
+    ) -> list[Output]:
+        """Step until the sequences that are made have ended, and read each. Other threads that want
+        a turn have it between two steps: they add their requests to the batch, and step as well."""
+        outputs: dict[Sequence, Output] = {}
 
         def take(ended: Collection[Sequence]) -> None:
             for seq in ended:
@@ -197,10 +275,18 @@ class LLM:
                         f"those have the reason"
                     )
                 running.remove(seq)
-                outputs[seq] = self._output(seq)
+                outputs[seq] = read(seq)
             progress.show(num_finished=len(outputs))
 
-        with _Progress(len(seqs), self.llm_engine.metrics, disable=not use_tqdm) as progress:
+        with ExitStack() as stack:
+            with self._use_engine() as engine:
+                seqs = make()
+                stack.enter_context(self._own(seqs))
+                engine.add_batch(seqs)
+                running = set(seqs)
+            progress = stack.enter_context(
+                _Progress(len(seqs), engine.metrics, disable=not use_tqdm)
+            )
             while running:
                 with self._use_engine() as engine:
                     take([seq for seq in running if seq.finished])  # in the turns of others
@@ -438,8 +524,7 @@ class LLM:
         request_id: str | None = None,
     ) -> list[Sequence]:
         """Checked sequences for all prompts, or an error before any is made."""
-        if self.is_sleeping():
-            raise RuntimeError("this LLM sleeps: call wake_up() first")
+        self._check_awake()
         tokenized = prompts.normalize(
             prompt_list,
             self._checkpoint.tokenizer,
@@ -473,6 +558,10 @@ class LLM:
             )
         return seqs
 
+    def _check_awake(self) -> None:
+        if self.is_sleeping():
+            raise RuntimeError("this LLM sleeps: call wake_up() first")
+
     def _check_stop(self, params: SamplingParams) -> None:
         if params.stop and self._detokenizer is None:
             raise ValueError(
@@ -490,14 +579,17 @@ class LLM:
         text = self._detokenizer.text(seq) if self._detokenizer else ""
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
+        prompt_logprobs: SequenceOf[dict[int, Logprob] | None] | None = None
         cumulative = None
         if seq.logprobs is not None:  # as they are now
-            tokenizer = self._checkpoint.tokenizer
-            has_text = tokenizer is not None and seq.params.detokenize
-            logprobs = seq.logprobs.copy(tokenizer.decode if has_text else None)
+            logprobs = seq.logprobs.copy(self._token_text(seq))
             cumulative = seq.logprobs.cumulative
+        if seq.scores is not None:
+            prompt_logprobs = PromptLogprobs(seq.scores.copy(self._token_text(seq)))
         if delta:
             num_tokens, num_characters = seq.delivered
+            if num_tokens and prompt_logprobs:
+                prompt_logprobs = []  # they were in the first
             seq.delivered = len(token_ids), len(text)
             text, token_ids = text[num_characters:], token_ids[num_tokens:]
             logprobs = logprobs and logprobs[num_tokens:]
@@ -514,12 +606,16 @@ class LLM:
             request_id=seq.request_id,
             prompt=seq.prompt,
             prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
-            prompt_logprobs=None,
+            prompt_logprobs=prompt_logprobs,
             outputs=[completion],
             finished=seq.finished,
             metrics=replace(seq.metrics),
             num_cached_tokens=seq.num_cached_tokens or 0,
         )
+
+    def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
+        tokenizer = self._checkpoint.tokenizer
+        return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
 
 
 @contextmanager

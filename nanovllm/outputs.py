@@ -20,8 +20,9 @@ class Logprob:
 
 
 class SampleLogprobs(Sequence[dict[int, Logprob]]):
-    """Log-probabilities of generated tokens: for each a dict of token id -> Logprob, the generated
-    token first, then the most likely ones. They lie in arrays, and a dict is made when it is read.
+    """Log-probabilities of generated tokens (or a prompt's): for each a dict of token id ->
+    Logprob, the token itself first, then the most likely ones. They lie in arrays, and a dict is
+    made when it is read.
 
     Args:
         num_top: most likely tokens for each generated one.
@@ -40,6 +41,13 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         self.token_ids.frombytes(token_ids[: self.width].tobytes())
         self.logprobs.frombytes(logprobs[: self.width].tobytes())
         self.ranks.append(rank)
+
+    def extend(self, token_ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> None:
+        """Those of several tokens: [n, 1 + num_top or more] and [n]."""
+        self.width = min(self.width, token_ids.shape[1])
+        self.token_ids.frombytes(token_ids[:, : self.width].tobytes())
+        self.logprobs.frombytes(logprobs[:, : self.width].tobytes())
+        self.ranks.frombytes(ranks.tobytes())
 
     def truncate(self, length: int) -> None:
         del self.token_ids[length * self.width :], self.logprobs[length * self.width :]
@@ -80,6 +88,54 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+
+class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
+    """Log-probabilities of a prompt's tokens: None for the first, which nothing stands before, then
+    the lines of the others."""
+
+    def __init__(self, lines: SampleLogprobs):
+        self.lines = lines
+
+    def __len__(self) -> int:
+        return 1 + len(self.lines)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[int, Logprob] | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[int, Logprob] | None]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self.lines[index - 1] if index else None
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+@dataclass
+class Loglikelihood:
+    """What the model says of given tokens, each after those before it.
+
+    Attributes:
+        token_ids: the tokens.
+        logprobs: their log-probabilities.
+        is_greedy: whether greedy decoding gives just them.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """The log-probability of all of them, in nats."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.total / len(self.logprobs))
 
 
 @dataclass
@@ -132,7 +188,9 @@ class RequestOutput:
         request_id: the id that add_request returned.
         prompt: the prompt's text, None if it was given as token ids.
         prompt_token_ids: the prompt's tokens.
-        prompt_logprobs: None (not asked for).
+        prompt_logprobs: for each token of the prompt a dict of token id -> Logprob, but None for
+            the first; None if they were not asked for. Of RequestOutputKind.DELTA the first output
+            has them, and later ones an empty list.
         outputs: the completions.
         finished: whether all of them have ended.
         metrics: when it arrived, had its first token, and ended.
@@ -143,7 +201,7 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    prompt_logprobs: Any
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics

@@ -37,11 +37,13 @@ def normalize(
     vocab_size: int,
     max_model_len: int,
     request_id: str | None = None,
+    kind: str = "prompt",
 ) -> list[TokenizedPrompt]:
     """Every accepted form of prompts as a list; texts are tokenized in one batch.
 
     Args:
         request_id: what errors call a single prompt; None: they count.
+        kind: what it is that they count.
 
     Raises:
         TypeError: a prompt has none of the accepted forms.
@@ -56,7 +58,7 @@ def normalize(
             f"prompts must be a string, a list of token ids, a dict or a list of those, "
             f"got {prompts!r:.80}"
         )
-    names = [f"prompt {i}" if request_id is None else f"request {request_id!r}"
+    names = [f"{kind} {i}" if request_id is None else f"request {request_id!r}"
              for i in range(len(prompts))]  # fmt: skip
     contents = [
         _content(prompt, name, vocab_size) for prompt, name in zip(prompts, names, strict=True)

@@ -18,6 +18,7 @@ _FLAGS = (
     "spaces_between_special_tokens",
 )
 MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
+LOGPROBS = ("logprobs", "prompt_logprobs")
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
@@ -65,6 +66,8 @@ class SamplingParams:
         bad_words: texts that are not generated: a token that would complete one is not drawn.
         logprobs: log-probabilities of each generated token and of so many most likely ones, in [0,
             20]; None: none at all.
+        prompt_logprobs: the same for each token of the prompt but the first. Such a request
+            computes all of its prompt, whatever the prefix cache has.
         seed: the same seed draws the same tokens whatever else is in the batch; None or -1: one of
             the engine's own.
 
@@ -94,6 +97,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     seed: int | None = None
     # Of bad_words; llm.py sets it, which has the tokenizer.
     bad_words_token_ids: list[list[int]] = field(
@@ -105,9 +109,10 @@ class SamplingParams:
             setattr(self, name, _as_number(name, getattr(self, name), float))
         for name in ("top_k", "min_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
-        if self.logprobs is True:  # as in vLLM
-            self.logprobs = 1
-        for name in ("max_tokens", "logprobs", "seed"):
+        for name in LOGPROBS:
+            if getattr(self, name) is True:  # as in vLLM
+                setattr(self, name, 1)
+        for name in ("max_tokens", *LOGPROBS, "seed"):
             if getattr(self, name) is not None:
                 setattr(self, name, _as_number(name, getattr(self, name), int))
         for name in _FLAGS:
@@ -159,10 +164,12 @@ class SamplingParams:
                 f"repetition_penalty must be above 0 and finite (1 changes nothing), "
                 f"got {self.repetition_penalty}"
             )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(
-                f"logprobs must be in [0, {MAX_LOGPROBS}], or None for none, got {self.logprobs}"
-            )
+        for name in LOGPROBS:
+            number = getattr(self, name)
+            if number is not None and not 0 <= number <= MAX_LOGPROBS:
+                raise ValueError(
+                    f"{name} must be in [0, {MAX_LOGPROBS}], or None for none, got {number}"
+                )
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise TypeError(

@@ -67,6 +67,23 @@ class Chunk:
     samples: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Known tokens of a sequence whose log-probabilities are wanted, as far as a chunk gives them.
+
+    Attributes:
+        chunk: which of the step's chunks.
+        offset: of the chunk's token that stands before the first of them.
+        token_ids: the tokens, one after another; the last may be the one after the chunk.
+        num_top: for so many most likely tokens beside.
+    """
+
+    chunk: int
+    offset: int
+    token_ids: Sequence[int]
+    num_top: int
+
+
 @dataclass(slots=True)
 class StepInput:
     """One step: decodes first, then chunks.
@@ -79,6 +96,7 @@ class StepInput:
         decode_pages: [decodes] int32, the pages that they open, -1 where the last one has room.
             Chunks need none: a row starts with the pages of all its known tokens.
         chunks: all others.
+        scorings: what is asked of chunks beside.
     """
 
     starts: list[RowStart] = field(default_factory=list)
@@ -86,6 +104,7 @@ class StepInput:
     decode_positions: np.ndarray = field(default_factory=_no_rows)
     decode_pages: np.ndarray = field(default_factory=_no_pages)
     chunks: list[Chunk] = field(default_factory=list)
+    scorings: list[Scoring] = field(default_factory=list)
 
     # Columns over all sequences of the step, decodes first.
 
@@ -119,14 +138,14 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class StepLogprobs:
-    """Log-probabilities by the model's own logits, of the sampled sequences that ask, in their
-    order.
+    """Log-probabilities of tokens by the model's own logits: one for each sampled sequence that
+    asks, in their order, or those of all scorings.
 
     Attributes:
-        token_ids: [n, 1 + as many as anyone may ask for] int32, the sampled token, then the most
+        token_ids: [n, 1 + as many as anyone asks for, or more] int32, the token, then the most
             likely ones, the likeliest first.
         logprobs: float32, theirs.
-        ranks: [n] int32, of the sampled tokens: how many are at least as likely.
+        ranks: [n] int32, of the tokens: how many are at least as likely.
     """
 
     token_ids: np.ndarray
@@ -137,10 +156,11 @@ class StepLogprobs:
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """The sampled tokens of a step: those of the decodes, then those of the chunks that sample; and
-    what is said of them, if anyone asks."""
+    what is said of them, if anyone asks, and of the tokens of the step's scorings."""
 
     token_ids: list[int]
     logprobs: StepLogprobs | None = None
+    scores: StepLogprobs | None = None
 
 
 class PendingStep(Protocol):

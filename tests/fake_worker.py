@@ -59,6 +59,11 @@ def expected_tokens(
             return output, "length"
 
 
+def expected_rank(digest: int) -> int:
+    """Of a scored token after a context."""
+    return digest % 2**20
+
+
 @dataclass
 class Row:
     start: RowStart
@@ -131,7 +136,8 @@ class FakeWorker:
         self._store(queries)
         self.fail_on("stored", number)
         token_ids = self._sample(queries)
-        return Pending(self, number, StepOutput(token_ids, self._logprobs(queries)))
+        scores = self._scores(step, queries)
+        return Pending(self, number, StepOutput(token_ids, self._logprobs(queries), scores))
 
     def _check_shape(self, step: StepInput) -> None:
         rows, lens = step.rows.tolist(), step.query_lens.tolist()
@@ -231,6 +237,29 @@ class FakeWorker:
             np.array([q.end for q in asking], np.int32),
         )
 
+    def _scores(self, step: StepInput, queries: list[Query]) -> StepLogprobs | None:
+        """Ranks that say what is before each token."""
+        lines, width = [], 1 + max((scoring.num_top for scoring in step.scorings), default=0)
+        for scoring in step.scorings:
+            query = queries[step.num_decodes + scoring.chunk]
+            assert scoring.token_ids and 0 <= scoring.offset < len(query.tokens)
+            assert scoring.offset + len(scoring.token_ids) <= len(query.tokens)
+            known = query.tokens[scoring.offset + 1 :]
+            assert all(a == b for a, b in zip(scoring.token_ids, known, strict=False))
+            first = query.position + scoring.offset + 1
+            hashes = context_hashes(self._read(query))[first:]
+            lines += [
+                (token, expected_rank(digest))
+                for token, digest in zip(scoring.token_ids, hashes, strict=False)
+            ]
+        if not lines:
+            return None
+        return StepLogprobs(
+            np.array([[token, *range(width - 1)] for token, _ in lines], np.int32),
+            np.array([[-rank] * width for _, rank in lines], np.float32),
+            np.array([rank for _, rank in lines], np.int32),
+        )
+
     def _read(self, query: Query) -> list[int]:
         """The row's tokens up to the end of its query."""
         tokens = []
@@ -282,6 +311,8 @@ def make_sequence(
     request_id: str = "a",
     max_model_len: int = MAX_MODEL_LEN,
     seed: int = 0,
+    targets: list[int] | None = None,
+    score_from: int = 1,
     **params,
 ) -> Sequence:
     params = {"ignore_eos": True, **params}
@@ -292,6 +323,8 @@ def make_sequence(
         seed=seed,
         max_model_len=max_model_len,
         eos_token_ids=EOS,
+        targets=targets,
+        score_from=score_from,
     )
 
 
@@ -338,6 +371,13 @@ def assert_right(
             assert seq.logprobs.token_ids[::width].tolist() == seq.output_token_ids
             assert seq.logprobs.logprobs[::width].tolist() == [-p for p in positions]
             assert seq.logprobs.ranks.tolist() == list(positions)
+        if seq.scores is not None:
+            num, width = len(seq.scores), seq.scores.width
+            assert num == len(seq.targets) or seq.finish_reason == "abort"
+            assert seq.scores.token_ids[::width].tolist() == seq.targets[:num].tolist()
+            ranks = [expected_rank(h) for h in context_hashes(prompt)[seq.score_from :][:num]]
+            assert seq.scores.ranks.tolist() == ranks
+            assert seq.scores.logprobs.tolist() == [-rank for rank in ranks for _ in range(width)]
 
 
 def num_computed(engine: Engine, seq: Sequence) -> int:

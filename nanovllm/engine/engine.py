@@ -156,6 +156,8 @@ class Engine:
                 self._check_stop(seq)  # the exception may have come between a token and its check
             if seq.logprobs is not None:  # which come before their tokens
                 seq.logprobs.truncate(len(seq.token_ids) - seq.num_prompt_tokens)
+            if seq.scores is not None:
+                seq.scores.truncate(len(seq.scores))  # what was not kept whole
             if seq.finished:
                 if seq.finish_reason != "abort":
                     seq.metrics.finished_time = time.monotonic()
@@ -173,6 +175,8 @@ class Engine:
         advanced, finished = self.advanced, []
         if output.logprobs is not None:
             _keep_logprobs(step.sampled, output.logprobs)
+        if output.scores is not None:
+            _keep_scores(step, output.scores)
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
@@ -216,3 +220,14 @@ def _keep_logprobs(sampled: list[Sequence], logprobs: StepLogprobs) -> None:
     for seq, line in zip(asking, lines, strict=True):
         if seq.logprobs is not None and not seq.finished:
             seq.logprobs.append(*line)
+
+
+def _keep_scores(step: ScheduledStep, scores: StepLogprobs) -> None:
+    """Append the lines of each scoring to its sequence's."""
+    last = 0
+    for seq, scoring in zip(step.scored, step.input.scorings, strict=True):
+        first, last = last, last + len(scoring.token_ids)
+        assert seq.scores is not None
+        seq.scores.extend(
+            scores.token_ids[first:last], scores.logprobs[first:last], scores.ranks[first:last]
+        )

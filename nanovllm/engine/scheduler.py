@@ -11,7 +11,7 @@ begins, ends or opens a page is looked at by itself.
 
 from array import array
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 import numpy as np
@@ -20,7 +20,8 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.forecast import expected_steps, peak_pages
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import StepMetrics
-from nanovllm.step import Chunk, RowStart, StepInput
+from nanovllm.outputs import SampleLogprobs
+from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
 # how many that have ended the mean is over.
@@ -30,11 +31,12 @@ MEAN_OUTPUT, NUM_AVERAGED = 256, 64
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
     """A step for the worker, the sequences that its sampled tokens belong to (first those that
-    decode), and what it was."""
+    decode), what it was, and the sequences that its scorings are for."""
 
     input: StepInput
     sampled: list[Sequence]
     metrics: StepMetrics
+    scored: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
@@ -220,6 +222,8 @@ class Scheduler:
         that are still to come."""
         seq, pages = self.waiting[0], self.block_manager
         hits = pages.find_prefix(seq)
+        if seq.scores is not None:
+            hits = hits[: seq.num_cacheable // pages.block_size]
         num_shared = pages.num_held(hits)
         if not self._has_pages(seq, hits, num_shared, budget):
             return False
@@ -301,6 +305,8 @@ class Scheduler:
         end = min(seq.prefill_end, start + budget)
         samples = end == seq.prefill_end
         step.input.chunks.append(Chunk(seq.row, start, seq.token_ids[start:end], samples))
+        if seq.scores is not None:
+            self._score(step, seq, seq.scores, start, end)
         self.num_computed[seq.row] = end
         self.empty_slots -= end - start
         if samples:
@@ -308,6 +314,18 @@ class Scheduler:
             self.decodes[seq.row] = end + 1 < seq.max_len
         self._register(seq)
         return end - start
+
+    def _score(
+        self, step: ScheduledStep, seq: Sequence, scores: SampleLogprobs, start: int, end: int
+    ) -> None:
+        """Ask for the tokens after those of the last chunk, [start, end), as far as they are wanted
+        and were not read before a preemption."""
+        first = max(start + 1, seq.score_from + len(scores))
+        token_ids = seq.targets[first - seq.score_from : max(0, end + 1 - seq.score_from)]
+        if token_ids:
+            chunk, num_top = len(step.input.chunks) - 1, scores.width - 1
+            step.input.scorings.append(Scoring(chunk, first - 1 - start, token_ids, num_top))
+            step.scored.append(seq)
 
     def _num_to_come(self, seq: Sequence) -> int:
         """Pages that a sequence will take after those of its known tokens."""

@@ -43,6 +43,10 @@ class Sequence:
             earlier where its text is searched for stop strings.
         failed_at: how many tokens were known when a step failed in which it ran; 0: none did.
         logprobs: of its generated tokens, if they were asked for.
+        targets: known tokens whose log-probabilities are asked for, one after another; they may go
+            one token beyond the prompt.
+        score_from: the position of the first of them.
+        scores: of the targets, as far as they were read; None: nobody asks.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -68,10 +72,13 @@ class Sequence:
         "prompt",
         "request_id",
         "row",
+        "score_from",
+        "scores",
         "seed",
         "stop_reason",
         "stop_token_ids",
         "stops",
+        "targets",
         "text",
         "token_ids",
     )
@@ -87,7 +94,11 @@ class Sequence:
         eos_token_ids: tuple[int, ...] = (),
         prompt: str | None = None,
         arrival_time: float = 0.0,
+        targets: Iterable[int] | None = None,
+        score_from: int = 1,
     ):
+        """If params.prompt_logprobs asks: of `targets`, or of the prompt from its second token
+        on."""
         self.request_id = request_id
         self.prompt = prompt
         self.token_ids = array("I", prompt_token_ids)
@@ -104,6 +115,11 @@ class Sequence:
         if params.stop:
             self.check_from = min(self.max_len, self.num_prompt_tokens + params.min_tokens)
         self.logprobs = None if params.logprobs is None else SampleLogprobs(params.logprobs)
+        self.scores: SampleLogprobs | None = None
+        if params.prompt_logprobs is not None:
+            self.scores = SampleLogprobs(params.prompt_logprobs)
+            self.targets = array("I", self.token_ids[1:] if targets is None else targets)
+            self.score_from = score_from
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
         self.failed_at = 0
@@ -138,6 +154,14 @@ class Sequence:
     def may_stop(self) -> bool:
         """Whether it may end before max_len."""
         return bool(self.stops or self.params.stop)
+
+    @property
+    def num_cacheable(self) -> int:
+        """So many of its first tokens may be prefix hits: those behind them give log-probabilities
+        that are still to come."""
+        if self.scores is None or len(self.scores) == len(self.targets):
+            return len(self.token_ids)
+        return self.score_from + len(self.scores) - 1
 
     def check_stop(self) -> None:
         """Set finish_reason if the last token ends the sequence."""

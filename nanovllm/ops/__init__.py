@@ -51,7 +51,7 @@ def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
 rms_norm = _by_device(reference.rms_norm)
 linear = _by_device(reference.linear, "triton_linear")
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
-sample = _by_device(reference.sample)
+sample = _by_device(reference.sample, "triton_sampling")
 keep_sampled = _by_device(reference.keep_sampled, "triton_rows")
 
 

@@ -53,11 +53,11 @@ class InProcessExecutor:
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
-            token_ids, logprobs = self.runner.run(step)
+            token_ids, logprobs, scores = self.runner.run(step)
             written = next(self.events) if self.events else None
             if written is not None:
                 written.record()
-        return SampledTokens(token_ids, logprobs, written)
+        return SampledTokens(token_ids, logprobs, scores, written)
 
     @property
     def sleeping(self) -> Collection[str]:
@@ -106,7 +106,7 @@ class SampledTokens:
 
     Args:
         token_ids: [n] int64, which the device writes to.
-        logprobs: theirs, likewise.
+        logprobs, scores: theirs, and those of the step's scorings, likewise.
         written: recorded behind that; None: they are there.
     """
 
@@ -114,12 +114,13 @@ class SampledTokens:
         self,
         token_ids: np.ndarray,
         logprobs: StepLogprobs | None,
+        scores: StepLogprobs | None,
         written: torch.cuda.Event | None,
     ):
-        self.token_ids, self.logprobs = token_ids, logprobs
+        self.token_ids, self.logprobs, self.scores = token_ids, logprobs, scores
         self.written = written
 
     def result(self) -> StepOutput:
         if self.written is not None:
             self.written.synchronize()
-        return StepOutput(self.token_ids.tolist(), self.logprobs)
+        return StepOutput(self.token_ids.tolist(), self.logprobs, self.scores)

@@ -1,21 +1,27 @@
-"""Log-probabilities of drawn tokens and of the most likely ones, and their way to the host.
+"""Log-probabilities of drawn and of known tokens, and of the most likely ones, and their way to the
+host.
 
 sampler.py hands it the rows that begin, model_runner.py each step's logits and tokens.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.step import StepLogprobs
+from nanovllm.step import StepInput, StepLogprobs
 from nanovllm.worker.upload import RING, Uploader
 
-NORMALIZED_LOGITS = 2**24  # there is a float32 copy of so many at a time
+NORMALIZED_LOGITS = 2**25  # there is a float32 copy of so many at a time
 
 
 class LogprobsReader:
     """Computes them for rows that ask. All get as many as anyone may ask for: that makes next to no
     difference to the device, and what a row gets does not depend on the others.
+
+    Known tokens are many more, so those get as many as anyone of the step does ask for, and their
+    logits are never there all at once.
 
     Args:
         num_rows: rows that there are.
@@ -24,6 +30,7 @@ class LogprobsReader:
 
     Attributes:
         asks: [rows].
+        num_rows: so many rows of logits are normalised at a time.
     """
 
     def __init__(self, num_rows: int, vocab_size: int, uploader: Uploader):
@@ -31,7 +38,7 @@ class LogprobsReader:
         self.asks = np.zeros(num_rows, bool)
         self.num_top = min(MAX_LOGPROBS, vocab_size)
         self.num_rows = max(1, NORMALIZED_LOGITS // vocab_size)
-        # Page-locked, of each turn: token ids, bits of logprobs, rank. Made when somebody asks.
+        # Of each turn. Made when somebody asks.
         self.memory = torch.empty(0)
         self.turn = 0
 
@@ -50,15 +57,62 @@ class LogprobsReader:
         if not asking.size:
             return None
         index = self.uploader.upload({"index": asking})["index"]
-        width = 1 + self.num_top
         if not self.memory.numel():
-            shape = (RING, len(self.asks), 2 * width + 1)
-            pin = self.uploader.device.type == "cuda"
-            self.memory = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
+            self.memory = self._host_memory(RING, len(self.asks), num_top=self.num_top)
         self.turn = (self.turn + 1) % RING
         host = self.memory[self.turn, : len(asking)]
-        for part, lines in zip(index.split(self.num_rows), host.split(self.num_rows), strict=True):
-            ids, logprobs, ranks = top_logprobs(logits[part], token_ids[part], self.num_top)
+        return self._write(host, logits.__getitem__, index, token_ids[index])
+
+    def score(
+        self,
+        step: StepInput,
+        hidden: torch.Tensor,
+        lm_head: Callable[[torch.Tensor], torch.Tensor],
+    ) -> StepLogprobs:
+        """Those of the step's scorings, in memory of their own that the device writes to.
+
+        Args:
+            hidden: [T, hidden] of the step's tokens.
+            lm_head: logits, [n, vocab], of some of them.
+        """
+        scorings, query_lens = step.scorings, step.query_lens
+        lens = np.array([len(scoring.token_ids) for scoring in scorings])
+        seqs = step.num_decodes + np.array([scoring.chunk for scoring in scorings])
+        offsets = np.array([scoring.offset for scoring in scorings])
+        firsts = (query_lens.cumsum() - query_lens)[seqs] + offsets
+        # Each query token gives the one after it.
+        index = np.arange(lens.sum()) + np.repeat(firsts - (lens.cumsum() - lens), lens)
+        token_ids = np.concatenate([scoring.token_ids for scoring in scorings]).astype(np.int64)
+        new = self.uploader.upload({"index": index, "token_ids": token_ids})
+        num_top = min(max(scoring.num_top for scoring in scorings), self.num_top)
+        # A pool that knows of the copies under way takes it back.
+        host = self._host_memory(len(index), num_top=num_top)
+        return self._write(host, lambda part: lm_head(hidden[part]), new["index"], new["token_ids"])
+
+    def _host_memory(self, *shape: int, num_top: int) -> torch.Tensor:
+        """Lines of token ids, bits of logprobs and a rank; page-locked for a GPU."""
+        pin = self.uploader.device.type == "cuda"
+        return torch.empty(*shape, 2 * (1 + num_top) + 1, dtype=torch.int32, pin_memory=pin)
+
+    def _write(
+        self,
+        host: torch.Tensor,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        index: torch.Tensor,
+        token_ids: torch.Tensor,
+    ) -> StepLogprobs:
+        """Lines into memory of the host, part by part.
+
+        Args:
+            host: [n, 2 * width + 1] int32.
+            logits_of: some of the logits, [parts of n, vocab].
+            index: [n], what logits_of takes.
+            token_ids: [n].
+        """
+        width = host.shape[1] // 2
+        parts = (tensor.split(self.num_rows) for tensor in (host, index, token_ids))
+        for lines, where, tokens in zip(*parts, strict=True):
+            ids, logprobs, ranks = top_logprobs(logits_of(where), tokens, width - 1)
             packed = (ids.int(), logprobs.view(torch.int32), ranks[:, None].int())
             lines.copy_(torch.cat(packed, 1), non_blocking=True)
         lines = host.numpy()
@@ -74,5 +128,6 @@ def top_logprobs(
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     own = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs >= own).sum(-1)
-    top, top_ids = logprobs.topk(num_top)
+    # topk would take several times as long for one, and may choose another of those that are equal.
+    top, top_ids = logprobs.max(-1, keepdim=True) if num_top == 1 else logprobs.topk(num_top)
     return torch.cat((token_ids[:, None], top_ids), 1), torch.cat((own, top), 1), ranks

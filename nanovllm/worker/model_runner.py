@@ -26,8 +26,8 @@ from nanovllm.models.weights import (
     pack_weights,
     weight_bytes,
 )
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import Chunk, RowStart, StepInput, StepLogprobs
+from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from nanovllm.step import Chunk, RowStart, Scoring, StepInput, StepLogprobs
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
     CachePlan,
@@ -142,24 +142,26 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> tuple[np.ndarray, StepLogprobs | None]:
+    def run(self, step: StepInput) -> tuple[np.ndarray, StepLogprobs | None, StepLogprobs | None]:
         """One step: forward and sampling. Returns the sampled tokens, [sampled sequences] int64,
-        and their log-probabilities, in memory that the device writes to; they stay there for some
-        steps."""
+        their log-probabilities and those of the step's scorings, in memory that the device writes
+        to; they stay there for some steps."""
         self.sampler.start_rows(step.starts)
         if self.is_gpu and not step.chunks:
             logprobs = self._run_decodes(step)
-            return self.inputs.sampled(step.num_decodes), logprobs
+            return self.inputs.sampled(step.num_decodes), logprobs, None
         batch, tensors = self.inputs.build(step)
         hidden = self.model(batch, self.kv)  # [T, hidden]
-        samples, logprobs = step.samples, None
+        samples, logprobs, scores = step.samples, None, None
         if samples.any():
             logits = self.model.logits(hidden[batch.logits_indices])  # [sampled, vocab]
             rows, positions = step.rows[samples], (step.positions + step.query_lens)[samples]
             token_ids = self.sampler.sample(logits, rows, positions)
             self.inputs.keep_sampled(tensors["sampled_rows"], token_ids, tensors["turn"])
             logprobs = self.sampler.logprobs.read(logits, token_ids, rows)
-        return self.inputs.sampled(int(samples.sum())), logprobs
+        if step.scorings:
+            scores = self.sampler.logprobs.score(step, hidden, self.model.logits)
+        return self.inputs.sampled(int(samples.sum())), logprobs, scores
 
     def graph_size(self, step: StepInput) -> int | None:
         """The size of the CUDA graph that the step replays; None: it runs without."""
@@ -378,8 +380,8 @@ class ModelRunner:
         return first + (2 * len(others) + 1) * second
 
     def _run_largest_step(self, max_model_len: int, num_seqs: int | None = None) -> None:
-        """As many tokens as a step may have, as many rows of logits (or so many), and every
-        warper."""
+        """As many tokens as a step may have, as many rows of logits (or so many), every warper, and
+        scorings enough for the largest part that there is a copy of."""
         num_tokens = self.max_num_batched_tokens
         num_seqs = num_seqs or min(self.max_num_seqs, num_tokens)
         query_lens = [min(max_model_len, num_tokens // num_seqs)] * num_seqs
@@ -390,6 +392,8 @@ class ModelRunner:
             # Cached to the end: the one page there is is read, and nothing is stored.
             step.starts.append(RowStart(row, max_model_len, params, 0, (), 0))
             step.chunks.append(Chunk(row, 0, [0] * query_len, samples=True))
+            num_scored = min(query_len, -(-self.sampler.logprobs.num_rows // num_seqs))
+            step.scorings.append(Scoring(row, 0, [0] * num_scored, MAX_LOGPROBS))
         self.run(step)
 
     def _run_mixed_step(self, num_decodes: int) -> None:

@@ -23,6 +23,7 @@ from fake_worker import (
 import nanovllm.engine.engine
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.metrics import Observations
+from nanovllm.outputs import SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 both_depths = pytest.mark.parametrize("depth", [1, 2])
@@ -456,7 +457,7 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_engine_usable(depth):
     while interrupted:
         engine = make_engine(max_num_batched_tokens=8, num_blocks=13, mean_output=0, depth=depth)
         seqs = sequences([1] * 4, PROMPT, max_tokens=AT_OTHER + 2, stop_token_ids=[OTHER])
-        seqs += [make_sequence([1] * 4, "short", max_tokens=2)]
+        seqs += [make_sequence([1] * 10, "short", max_tokens=2, prompt_logprobs=1)]
         for seq in seqs:
             engine.add(seq)
         delivered = []
@@ -759,3 +760,89 @@ def test_observations_are_counted_up_to_each_limit():
     for value in (0.5, 0.6, 1.0, 7.0):
         seen.add(value)
     assert seen.buckets == {"0.5": 1, "1.0": 3, "+Inf": 4} and seen.sum == 9.1
+
+
+# Known tokens that are scored
+
+
+def num_scored(engine):
+    """Of each step."""
+    return [sum(len(s.token_ids) for s in step.scorings) for step in engine.executor.steps]
+
+
+@both_depths
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_scores_are_right_and_each_is_asked_for_once(options, depth):
+    engine = make_engine(depth=depth, **options)
+    for _ in "cold", "warm":
+        seqs = unpredictable([1] * 11, [1] * 16, [2], max_tokens=20, prompt_logprobs=2)
+        seqs.append(make_sequence([1] * 13, "from 9", score_from=9, targets=[1] * 4 + [5],
+                                  max_tokens=1, prompt_logprobs=0))  # fmt: skip
+        seqs += [make_sequence([1] * 12, "plain", max_tokens=9)]
+        num_before = sum(num_scored(engine))
+        run(engine, *seqs)
+        assert_right(*seqs)
+        assert sum(num_scored(engine)) - num_before == 10 + 15 + 5
+        assert [seq.num_cached_tokens for seq in seqs[:3]] == [0, 0, 0]
+
+
+def test_hits_reach_to_the_tokens_before_the_scored_ones():
+    engine = make_engine(max_num_seqs=1)
+    starts = range(1, 13)
+    seqs = [
+        make_sequence([1] * 12, str(start), score_from=start, targets=[1] * (12 - start) + [2],
+                      max_tokens=1, prompt_logprobs=0)
+        for start in starts
+    ]  # fmt: skip
+    run(engine, *seqs)
+    assert_right(*seqs)
+    assert [seq.num_cached_tokens for seq in seqs] == [(start - 1) // 4 * 4 for start in starts]
+
+
+@both_depths
+def test_a_preempted_prompt_goes_on_where_its_scores_end(depth):
+    engine = make_engine(depth=depth, max_num_batched_tokens=8, **PREEMPTING)
+    old = unpredictable([1] * 8, [2] * 8, max_tokens=30)
+    young = make_sequence([3] * 24, "young", max_tokens=2, prompt_logprobs=0)
+    for seq in (*old, young):
+        engine.add(seq)
+    step_until(engine, lambda: young.row >= 0)
+    step_until(engine, lambda: young.row < 0)
+    assert len(young.scores) == 18
+    run(engine)
+    assert_right(*old, young)
+    assert sum(num_scored(engine)) == 23
+
+
+def test_plain_sequences_are_not_scored():
+    engine = make_engine()
+    seqs = sequences([1] * 9, [2] * 9, max_tokens=3)
+    run(engine, *seqs)
+    assert all(seq.scores is None and not hasattr(seq, "targets") for seq in seqs)
+    assert not any(step.scorings for step in engine.executor.steps)
+
+
+@both_depths
+def test_an_interrupt_amid_scores_repeats_and_loses_none(monkeypatch, depth):
+    engine = make_engine(depth=depth, max_num_batched_tokens=6)
+    seqs = sequences([1] * 9, [2] * 14, max_tokens=3, prompt_logprobs=1)
+    extend, calls = SampleLogprobs.extend, []
+
+    def interrupted(lines, token_ids, logprobs, ranks):
+        calls.append(lines)
+        if len(calls) == 2:
+            extend(lines, token_ids, logprobs, ranks)
+            raise KeyboardInterrupt
+        if len(calls) == 4:
+            lines.token_ids.frombytes(token_ids[:, :2].tobytes())
+            raise KeyboardInterrupt
+        extend(lines, token_ids, logprobs, ranks)
+
+    monkeypatch.setattr(SampleLogprobs, "extend", interrupted)
+    for seq in seqs:
+        engine.add(seq)
+    while engine.has_unfinished:
+        with suppress(KeyboardInterrupt):
+            take_step(engine)
+    assert len(calls) > 4
+    assert_right(*seqs)

@@ -80,6 +80,8 @@ REQUESTS = st.tuples(
     st.sampled_from([True, True, False]),  # ignore_eos
     st.sampled_from([None, [NEVER], [NEVER], [3, 4, 5]]),  # stop_token_ids
     st.integers(0, 1),  # seed
+    # The log-probabilities of known tokens: none, the prompt's, those from a position on.
+    st.sampled_from([None, None, None, "prompt", 1, 4, 9]),
 )
 NO_EVENTS = [("step", 0)] * 24
 ABORTS = [("abort", back) for back in (1, 1, 2, 2, 3, 4, 6, 8)]
@@ -124,9 +126,16 @@ class Run:
         assert Counter(self.delivered) == Counter(expected)
         assert self.caching or not self.engine.metrics.cached_tokens
 
-    def add(self, text, length, tail, max_tokens, min_tokens, ignore_eos, stop_token_ids, seed):
+    def add(
+        self, text, length, tail, max_tokens, min_tokens, ignore_eos, stop_token_ids, seed, scored
+    ):
+        prompt = (text[:length] + tail)[: self.max_model_len - 1]
+        scores = {} if scored is None else dict(prompt_logprobs=length % 3)
+        if isinstance(scored, int):
+            score_from = min(scored, len(prompt))
+            scores |= dict(score_from=score_from, targets=[*prompt[score_from:], 7])
         seq = make_sequence(
-            (text[:length] + tail)[: self.max_model_len - 1],
+            prompt,
             # The ids of requests that ended come back.
             request_id=next(i for i in map(str, count()) if i not in self.engine.unfinished),
             max_model_len=self.max_model_len,
@@ -137,6 +146,7 @@ class Run:
             stop_token_ids=stop_token_ids,
             logprobs=2 if seed else None,
             presence_penalty=seed,  # the worker gets the tokens so far
+            **scores,
         )
         self.engine.add(seq)
         self.seqs.append(seq)
@@ -198,6 +208,7 @@ CERTAIN = st.lists(
         st.lists(st.integers(1, 2), max_size=3),
         st.sampled_from([1, 3, 8, 16, 30]),  # max_tokens
         st.integers(0, 6),  # steps until the next
+        st.sampled_from([None, None, "prompt", 5]),
     ),
     min_size=4,
     max_size=24,
@@ -209,7 +220,7 @@ CERTAIN = st.lists(
 def test_nobody_is_preempted_where_lengths_are_certain(engine, requests):
     run = Run(*engine)
     run.play([
-        ((text, length, tail, max_tokens, 0, True, None, 0), ("step", 0), num_steps)
-        for text, length, tail, max_tokens, num_steps in requests
+        ((text, length, tail, max_tokens, 0, True, None, 0, scored), ("step", 0), num_steps)
+        for text, length, tail, max_tokens, num_steps, scored in requests
     ])  # fmt: skip
     assert run.engine.metrics.preemptions == 0

@@ -12,7 +12,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from nanovllm.ops import triton_linear, triton_ops  # noqa: E402
+from nanovllm.ops import triton_linear, triton_ops, triton_sampling  # noqa: E402
 from nanovllm.ops.compile_ahead import KernelCompiler  # noqa: E402
 
 
@@ -33,7 +33,7 @@ def launch():
     triton_ops.rms_norm(x, weight[0], 1e-5)
     triton_ops.silu_and_mul(x)
     triton_linear.linear(x, weight)
-    triton_ops.sample(torch.zeros(2, 200), torch.ones(2), torch.zeros(2, 2).long())
+    triton_sampling.sample(torch.zeros(2, 200), torch.ones(2), torch.zeros(2, 2).long())
 
 
 triton.runtime.driver.set_active(Driver())

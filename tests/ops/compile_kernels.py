@@ -33,7 +33,7 @@ def record_launches() -> dict[str, tuple]:
     from kernel_calls import paged_case
 
     from nanovllm.batch import ForwardBatch, KVLayer, Rotary
-    from nanovllm.ops import triton_linear, triton_ops, triton_rows
+    from nanovllm.ops import triton_linear, triton_ops, triton_rows, triton_sampling
     from nanovllm.worker.inputs import _decode_inputs
 
     launches: dict[str, tuple] = {}
@@ -104,9 +104,13 @@ def record_launches() -> dict[str, tuple]:
         )  # fmt: skip
         rotary = Rotary((x[0], x[0]), 1e-6, torch.zeros(9, 128))
         triton_ops.qk_norm_rope_store(x, rotary, batch, kv)
-        triton_ops.sample(
-            torch.zeros(2, 151936, dtype=dtype), torch.ones(2), torch.zeros(2, 2).long()
-        )
+        logits = torch.zeros(2, 151936, dtype=dtype)
+        draws = torch.ones(2), torch.zeros(2, 2).long()
+        triton_sampling.sample(logits, *draws)
+        label += ", limited"
+        triton_sampling.sample(logits, *draws, top_p=torch.ones(2))
+        label = f"{dtype}, the most likely"
+        triton_sampling.top_logprobs(logits, torch.zeros(2).long(), 20)
     label = "of rows"
     state = {
         "block_tables": torch.zeros(9, 4, dtype=torch.int32), "temperature": torch.zeros(9),

@@ -22,7 +22,7 @@ from kernel_calls import (
 from nanovllm.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.config import RopeConfig
 from nanovllm.layers.rope import Rope
-from nanovllm.ops import reference, triton_linear, triton_ops
+from nanovllm.ops import reference, triton_linear, triton_ops, triton_sampling
 from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -392,7 +392,7 @@ def test_draws_equal_the_references(device, dtype, vocab):
     temperature[::7] = 0.0
     keys = torch.from_numpy(noise_keys(np.arange(30, dtype=np.uint64), np.arange(30))).to(device)
     random = temperature > 0
-    drawn, expected = (m.sample(logits, temperature, keys) for m in (triton_ops, reference))
+    drawn, expected = (m.sample(logits, temperature, keys) for m in (triton_sampling, reference))
     assert (drawn != expected).sum() <= 1  # a tie
     for token_ids in (drawn, expected):
         assert torch.equal(token_ids[~random], logits[~random].float().argmax(-1))
@@ -404,15 +404,15 @@ def test_draws_equal_the_references(device, dtype, vocab):
         top_p=torch.full((30,), 1.0, device=device),
         min_p=torch.full((30,), 0.0, device=device),
     )
-    assert torch.equal(triton_ops.sample(logits, temperature, keys, **limits), drawn)
+    assert torch.equal(triton_sampling.sample(logits, temperature, keys, **limits), drawn)
     limits["top_k"][5:15] = 1
-    cut = triton_ops.sample(logits, temperature, keys, **limits)
+    cut = triton_sampling.sample(logits, temperature, keys, **limits)
     assert torch.equal(cut[:5], drawn[:5]) and torch.equal(cut[15:], drawn[15:])
     best = logits.amax(-1)
     assert torch.equal(logits.gather(1, cut[:, None]).squeeze(1)[5:15], best[5:15])
 
 
-SAMPLES = pytest.mark.parametrize("sample", [triton_ops.sample, reference.sample])
+SAMPLES = pytest.mark.parametrize("sample", [triton_sampling.sample, reference.sample])
 
 
 def keys_for(token, bits):
