@@ -373,7 +373,7 @@ def assert_right(
             assert seq.logprobs.ranks.tolist() == list(positions)
         if seq.scores is not None:
             num, width = len(seq.scores), seq.scores.width
-            assert num == len(seq.targets) or seq.finish_reason == "abort"
+            assert num == len(seq.targets) or seq.finish_reason in cut
             assert seq.scores.token_ids[::width].tolist() == seq.targets[:num].tolist()
             ranks = [expected_rank(h) for h in context_hashes(prompt)[seq.score_from :][:num]]
             assert seq.scores.ranks.tolist() == ranks
