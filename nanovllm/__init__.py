@@ -4,6 +4,7 @@ a part of the engine doesn't import torch."""
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm.async_llm import AsyncLLM
     from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "LLM": "nanovllm.llm",
+    "AsyncLLM": "nanovllm.async_llm",
     "BeamSearchOutput": "nanovllm.beam_search",
     "BeamSearchParams": "nanovllm.sampling_params",
     "BeamSearchSequence": "nanovllm.beam_search",
@@ -29,6 +31,7 @@ _MODULES = {
 }
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",

@@ -224,7 +224,7 @@ def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
         raise ValueError(
             f"{name}={value!r} is not supported yet; leave it out (vLLM's default is {default!r})"
         )
-    logger.warning("%s=%r has no effect here (in vLLM it tunes speed)", name, value)
+    logger.warning("%s=%r has no effect here, and is not needed", name, value)
 
 
 @dataclass(frozen=True)

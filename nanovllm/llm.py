@@ -7,11 +7,9 @@ requests.py checks and tokenizes, the engine decides what runs when, the worker 
 import copy
 import gc
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +21,10 @@ from nanovllm.checkpoint import read_checkpoint
 from nanovllm.config import EngineConfig
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
+from nanovllm.fair_lock import FairLock
+from nanovllm.metrics import Metric
 from nanovllm.models import model_class
 from nanovllm.outputs import Loglikelihood, RequestOutput
 from nanovllm.profiling import Profiler
@@ -32,6 +33,7 @@ from nanovllm.requests import Requests
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from nanovllm.vllm_options import UNSUPPORTED_METHODS
 from nanovllm.worker.executor import InProcessExecutor
+from nanovllm.worker.model_runner import PARTS
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,8 @@ class LLM:
 
     def __init__(self, model: str, **options: Any):
         self._engine: Engine | None = None
-        self._lock = threading.RLock()
+        self._why_closed = "this LLM is closed"
+        self._lock = FairLock()
         self.config = config = EngineConfig.from_options(model, **options)
         self._chat_template = chat.load_template(config.chat_template)
         self._profiler: Profiler | None = None
@@ -71,7 +74,7 @@ class LLM:
         model_class(self.model_config.architecture)  # before weights are fetched or read
         tokenizer = self._checkpoint.tokenizer
         detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
-        self._streamed: set[Sequence] = set()  # stream hands these out, step doesn't
+        self._owned: set[Sequence] = set()  # generate and stream hand these out, step doesn't
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
@@ -141,11 +144,14 @@ class LLM:
         """
         _refuse(lora_request, priority, mm_processor_kwargs)
         prompts = self._tokenized(prompts, tokenization_kwargs)
-        with self._use_engine() as engine, ExitStack() as first_step:
+        with ExitStack() as first_step:
             first_step.enter_context(_no_collections())
-            seqs = self._requests.make(engine, prompts, sampling_params)
-            read = partial(self._requests.output, engine)
-            return self._run(engine, seqs, use_tqdm, read, on_step=first_step.close)
+            return self._run(
+                lambda engine: self._requests.make(engine, prompts, sampling_params),
+                use_tqdm,
+                self._requests.output,
+                on_step=first_step.close,
+            )
 
     def chat(
         self,
@@ -289,40 +295,72 @@ class LLM:
         return self._checkpoint.tokenizer, self.model_config.vocab_size, self.max_model_len
 
     def _score(self, scored: list[scoring.Scored], use_tqdm: bool) -> list[Loglikelihood]:
-        def read(samples: list[Sequence]) -> Loglikelihood:
+        def read(_: Engine, samples: list[Sequence]) -> Loglikelihood:
             [seq] = samples
             assert seq.scores is not None
             return scoring.read(seq.scores)
 
-        with self._use_engine() as engine:
-            seqs = self._requests.make_scored(engine, scored)
-            return self._run(engine, seqs, use_tqdm, read)
+        def make(engine: Engine) -> list[Sequence]:
+            return self._requests.make_scored(engine, scored)
+
+        return self._run(make, use_tqdm, read)
+
+    @contextmanager
+    def _own(self, seqs: list[Sequence]) -> Iterator[None]:
+        """These are one call's. However it ends, Ctrl-C too, nothing of them stays, and others'
+        requests do."""
+        self._owned.update(seqs)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._owned.difference_update(seqs)
+                if self._engine is not None:
+                    self._engine.abort(seqs)
 
     def _run(
         self,
-        engine: Engine,
-        seqs: list[Sequence],
+        make: Callable[[Engine], list[Sequence]],
         use_tqdm: bool | Callable[..., tqdm],
-        read: Callable[[list[Sequence]], Output],
+        read: Callable[[Engine, list[Sequence]], Output],
         on_step: Callable[[], None] = lambda: None,
     ) -> list[Output]:
-        """Step until these sequences have ended, and read the samples of each request; what others
-        get meanwhile waits in `advanced`."""
-        requests = dict.fromkeys(seq.request_id for seq in seqs)
+        """Step until the sequences that are made have ended, and read the samples of each request.
+        Other threads that want a turn have it between two steps: they add their requests to the
+        batch, and step as well."""
         outputs: dict[str, Output] = {}
-        with (
-            Progress(len(requests), engine.metrics, use_tqdm) as progress,
-            closing(engine.run(seqs)) as steps,
-        ):
-            for ended in steps:
-                # What follows costs nothing: a GPU runs the next step meanwhile.
-                on_step()  # ends the wait of garbage collections, once
-                for seq in ended:
-                    name = seq.request_id
-                    if name not in engine.unfinished and name not in outputs:
-                        outputs[name] = read(seq.samples)
-                progress.show(num_finished=len(outputs))
-        return [outputs[name] for name in requests]
+
+        def take(engine: Engine, ended: Collection[Sequence]) -> None:
+            for seq in ended:
+                if seq.finish_reason == "error" and seq.error is None:
+                    raise RuntimeError(
+                        f"request {seq.request_id} was in two steps of other threads that failed; "
+                        f"those have the reason"
+                    )
+                running.remove(seq)
+                if seq.request_finished and seq.request_id not in outputs:
+                    outputs[seq.request_id] = read(engine, seq.samples)
+            progress.show(num_finished=len(outputs))
+
+        with ExitStack() as stack:
+            with self._use_engine() as engine:
+                seqs = make(engine)
+                stack.enter_context(self._own(seqs))
+                engine.add_batch(seqs)
+            running = set(seqs)
+            request_ids = dict.fromkeys(seq.request_id for seq in seqs)
+            progress = stack.enter_context(Progress(len(request_ids), engine.metrics, use_tqdm))
+            while running:
+                with self._use_engine() as engine:
+                    take(engine, [seq for seq in running if seq.finished])  # in others' turns
+                    while running:
+                        ended = running.intersection(engine.step())
+                        # What follows costs nothing: a GPU runs the next step meanwhile.
+                        on_step()  # ends the wait of garbage collections, once
+                        take(engine, ended)
+                        if self._lock.is_wanted:
+                            break
+        return [outputs[request_id] for request_id in request_ids]
 
     def enqueue(
         self,
@@ -418,18 +456,10 @@ class LLM:
         """
         with self._use_engine() as engine:
             seqs = self._requests.make(engine, prompts, sampling_params)
-            stream = streaming.stream(seqs, self._requests, self._use_engine, self._end_stream)
+            stream = streaming.stream(seqs, self._requests, self._use_engine, self._own(seqs))
             next(stream)  # one that hasn't begun would not get to its `finally`
-            self._streamed.update(seqs)
             engine.add_batch(seqs)
         return stream
-
-    def _end_stream(self, seqs: list[Sequence]) -> None:
-        """Abort what is left of a stream's sequences."""
-        with self._lock:
-            self._streamed.difference_update(seqs)
-            if self._engine is not None:
-                self._engine.abort(seqs)
 
     # One step at a time
 
@@ -468,7 +498,7 @@ class LLM:
         call."""
         with self._use_engine() as engine:
             engine.step()
-            outputs = self._requests.news(engine, left_out=self._streamed)
+            outputs = self._requests.news(engine, left_out=self._owned)
             engine.advanced.clear()
             return outputs
 
@@ -523,6 +553,62 @@ class LLM:
                 )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    # Its state
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has counted up to now: metrics.Counter, Gauge and Histogram, under
+        vLLM's names where it has them."""
+        with self._use_engine() as engine:
+            return read_metrics(engine, {"model_name": self.config.model})
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget the prefix cache. Returns whether that was done: not while pages are in use,
+        unless running requests may compute all of their tokens again."""
+        with self._use_engine() as engine:
+            return engine.reset_prefix_cache(reset_running_requests)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the memory of the weights and the KV cache, until wake_up.
+
+        Args:
+            level: 1 keeps the weights in the CPU's memory; 2 doesn't, wake_up loads them again.
+
+        Raises:
+            ValueError: another level.
+            RuntimeError: there are unfinished requests.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"level must be 1 or 2, got {level!r}")
+        with self._use_engine() as engine:
+            if engine.unfinished:
+                raise RuntimeError(
+                    f"{len(engine.unfinished)} requests are unfinished: let them end, or abort "
+                    f"them, before sleep"
+                )
+            engine.reset_prefix_cache(reset_running_requests=True)  # of steps in flight too
+            engine.executor.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """End the sleep; with what was lost loaded anew, and an empty cache.
+
+        Args:
+            tags: of "weights" and "kv_cache" which; None: both. Requests need both.
+
+        Raises:
+            ValueError: other tags.
+            RuntimeError: memory is too small; then all sleeps on.
+        """
+        tags = list(PARTS) if tags is None else tags
+        if not isinstance(tags, list) or not set(tags) <= set(PARTS):
+            raise ValueError(f"tags must be a list of {' and '.join(map(repr, PARTS))}, got {tags}")
+        with self._use_engine() as engine:
+            engine.executor.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        """Whether weights or cache have no memory now."""
+        with self._use_engine() as engine:
+            return bool(engine.executor.sleeping)
+
     # What the checkpoint brings
 
     def get_tokenizer(self) -> Any:
@@ -555,11 +641,21 @@ class LLM:
 
     @contextmanager
     def _use_engine(self) -> Iterator[Engine]:
-        """The engine for one thread at a time; others wait."""
+        """The engine for one thread at a time; others wait. It is closed if it can't go on after an
+        error."""
         with self._lock:
             if self._engine is None:
-                raise RuntimeError("this LLM is closed")
-            yield self._engine
+                raise RuntimeError(self._why_closed)
+            try:
+                yield self._engine
+            except RuntimeError as error:
+                if self._engine is not None and not self._engine.executor.is_usable():
+                    self._why_closed = (
+                        f"this LLM is closed: its GPU failed, and can't be used any more in this "
+                        f"process ({error}); start another one"
+                    )
+                    self.close()
+                raise
 
     def _tokenized(self, prompts: Any, kwargs: dict[str, Any] | None) -> Any:
         if not kwargs:

@@ -2,7 +2,22 @@
 progress bars, benchmarks, watchers and tests read."""
 
 import time
+from bisect import bisect_left
+from collections import Counter as Tally
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
+
+from nanovllm.outputs import RequestMetrics
+
+# Upper limits in seconds, vLLM's.
+TO_FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+TO_THE_END = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
 
 
 @dataclass
@@ -50,10 +65,21 @@ class EngineMetrics(Counts):
     Attributes:
         steps: steps submitted.
         last_step: the newest of them.
+        prompt_tokens: of requests that have ended and had a token.
+        generation_tokens: of requests that have ended.
+        finish_reasons: how many ended by which.
+        time_to_first_token, latency: of requests that have ended, but were not aborted.
     """
 
     steps: int = 0
     last_step: StepMetrics = field(default_factory=StepMetrics)
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finish_reasons: Tally[str] = field(default_factory=Tally)
+    time_to_first_token: "Observations" = field(
+        default_factory=lambda: Observations(TO_FIRST_TOKEN)
+    )
+    latency: "Observations" = field(default_factory=lambda: Observations(TO_THE_END))
 
     @property
     def kv_cache_waste(self) -> float:
@@ -65,6 +91,72 @@ class EngineMetrics(Counts):
             setattr(self, count.name, getattr(self, count.name) + getattr(step, count.name))
         self.steps += 1
         self.last_step = step
+
+    def add_request(
+        self, num_prompt: int, num_generated: int, finish_reason: str, times: RequestMetrics
+    ) -> None:
+        """A request has ended."""
+        self.prompt_tokens += num_prompt if num_generated else 0
+        self.generation_tokens += num_generated
+        self.finish_reasons[finish_reason] += 1
+        if times.finished_time is not None and times.first_token_time is not None:
+            self.time_to_first_token.add(times.first_token_time - times.arrival_time)
+            self.latency.add(times.finished_time - times.arrival_time)
+
+
+class Observations:
+    """How many values lie up to each of some limits.
+
+    Args:
+        limits: ascending.
+    """
+
+    def __init__(self, limits: tuple[float, ...]):
+        self.limits = limits
+        self.counts = [0] * (len(limits) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.limits, value)] += 1
+        self.sum += value
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        """Limit -> how many values are no larger."""
+        names = [*map(str, self.limits), "+Inf"]
+        return dict(zip(names, accumulate(self.counts), strict=True))
+
+
+# What LLM.get_metrics gives; vLLM's classes.
+
+
+@dataclass
+class Metric:
+    name: str
+    labels: dict[str, str]
+
+
+@dataclass
+class Counter(Metric):
+    """It only grows."""
+
+    value: int
+
+
+@dataclass
+class Gauge(Metric):
+    """As it is now."""
+
+    value: float
+
+
+@dataclass
+class Histogram(Metric):
+    """Observed values: how many, their sum, and upper limit -> how many are no larger."""
+
+    count: int
+    sum: float
+    buckets: dict[str, int]
 
 
 class Laps:

@@ -152,8 +152,8 @@ class CompletionOutput:
         logprobs: for each generated token a dict of token id -> Logprob. Both are None if they were
             not asked for.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
-            max_model_len), "abort" (in a stream alone: who else aborts gets no output), None while
-            it runs.
+            max_model_len), "error" (two steps in which it ran failed), "abort" (of streams and
+            AsyncLLM: who else aborts gets no output), None while it runs.
         stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after
             "length" or the tokenizer's EOS. Another EOS of generation_config is named, as in vLLM.
     """
@@ -210,6 +210,25 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int
     index: int = 0
+
+    def add(self, later: "RequestOutput", aggregate: bool) -> None:
+        """Take in a later output of the same request.
+
+        Args:
+            aggregate: both are increments, and are joined; else the later one has everything.
+        """
+        self.finished, self.metrics = later.finished, later.metrics
+        self.num_cached_tokens = later.num_cached_tokens
+        mine = {completion.index: completion for completion in self.outputs}
+        for new in later.outputs:
+            old = mine.get(new.index)
+            if aggregate and old is not None:
+                new.text = old.text + new.text
+                new.token_ids = [*old.token_ids, *new.token_ids]
+                if old.logprobs is not None and new.logprobs is not None:
+                    new.logprobs = [*old.logprobs, *new.logprobs]
+            mine[new.index] = new
+        self.outputs = list(mine.values())
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

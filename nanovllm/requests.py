@@ -69,6 +69,7 @@ class Requests:
             prompt_list, sampling_params: as for LLM.generate.
             request_id: of a single prompt; None: numbers.
         """
+        _check_awake(engine)
         checkpoint = self.checkpoint
         vocab_size = checkpoint.model_config.vocab_size
         tokenized = prompts.normalize(
@@ -111,6 +112,7 @@ class Requests:
 
     def make_scored(self, engine: Engine, scored: list[Scored]) -> list[Sequence]:
         """Sequences that score tokens after those before them."""
+        _check_awake(engine)
         seqs = []
         for token_ids, start in scored:
             seqs.append(
@@ -223,6 +225,11 @@ def by_request(seqs: Iterable[Sequence]) -> list[list[Sequence]]:
     for seq in seqs:
         groups.setdefault(seq.request_id, []).append(seq)
     return list(groups.values())
+
+
+def _check_awake(engine: Engine) -> None:
+    if engine.executor.sleeping:
+        raise RuntimeError("this LLM sleeps: call wake_up() first")
 
 
 def _free_id(engine: Engine, number: int) -> str:

@@ -5,7 +5,7 @@ its sampling parameters. A StepInput carries only what changes, so a step of pla
 arrays: row numbers, positions, new pages. It can go to another process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -175,6 +175,25 @@ class Executor(Protocol):
     """Runs steps strictly in the order of submission."""
 
     def submit(self, step: StepInput) -> PendingStep: ...
+
+    @property
+    def sleeping(self) -> Collection[str]:
+        """Which of "weights" and "kv_cache" have no memory now."""
+        ...
+
+    def sleep(self, level: int) -> None:
+        """Give back the memory of both, when no step will be read any more. At level 1 weights are
+        kept in the CPU's memory."""
+        ...
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        """Undo that for some; the cache is empty. Raises RuntimeError if memory is too small; then
+        both sleep."""
+        ...
+
+    def is_usable(self) -> bool:
+        """Whether steps can run after one has failed."""
+        ...
 
     def close(self) -> None:
         """Give everything back; no step follows."""

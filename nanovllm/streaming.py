@@ -17,25 +17,23 @@ def stream(
     seqs: list[Sequence],
     requests: Requests,
     use_engine: Callable[[], AbstractContextManager[Engine]],
-    end: Callable[[list[Sequence]], None],
+    owned: AbstractContextManager[None],
 ) -> Iterator[Any]:
     """Nothing first, then the increments.
 
     Args:
-        seqs: to be queued when nothing has come: from then on `end` is sure to be called.
+        seqs: to be queued when nothing has come: from then on they are sure not to stay.
         requests: makes the outputs.
         use_engine: the engine, for as long as no other thread steps it.
-        end: aborts those that are left.
+        owned: at its end those that are left are aborted.
     """
     running = {seq: i for i, samples in enumerate(by_request(seqs)) for seq in samples}
-    try:
+    with owned:
         yield
         while running:
             with use_engine() as engine:
                 outputs = _increments(running, requests, engine)
             yield from outputs
-    finally:
-        end(seqs)
 
 
 def _increments(

@@ -1,8 +1,8 @@
 """vLLM 0.26's options that LLM does not have, with their defaults there (facts from vLLM's
 EngineArgs and LLM).
 
-config.py lets a script that spells out a default run, warns where an option only tunes speed, and
-refuses the rest.
+config.py lets a script that spells out a default run, warns where an option only tunes speed (or
+allows what is always allowed here: enable_sleep_mode), and refuses the rest.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ SPEED_ONLY = frozenset(
     cudagraph_metrics disable_cascade_attn disable_chunked_mm_input disable_custom_all_reduce
     disable_hybrid_kv_cache_manager disable_log_requests disable_log_stats enable_chunked_prefill
     enable_flashinfer_autotune enable_layerwise_nvtx_tracing enable_logging_iteration_details
-    enable_mfu_metrics jit_monitor_mode jit_monitor_verbose kv_cache_metrics kv_cache_metrics_sample
-    linear_backend long_prefill_token_threshold max_cudagraph_capture_size max_long_partial_prefills
-    max_num_partial_prefills max_parallel_loading_workers moe_backend numa_bind numa_bind_cpus
-    numa_bind_nodes optimization_level performance_mode prefill_schedule_interval
-    prefix_caching_hash_algo renderer_num_workers safetensors_load_strategy
-    safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_reserve_full_isl
-    show_hidden_metrics_for_version shutdown_timeout stream_interval swap_space use_tqdm_on_load
-    watermark
+    enable_mfu_metrics enable_sleep_mode jit_monitor_mode jit_monitor_verbose kv_cache_metrics
+    kv_cache_metrics_sample linear_backend long_prefill_token_threshold max_cudagraph_capture_size
+    max_long_partial_prefills max_num_partial_prefills max_parallel_loading_workers moe_backend
+    numa_bind numa_bind_cpus numa_bind_nodes optimization_level performance_mode
+    prefill_schedule_interval prefix_caching_hash_algo renderer_num_workers
+    safetensors_load_strategy safetensors_prefetch_block_size safetensors_prefetch_num_threads
+    scheduler_reserve_full_isl show_hidden_metrics_for_version shutdown_timeout stream_interval
+    swap_space use_tqdm_on_load watermark
     """.split()  # noqa: SIM905
 )
 
@@ -44,7 +44,7 @@ _OFF_BY_NONE = """
     """
 _SPEED_SWITCHES = """
     aggregate_engine_logging cudagraph_metrics disable_chunked_mm_input disable_custom_all_reduce
-    disable_log_requests enable_layerwise_nvtx_tracing
+    disable_log_requests enable_layerwise_nvtx_tracing enable_sleep_mode
     enable_logging_iteration_details enable_mfu_metrics jit_monitor_verbose kv_cache_metrics
     numa_bind
     """
@@ -54,7 +54,7 @@ _OFF_BY_FALSE = """
     enable_cumem_allocator enable_dbo enable_elastic_ep enable_ep_weight_filter enable_eplb
     enable_expert_parallel enable_lora enable_mamba_cache_stochastic_rounding
     enable_mixed_moe_lora_format enable_mm_embeds enable_mm_processor_stats enable_moe_shared_loras
-    enable_prompt_embeds enable_return_routed_experts enable_sleep_mode enable_tower_connector_lora
+    enable_prompt_embeds enable_return_routed_experts enable_tower_connector_lora
     fail_on_environ_validation fully_sharded_loras interleave_mm_strings kv_sharing_fast_prefill
     language_model_only mm_encoder_only ray_workers_use_nsight skip_mm_profiling
     specialize_active_lora tokens_only use_fp64_gumbel

@@ -350,13 +350,18 @@ def run(engine: Engine, *seqs: Sequence) -> list[Sequence]:
     raise AssertionError("some request never ends")
 
 
-def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
+def assert_right(
+    *seqs: Sequence,
+    max_model_len: int = MAX_MODEL_LEN,
+    cut: tuple[str, ...] = ("abort",),
+) -> None:
+    """They have their tokens; those that ended by one of `cut` the first of them."""
     for seq in seqs:
         prompt = seq.token_ids[: seq.num_prompt_tokens].tolist()
         tokens, reason = expected_tokens(
             prompt, seq.params, max_model_len=max_model_len, seed=seq.seed
         )
-        if seq.finish_reason == "abort":
+        if seq.finish_reason in cut:
             assert seq.output_token_ids == tokens[: len(seq.output_token_ids)]
         else:
             assert (seq.output_token_ids, seq.finish_reason) == (tokens, reason)
@@ -368,7 +373,7 @@ def assert_right(*seqs: Sequence, max_model_len: int = MAX_MODEL_LEN) -> None:
             assert seq.logprobs.ranks.tolist() == list(positions)
         if seq.scores is not None:
             num, width = len(seq.scores), seq.scores.width
-            assert num == len(seq.targets) or seq.finish_reason == "abort"
+            assert num == len(seq.targets) or seq.finish_reason in cut
             assert seq.scores.token_ids[::width].tolist() == seq.targets[:num].tolist()
             ranks = [expected_rank(h) for h in context_hashes(prompt)[seq.score_from :][:num]]
             assert seq.scores.ranks.tolist() == ranks

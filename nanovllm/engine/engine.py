@@ -121,26 +121,53 @@ class Engine:
         ended have a finish_reason, and are returned for those who wait for nothing else.
 
         Raises what the executor raises. Unfinished requests then start over from their known tokens
-        at the next call.
+        at the next call; but those that run when a step fails, and have no token more than when one
+        failed before, end with the finish_reason "error".
         """
-        if self.dirty:
-            self._recover()
+        finished = self._recover() if self.dirty else []
         self.dirty = True
+        try:
+            finished += self._round()
+        except Exception:
+            self._count_failure()
+            raise
+        self.dirty = False
+        return finished
+
+    def _round(self) -> list[Sequence]:
         scheduled = self.scheduler.schedule(can_preempt=not self.pending)
         if scheduled:
             self.pending.append((scheduled, self.executor.submit(scheduled.input)))
             self.metrics.add(scheduled.metrics)
         assert self.pending or not self.unfinished, "unfinished requests, and none can run"
-        finished: list[Sequence] = []
         if self.pending and (not scheduled or len(self.pending) == self.depth):
             step, handle = self.pending.popleft()
-            finished = self._process(step, handle.result())
-        self.dirty = False
-        return finished
+            return self._process(step, handle.result())
+        return []
 
-    def _recover(self) -> None:
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget what the pages hold. Returns False, and does nothing, while some are in use; or
+        has those that use them start over from their known tokens."""
+        if self.dirty:
+            self._recover()
+        pages = self.scheduler.block_manager
+        if pages.num_free < pages.num_blocks and not reset_running_requests:
+            return False
+        self._recover()
+        return True
+
+    def _count_failure(self) -> None:
+        """Whoever ran may be why the step failed, and would fail all that follow."""
+        for seq in self.scheduler.running:
+            if seq.failed_at == len(seq.token_ids) and not seq.finished:
+                seq.finish_reason = "error"
+            seq.failed_at = len(seq.token_ids)
+
+    def _recover(self) -> list[Sequence]:
         """After an exception, Ctrl-C too, which may come at any line, of this method as well: keep
-        what the sequences know, and compute all of it again."""
+        what the sequences know, and compute all of it again. Returns those that turn out to have
+        ended."""
+        self.dirty = True
         self.pending.clear()
         unfinished = list(chain.from_iterable(self.unfinished.values()))
         for seq in unfinished:
@@ -159,7 +186,11 @@ class Engine:
                 live.setdefault(seq.request_id, {})[seq] = None
         self.unfinished = live
         self.scheduler.restart(list(chain.from_iterable(live.values())))
+        finished = [seq for seq in unfinished if seq.finished]
+        for seq in finished:
+            self._count_request(seq)
         self.dirty = False
+        return finished
 
     def _process(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
         """Append a step's tokens. Returns the sequences that they end."""
@@ -200,6 +231,13 @@ class Engine:
             del samples[seq]
             if not samples:
                 del self.unfinished[seq.request_id]
+            self._count_request(seq)
+
+    def _count_request(self, seq: Sequence) -> None:
+        num_generated = len(seq.token_ids) - seq.num_prompt_tokens
+        self.metrics.add_request(
+            seq.num_prompt_tokens, num_generated, seq.finish_reason or "", seq.metrics
+        )
 
     def _check_stop(self, seq: Sequence) -> None:
         """Whether the last token ends the sequence. A stop string that it completes counts before

@@ -44,6 +44,7 @@ class Sequence:
         stops: tokens that end it.
         check_from: with so many tokens, and from then on, every token may end it: at max_len, or
             earlier where its text is searched for stop strings.
+        failed_at: how many tokens were known when a step failed in which it ran; 0: none did.
         logprobs: of its generated tokens, if they were asked for.
         targets: known tokens whose log-probabilities are asked for, one after another; they may go
             one token beyond the prompt.
@@ -63,6 +64,7 @@ class Sequence:
         "delivered",
         "eos_token_ids",
         "error",
+        "failed_at",
         "finish_reason",
         "index",
         "logprobs",
@@ -129,6 +131,7 @@ class Sequence:
             self.score_from = score_from
         self.metrics = RequestMetrics(arrival_time)
         self.num_cached_tokens: int | None = None  # of the prompt, at the first admission
+        self.failed_at = 0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: Exception | None = None

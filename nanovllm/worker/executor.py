@@ -2,6 +2,7 @@
 process."""
 
 import traceback
+from collections.abc import Collection
 from contextlib import suppress
 from itertools import cycle
 
@@ -57,14 +58,46 @@ class InProcessExecutor:
                 written.record()
         return SampledTokens(sampled, written)
 
+    @property
+    def sleeping(self) -> Collection[str]:
+        return self.runner.sleeping
+
+    def sleep(self, level: int) -> None:
+        self._wait()
+        with platform.use(self.device):
+            self.runner.sleep(level)
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        try:
+            with platform.use(self.device):
+                self.runner.wake_up(tags)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"GPU memory is too small to wake up: {error}. All sleeps on; free some memory and "
+                f"call wake_up once more"
+            ) from None
+
+    def is_usable(self) -> bool:
+        """After some errors of a kernel every call to CUDA fails."""
+        try:
+            self._wait()
+        except RuntimeError:
+            return False
+        return True
+
     def close(self) -> None:
         """Give the memory back; no step may follow."""
         # A step in flight writes into page-locked memory, also when nobody wants its tokens.
-        if self.device.type == "cuda":
-            with suppress(RuntimeError):  # a device that failed has nothing in flight
-                torch.cuda.synchronize(self.device)
+        with suppress(RuntimeError):  # a device that failed has nothing in flight
+            self._wait()
         del self.runner
-        platform.release_memory(self.device)
+        with suppress(RuntimeError):  # nor anything to give back
+            platform.release_memory(self.device)
+
+    def _wait(self) -> None:
+        """For the steps in flight."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 class SampledTokens:

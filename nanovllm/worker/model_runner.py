@@ -4,7 +4,7 @@ executor.py makes one and hands it StepInputs; inputs.py and sampler.py hold the
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
 from importlib import import_module
@@ -42,6 +42,8 @@ from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
 
 logger = logging.getLogger(__name__)
+
+PARTS = ("weights", "kv_cache")  # vLLM's tags of what sleeps
 
 
 class Sampled(NamedTuple):
@@ -101,9 +103,9 @@ class ModelRunner:
         self.uploader = Uploader(device)
         self.sampler = Sampler(max_num_seqs + 1, model_config.vocab_size, self.uploader)
         self.graphs: DecodeGraphs | None = None
-        if self.is_gpu:  # one for all graphs
-            shape = (max_num_seqs, model_config.vocab_size)
-            self.decode_logits = torch.empty(shape, dtype=self.dtype, device=device)
+        self._make_decode_logits()
+        self.sleeping: set[str] = set()  # which of PARTS have no memory
+        self.has_weights = False
 
         # On a GPU nobody knows before trying what a step needs beside weights and cache.
         max_positions = config.max_model_len or model_config.max_position_embeddings
@@ -113,8 +115,8 @@ class ModelRunner:
             self._check_memory(self.plan.num_tokens * self._bytes_per_token)
             max_positions = self.plan.max_model_len
         laps.end("device")
-        self.model = build_model(model_config, max_positions, self.dtype)
-        allocate(self.model, device)
+        self.max_positions = max_positions
+        self._allocate_weights()
         laps.end("model")
         try:
             with self._compiled_ahead(max_positions, laps):
@@ -128,8 +130,7 @@ class ModelRunner:
             self.sampler.forget_rows()  # those of the steps that were tried
             laps.end("cache")
             if self.uses_graphs:
-                self.graphs = self._capture(graph_sizes(max_num_seqs))
-                self.inputs.capture_begin(self.graphs)
+                self._capture_all()
                 laps.end("CUDA graphs")
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -210,7 +211,63 @@ class ModelRunner:
         self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
         return self.sampler.logprobs.read(logits, token_ids, rows)
 
+    # Sleep
+
+    def sleep(self, level: int) -> None:
+        """Give back the memory of weights and cache. At level 1 a GPU's weights go to the CPU's
+        memory; all else that was in it is gone. No step is in flight, none follows before
+        wake_up."""
+        gone = ["kv", "inputs", "decode_logits"]
+        if level == 2:
+            self.has_weights = False
+            gone.append("model")
+        elif self.is_gpu and self.has_weights:
+            self.model.to("cpu")
+        for name in gone:
+            vars(self).pop(name, None)
+        self.graphs = None  # they hold addresses of all that
+        self.sleeping = set(PARTS)
+        platform.release_memory(self.device)
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        """Undo it for some of PARTS; after an error all of them sleep."""
+        woken = self.sleeping.intersection(tags)
+        try:
+            if "weights" in woken:
+                self._restore_weights()
+            if "kv_cache" in woken:
+                self.kv, self.inputs = self._make_cache(self.plan.num_blocks, self.plan.max_blocks)
+                self._make_decode_logits()
+                self.sampler.forget_rows()
+            if woken == self.sleeping and self.uses_graphs:
+                self._capture_all()
+        except BaseException:
+            self.sleep(level=1 if self.has_weights else 2)
+            raise
+        self.sleeping -= woken
+
+    def _restore_weights(self) -> None:
+        if self.has_weights:
+            self.model.to(self.device)
+        else:
+            self._allocate_weights()
+            self._load()
+
     # Construction
+
+    def _make_decode_logits(self) -> None:
+        """Where all decode steps of a GPU, whatever their graph, put their logits."""
+        if self.is_gpu:
+            shape = (self.max_num_seqs, self.model_config.vocab_size)
+            self.decode_logits = torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _allocate_weights(self) -> None:
+        self.model = build_model(self.model_config, self.max_positions, self.dtype)
+        allocate(self.model, self.device)
+
+    def _capture_all(self) -> None:
+        self.graphs = self._capture(graph_sizes(self.max_num_seqs))
+        self.inputs.capture_begin(self.graphs)
 
     @property
     def _bytes_per_token(self) -> int:
@@ -244,6 +301,7 @@ class ModelRunner:
             folder = resolve_folder(self.config, with_weights=True)
             load_weights(self.model, folder)
         pack_weights(self.model)
+        self.has_weights = True
 
     @contextmanager
     def _compiled_ahead(self, max_model_len: int, laps: Laps) -> Iterator[None]:

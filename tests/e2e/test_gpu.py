@@ -1,9 +1,13 @@
 """The engine on a GPU: the same greedy tokens in float32 as transformers and the CPU give, with and
 without CUDA graphs, and its memory given back."""
 
+import asyncio
 import gc
 import logging
 import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from tiny_models import (
     oracle_logits,
 )
 
-from nanovllm import LLM, BeamSearchParams, SamplingParams
+from nanovllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from nanovllm.worker.cuda_graph import graph_sizes
 
 pytestmark = pytest.mark.gpu
@@ -426,3 +430,120 @@ def test_a_start_beside_used_memory(tiny, tmp_path, monkeypatch):
     with LLM(str(tiny), device="cuda", gpu_memory_utilization=0.1) as llm:
         [output] = llm.generate(["In the beginning"], greedy(), use_tqdm=False)
         assert len(output["token_ids"]) == 20
+
+
+# Sleep
+
+
+def free():
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
+
+
+# A cache of 1 GiB, which 512 requests of full length would fill.
+LARGE = dict(kv_cache_memory_bytes=1 << 30, max_model_len=512, max_num_seqs=512)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(enforce_eager=True), dict(async_scheduling=False)], ids=str
+)
+def test_sleep_gives_the_memory_back_and_the_tokens_stay_the_same(tiny, level, options):
+    prompts = make_prompts()
+    load(tiny).close()  # libraries keep something at their first use
+    before = free()
+    with load(tiny, **LARGE, **options) as llm:
+        expected = generate(llm, prompts, greedy())
+        runner = llm._engine.executor.runner
+        for _ in range(2):
+            assert before - free() > 1 << 30
+            llm.sleep(level)
+            # Left are kernels, the sampler's state and what attention works in.
+            assert before - free() < 1 << 28
+            assert hasattr(runner, "model") == (level == 1)
+            llm.wake_up()
+            assert generate(llm, prompts, greedy()) == expected
+            assert (runner.graphs is None) == options.get("enforce_eager", False)
+
+
+@pytest.mark.parametrize("order", [["weights", "kv_cache"], ["kv_cache", "weights"]])
+def test_graphs_are_captured_when_all_parts_are_awake(tiny, order):
+    prompts = make_prompts()
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=20, ignore_eos=True)
+    with load(tiny) as llm:
+        expected = generate(llm, prompts, params)
+        llm.sleep()
+        noise = torch.full((1 << 26,), torch.nan, device="cuda")  # takes what was given back
+        for tag in order:
+            assert llm.is_sleeping() and llm._engine.executor.runner.graphs is None
+            llm.wake_up([tag])
+        assert llm._engine.executor.runner.graphs is not None
+        assert generate(llm, prompts, params) == expected
+        del noise
+
+
+def test_too_little_memory_to_wake_up_leaves_it_asleep(tiny):
+    prompts = make_prompts()
+    with load(tiny, **LARGE) as llm:
+        expected = generate(llm, prompts, greedy())
+        llm.sleep()
+        others = torch.empty(free() - (1 << 27), dtype=torch.uint8, device="cuda")
+        with pytest.raises(RuntimeError, match="GPU memory is too small to wake up"):
+            llm.wake_up()
+        assert llm.is_sleeping()
+        del others
+        torch.cuda.empty_cache()
+        llm.wake_up()
+        assert generate(llm, prompts, greedy()) == expected
+
+
+def test_asyncio_and_threads_give_the_same_tokens(setting):
+    """Others than the thread that made the engine step it, with graphs and without."""
+    folder, prompts, expected = setting
+    options = dict(device="cuda", dtype="float32", skip_tokenizer_init=True, max_model_len=256,
+                   max_num_seqs=16, kv_cache_memory_bytes=64 << 20)  # fmt: skip
+    llm = AsyncLLM(str(folder), **options)
+
+    async def one(prompt):
+        return [out["token_ids"] async for out in llm.generate(prompt, greedy())][-1]
+
+    async def every():
+        return await asyncio.gather(*map(one, prompts))
+
+    async def slept():
+        await llm.sleep()
+        await llm.wake_up()
+
+    assert asyncio.run(every()) == expected
+    asyncio.run(slept())
+    assert asyncio.run(every()) == expected
+    llm.shutdown()
+    with load(folder) as llm, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(generate, llm, prompts, greedy()) for _ in range(4)]
+        assert [call.result() for call in calls] == [expected] * 4
+
+
+LOST = """
+import sys, torch
+from nanovllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], device="cuda", kv_cache_memory_bytes=64 << 20)
+submit = llm._engine.executor.submit
+def broken(step):
+    torch.zeros(4, device="cuda")[torch.tensor([9], device="cuda")]  # a device-side assert
+    return submit(step)
+llm._engine.executor.submit = broken
+for text in ("CUDA", "its GPU failed"):
+    try:
+        llm.generate("In the beginning", SamplingParams(max_tokens=9), use_tqdm=False)
+    except RuntimeError as error:
+        assert text in str(error), error
+        print("said so", flush=True)
+"""
+
+
+def test_a_device_side_assert_closes_the_llm_and_says_so(tiny):
+    done = subprocess.run(
+        [sys.executable, "-c", LOST, str(tiny)], capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.split("\n")[:2] == ["said so"] * 2, done.stderr

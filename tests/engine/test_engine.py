@@ -21,7 +21,9 @@ from fake_worker import (
 )
 
 import nanovllm.engine.engine
+from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
+from nanovllm.metrics import Observations
 from nanovllm.outputs import SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -590,6 +592,178 @@ def test_an_interrupt_between_logprobs_and_tokens_repeats_neither(monkeypatch):
         with suppress(KeyboardInterrupt):
             take_step(engine)
     assert_right(*seqs)
+
+
+# A request that fails every time
+
+
+def poison(engine, token, at):
+    """The worker fails at a stage of every step that computes this token of a prompt."""
+    worker = engine.executor
+
+    def fail_on(stage, number):
+        if stage == at and any(token in chunk.token_ids for chunk in worker.steps[number].chunks):
+            raise RuntimeError("poison")
+
+    worker.fail_on = fail_on
+
+
+def step_through(engine, limit=100):
+    """Step to the end. Returns who ended, and how many steps failed."""
+    ended, failures = [], 0
+    for _ in range(limit):
+        if not engine.has_unfinished:
+            return ended, failures
+        try:
+            ended += [seq for seq in take_step(engine) if seq.finished]
+        except RuntimeError:
+            failures += 1
+        check_invariants(engine)
+    raise AssertionError("it goes on for ever")
+
+
+@both_depths
+@pytest.mark.parametrize("stage", ["submit", "stored", "result"])
+def test_who_fails_every_step_ends_with_an_error_and_the_others_go_on(stage, depth):
+    engine = make_engine(max_num_seqs=2, depth=depth)
+    poison(engine, 15, stage)
+    before = make_sequence([1] * 5, "before", max_tokens=4)
+    assert step_through_all(engine, before) == 0
+    bad = make_sequence([15] * 5, "bad", max_tokens=4)
+    later = sequences([2] * 5, [3] * 6, [4] * 3, max_tokens=4)
+    engine.add(bad)
+    engine.add_batch(later)
+    ended, failures = step_through(engine)
+    assert failures == 2 and bad.finish_reason == "error"
+    assert bad.metrics.finished_time is not None and set(ended) == {bad, *later}
+    # Who ran beside it both times can't be told from it.
+    assert [seq.finish_reason for seq in later] == ["error", "length", "length"]
+    assert_right(*later[1:])
+    run(engine, make_sequence([2] * 5, "again", max_tokens=4))
+    assert engine.metrics.finish_reasons == {"error": 2, "length": 4}
+
+
+def step_through_all(engine, *seqs):
+    for seq in seqs:
+        engine.add(seq)
+    return step_through(engine)[1]
+
+
+@both_depths
+def test_steps_that_fail_now_and_then_end_nobody(depth):
+    engine = make_engine(depth=depth)
+    failing = range(2, 400, 5)
+
+    def fail_on(stage, number):
+        if stage == "stored" and number in failing:
+            raise RuntimeError("now and then")
+
+    engine.executor.fail_on = fail_on
+    seqs = sequences([1] * 5, [2] * 6, [3], max_tokens=20)
+    assert step_through_all(engine, *seqs) > 3
+    assert_right(*seqs)
+
+
+@both_depths
+def test_ctrl_c_ends_nobody_however_often(depth):
+    engine = make_engine(depth=depth)
+    seqs = sequences([1] * 5, [2] * 6, max_tokens=8)
+    for seq in seqs:
+        engine.add(seq)
+
+    def fail_on(stage, number):
+        raise KeyboardInterrupt
+
+    engine.executor.fail_on = fail_on
+    for _ in range(5):
+        with suppress(KeyboardInterrupt):
+            take_step(engine)
+    engine.executor.fail_on = lambda stage, number: None
+    run(engine)
+    assert_right(*seqs)
+
+
+# The prefix cache
+
+
+@both_depths
+def test_the_prefix_cache_is_forgotten_when_no_page_is_in_use(depth):
+    engine = make_engine(depth=depth)
+    assert engine.reset_prefix_cache()
+    first = make_sequence([1] * 9, "first", max_tokens=6)
+    engine.add(first)
+    assert engine.reset_prefix_cache(), "it waits"
+    take_step(engine)
+    assert not engine.reset_prefix_cache()
+    run(engine)
+    assert engine.reset_prefix_cache()
+    second = make_sequence([1] * 9, "second", max_tokens=6)
+    run(engine, second)
+    assert_right(first, second)
+    assert second.num_cached_tokens == 0
+
+
+@both_depths
+def test_running_requests_start_over_if_they_may(depth):
+    engine = make_engine(depth=depth, max_num_seqs=2)
+    seqs = sequences([1] * 9, [1] * 9, [2] * 5, max_tokens=8)
+    for seq in seqs:
+        engine.add(seq)
+    for _ in range(4):
+        take_step(engine)
+    num_tokens = sum(seq.metrics.first_token_time is not None for seq in seqs)
+    assert num_tokens == 2 and engine.reset_prefix_cache(reset_running_requests=True)
+    check_invariants(engine)
+    assert engine.scheduler.block_manager.cached == {}
+    run(engine)
+    assert_right(*seqs)
+
+
+# What is counted of requests
+
+
+def test_metrics_of_requests():
+    engine = make_engine(max_num_seqs=1)
+
+    def read():
+        result = {}
+        for metric in read_metrics(engine, {"model_name": "m"}):
+            assert metric.labels["model_name"] == "m"
+            result[metric.name, metric.labels.get("finished_reason")] = metric
+        return result
+
+    assert read()["vllm:generation_tokens", None].value == 0
+    stop = expected_tokens(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True))[0][3]
+    seqs = sequences(PROMPT, [1] * 9, [2] * 9, [3] * 9, max_tokens=5)
+    seqs[0] = make_sequence(PROMPT, "stops", max_tokens=9, stop_token_ids=[stop])
+    for seq in seqs:
+        engine.add(seq)
+    step_until(engine, lambda: len(seqs[1].output_token_ids) == 2)
+    engine.abort([seqs[3]])
+    found = read()
+    num_first = len(seqs[0].output_token_ids)
+    assert found["vllm:generation_tokens", None].value == num_first + 2
+    assert found["vllm:prompt_tokens", None].value == len(PROMPT) + 9
+    assert found["vllm:num_requests_running", None].value == 1
+    assert found["vllm:num_requests_waiting", None].value == 1
+    assert found["vllm:kv_cache_usage_perc", None].value == 3 / 64
+    run(engine)
+    found = read()
+    assert found["vllm:generation_tokens", None].value == num_first + 10
+    assert found["vllm:prompt_tokens", None].value == len(PROMPT) + 18
+    reasons = {r: found["vllm:request_success", r].value for r in ("stop", "length", "abort")}
+    assert reasons == {"stop": 1, "length": 2, "abort": 1}
+    for name in "vllm:time_to_first_token_seconds", "vllm:e2e_request_latency_seconds":
+        histogram = found[name, None]
+        assert histogram.count == histogram.buckets["+Inf"] == 3
+        assert sorted(histogram.buckets.values()) == list(histogram.buckets.values())
+
+
+def test_observations_are_counted_up_to_each_limit():
+    seen = Observations((0.5, 1.0))
+    for value in (0.5, 0.6, 1.0, 7.0):
+        seen.add(value)
+    assert seen.buckets == {"0.5": 1, "1.0": 3, "+Inf": 4} and seen.sum == 9.1
 
 
 # Known tokens that are scored

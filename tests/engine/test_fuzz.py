@@ -110,6 +110,7 @@ class Run:
         self.worker: FakeWorker = self.engine.executor
         self.worker.fail_on = self.failure = FailNext()
         self.seqs, self.delivered, self.dropped = [], [], []
+        self.num_errors = 0
 
     def play(self, schedule):
         for request, (event, *args), num_steps in schedule:
@@ -120,7 +121,8 @@ class Run:
             assert len(self.worker.steps) < 5000, "some request never ends"
             self.step()
         assert_idle(self.engine)
-        assert_right(*self.seqs, max_model_len=self.max_model_len)
+        assert_right(*self.seqs, max_model_len=self.max_model_len, cut=("abort", "error"))
+        assert self.num_errors > 1 or all(seq.finish_reason != "error" for seq in self.seqs)
         ended = [seq for seq in self.seqs if seq.finish_reason != "abort"]
         expected = {seq: 1 for seq in ended if seq not in self.dropped}
         assert Counter(self.delivered) == Counter(expected)
@@ -172,8 +174,9 @@ class Run:
             num_steps = len(self.worker.steps)
             try:
                 self.delivered += [seq for seq in take_step(self.engine) if seq.finished]
-            except (RuntimeError, KeyboardInterrupt):
+            except (RuntimeError, KeyboardInterrupt) as error:
                 assert not self.failure.armed
+                self.num_errors += isinstance(error, RuntimeError)
             else:
                 if len(self.worker.steps) > num_steps:
                     self.check_all_decoded(decodes)
@@ -186,7 +189,10 @@ class Run:
 
     def abort(self, back):
         samples = self.seqs[-min(back, len(self.seqs))].samples
-        self.dropped += [seq for seq in samples if seq in self.engine.advanced]
+        for seq in samples:
+            fails = seq.finish_reason == "error" and seq not in self.delivered  # not told yet
+            if seq in self.engine.advanced or fails:
+                self.dropped.append(seq)
         self.engine.abort(samples)
         check_invariants(self.engine)
 
