@@ -22,7 +22,7 @@ SECTIONS = {
     **{name: NAMES[name] for name in ("RequestOutput", "CompletionOutput", "Logprob")},
 }
 OURS = {"supported", "differs"}
-STATES = {*OURS, "refused", "no effect", "missing", "not yet"}
+STATES = {*OURS, "refused", "no effect", "missing"}
 
 
 def read_table():
@@ -60,8 +60,6 @@ def test_a_row_says_what_is_so(section, name, state, caplog):
         assert has
     elif state in ("missing", "no effect"):
         assert not has
-    elif state == "not yet":
-        assert not has, "it is there: the table should say so"
     if section == "LLM(...)" and state in ("refused", "no effect"):
         assert name in VLLM_DEFAULTS
         if state == "refused":
