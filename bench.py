@@ -286,11 +286,10 @@ def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Report, Any]:
         **options,
     )
 
+    sampling = {"temperature": TEMPERATURE, "ignore_eos": True} | job["sampling"]
+
     def generate(prompts: list[list[int]], output_lens: list[int]) -> list[list[int]]:
-        params = [
-            engine.SamplingParams(temperature=TEMPERATURE, ignore_eos=True, max_tokens=n)
-            for n in output_lens
-        ]
+        params = [engine.SamplingParams(**sampling, max_tokens=n) for n in output_lens]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(inputs, params, use_tqdm=False)
         return [output.outputs[0].token_ids for output in outputs]
@@ -449,6 +448,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         "dummy_weights": args.dummy_weights,
         "dtype": args.dtype,
         "options": dict(args.option),
+        "sampling": dict(args.sampling),
         "vocab_size": config.vocab_size,
         "max_model_len": args.max_model_len,
         "trace": args.trace,
@@ -488,6 +488,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         "output_tokens": workload.output_tokens,
         "model": args.model_name,
         "options": dict(args.option),
+        "sampling": dict(args.sampling),
         "machines": machines,
         "engines": engines,
     }
@@ -511,7 +512,9 @@ def print_table(report: dict[str, Any]) -> None:
     print(
         f"\n{report['workload']}: {report['requests']} requests, {report['input_tokens']:,} tokens "
         f"in, {report['output_tokens']:,} out; {report['model']}"
-        + "".join(f", {name}={value}" for name, value in report["options"].items())
+        + "".join(
+            f", {name}={value}" for name, value in (report["options"] | report["sampling"]).items()
+        )
     )
     for kind, rates in report["machines"].items():
         print(
@@ -615,6 +618,15 @@ def parse_args(folder: Path) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="options for LLM of nanovllm and vLLM, values as in JSON; by default their defaults",
     )
+    parser.add_argument(
+        "--sampling",
+        nargs="+",
+        action="extend",
+        type=engine_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="more SamplingParams of nanovllm and vLLM, as top_p=0.9 logprobs=5",
+    )
     parser.add_argument("--dtype", choices=("auto", *ITEMSIZE), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--breakdown", action="store_true", help="say where nanovllm's time went")
@@ -626,9 +638,12 @@ def parse_args(folder: Path) -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.engine = args.engine or [engine_spec("nanovllm")]
-    for flag, pairs in ("--engine", args.engine), ("--option", args.option):
+    for flag in ("engine", "option", "sampling"):
+        pairs = getattr(args, flag)
         if len(dict(pairs)) < len(pairs):
-            parser.error(f"{flag} names one twice")
+            parser.error(f"--{flag} names one twice")
+    if args.sampling and not set(dict(args.engine)) <= {"nanovllm", "vllm"}:
+        parser.error("--sampling is for nanovllm and vLLM alone")
     args.breakdown |= args.trace is not None
     if args.breakdown and "nanovllm" not in dict(args.engine):
         parser.error("--breakdown and --trace see only into nanovllm, which --engine doesn't name")

@@ -110,9 +110,11 @@ def test_a_run_compares_engines_and_a_missing_one_fails_alone(tiny):
 
 
 def test_the_table_shows_what_was_asked(tiny):
-    run = run_bench("--model", str(tiny), "--input-len", "9", "--output-len", "2")
+    lens = "--input-len", "9", "--output-len", "2"
+    run = run_bench("--model", str(tiny), *lens, "--sampling", "logprobs=2")
     assert run.returncode == 0, run.stderr
     assert "own: 32 requests, 288 tokens in, 64 out" in run.stdout
+    assert ", logprobs=2" in run.stdout
     [row] = [line for line in run.stdout.splitlines() if line.startswith("nanovllm 0.")]
     assert len(row.split()) == 11
 
@@ -128,6 +130,8 @@ def test_the_table_shows_what_was_asked(tiny):
         (["--engine", "vllm", "vllm"], "--engine names one twice"),
         (["--option", "a=1", "--option", "a=2"], "--option names one twice"),
         (["--option", "block_size"], "'block_size' is not NAME=VALUE"),
+        (["--sampling", "top_k=5", "top_k=6"], "--sampling names one twice"),
+        (["--sampling", "top_k=5", "--engine", "transformers"], "nanovllm and vLLM alone"),
         (["--model", "/nowhere"], "--model /nowhere"),
         (["--model", "a", "--shape", "qwen3-8b"], "not allowed with argument"),
         (["--input-len", "50000"], "a request of 50128 tokens is too long: the model takes 40960"),
