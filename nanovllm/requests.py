@@ -25,6 +25,14 @@ from nanovllm.scoring import Scored
 from nanovllm.structured_outputs import GrammarCompiler
 
 
+class RequestError(RuntimeError):
+    """A request was ended by an error of its own, the cause."""
+
+    def __init__(self, request_id: str, message: str):
+        super().__init__(message)
+        self.request_id = request_id
+
+
 class Requests:
     """Makes the sequences and the outputs of one LLM's requests.
 
@@ -157,15 +165,16 @@ class Requests:
 
     def output(self, engine: Engine, samples: list[Sequence], delta: bool = False) -> RequestOutput:
         """What samples of a request have so far, or only what is new since the last such call.
-        Raises RuntimeError for a request that an error ended, and takes its news."""
+        Raises RequestError for a request that an error ended, and takes its news."""
         for seq in samples:
             if seq.error is not None:
                 for sample in seq.samples:
                     engine.advanced.pop(sample, None)
-                raise RuntimeError(
+                raise RequestError(
+                    seq.request_id,
                     f"request {seq.request_id!r} ended by an error in its logits_processors or its "
                     f"structured_outputs after {len(seq.token_ids) - seq.num_prompt_tokens} "
-                    f"tokens: {seq.error!r}"
+                    f"tokens: {seq.error!r}",
                 ) from seq.error
         seq = samples[0]
         first = (seq.siblings or samples)[0]

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from nanovllm.entrypoints.openai_format import Request, make_response, read_request
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests import RequestError
 
 PREFIX = b'{"id": "batch_req_'  # what all results begin with; the line's number follows
 
@@ -120,6 +121,7 @@ class Batch:
         self.model_names = {self.model, *model_names}
         self.seen: dict[str, int] = {}  # the line of each custom_id
         self.running: dict[str, tuple[Line, int]] = {}  # request id -> its line, which prompt
+        self.failure: Exception = RuntimeError("a step failed")  # the last one of the engine's
         self.num_good = self.num_errors = 0
         # So many that the engine's batch stays full while lines are read.
         self.window = 2 * llm.llm_engine.scheduler.max_num_seqs
@@ -134,13 +136,37 @@ class Batch:
             self._step()
 
     def _step(self) -> None:
-        for output in self.llm.step():
+        try:
+            outputs = self.llm.step()
+        except RequestError as error:
+            self._fail(error.request_id, error)
+            return
+        except RuntimeError as error:  # requests that run into it twice end by it
+            self.failure = error
+            self.llm.is_finished()  # raises if the LLM can't go on
+            return
+        for output in outputs:
+            if output.request_id not in self.running:
+                continue  # its line has failed
+            if any(completion.finish_reason == "error" for completion in output.outputs):
+                self._fail(output.request_id, self.failure)
+                continue
             line, index = self.running.pop(output.request_id)
             line.outputs[index] = output
             outputs = [output for output in line.outputs if output is not None]
             if len(outputs) == len(line.outputs):
                 body = make_response(line.request, outputs, self.model, self.tokenizer)
                 self._write(line.number, line.custom_id, body, None)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """A line's request was ended by an error, so all of the line's are."""
+        if request_id not in self.running:
+            return  # it has failed by another one
+        failed, _ = self.running[request_id]
+        for other in [id for id, (line, _) in self.running.items() if line is failed]:
+            self.llm.abort(other)
+            del self.running[other]
+        self._write(failed.number, failed.custom_id, None, error)
 
     def _admit(self, number: int, raw: bytes) -> None:
         """Start a line's requests, unless it has a result."""
@@ -194,8 +220,10 @@ class Batch:
     ) -> None:
         status, about = 200, None
         if error:
-            status = 400
-            about = {"message": str(error), "type": "invalid_request_error", "code": status}
+            is_theirs = isinstance(error, (ValueError, TypeError))
+            status = 400 if is_theirs else 500
+            kind = "invalid_request_error" if is_theirs else "server_error"
+            about = {"message": str(error), "type": kind, "code": status}
         record = {
             "id": f"batch_req_{number}",
             "custom_id": custom_id,

@@ -310,7 +310,7 @@ def test_bad_calls_run_nothing(llm):
         (5, params, {}, TypeError, "prompts must be"),
         (TEXT, params, {"concurrency_limit": 0}, ValueError, "concurrency_limit must be at least"),
         (TEXT, params, {"concurrency_limit": "1"}, ValueError, "concurrency_limit must be at"),
-        (TEXT, params, {"lora_request": None}, TypeError, "lora_request"),
+        (TEXT, params, {"lora_request": "mine"}, ValueError, "lora_request is not supported"),
     ):
         with pytest.raises(error, match=text):
             llm.beam_search(prompts, given, **options)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEXT = "It is a truth universally acknowledged, that"
 WHO = [{"role": "user", "content": "Who are you?"}]
-HAVE = {field.name for field in fields(SamplingParams)}
 
 
 def line(custom_id, url=COMPLETIONS, **body):
@@ -132,7 +130,6 @@ def test_logprobs_have_openais_forms(run, llm):
         assert bytes(entry["bytes"]).decode() == entry["token"] and len(entry["top_logprobs"]) == 2
 
 
-@pytest.mark.skipif("prompt_logprobs" not in HAVE, reason="SamplingParams has no prompt_logprobs")
 def test_an_echo_has_the_prompts_logprobs(run, llm):
     [record] = run([line("a", echo=True, logprobs=1)])
     [choice] = body_of(record)["choices"]
@@ -146,7 +143,6 @@ def test_an_echo_has_the_prompts_logprobs(run, llm):
     assert choice["prompt_logprobs"][1][str(ids[1])].keys() == {"logprob", "rank", "decoded_token"}
 
 
-@pytest.mark.skipif("n" not in HAVE, reason="SamplingParams has no n")
 def test_several_samples_are_several_choices(run):
     [record] = run([line("a", n=2, prompt=[TEXT, "The king"], temperature=1, seed=1)])
     body = body_of(record)
@@ -155,7 +151,6 @@ def test_several_samples_are_several_choices(run):
     assert body["usage"]["completion_tokens"] <= 4 * 8
 
 
-@pytest.mark.skipif("structured_outputs" not in HAVE, reason="no structured_outputs")
 def test_a_response_format_is_kept(run):
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
@@ -174,6 +169,30 @@ def test_a_response_format_is_kept(run):
     assert body_of(records[1])["choices"][0]["text"] in ("yes", "no")
     assert body_of(records[2])
     assert "exactly one of" in records[3]["error"]["message"]
+
+
+def test_a_request_that_fails_while_it_runs_is_an_error_record(run):
+    pytest.importorskip("llguidance")
+    endless = {"grammar": 'start: "a" start'}  # found out when the text begins
+    bad, good = run([line("a", structured_outputs=endless, prompt=["x", "y"]), line("b")])
+    assert bad["response"]["status_code"] == 500 and bad["error"]["type"] == "server_error"
+    assert "structured_outputs" in bad["error"]["message"] and body_of(good)
+
+
+def test_who_fails_every_step_is_an_error_record(run, llm, monkeypatch):
+    executor = llm.llm_engine.executor
+    submit = executor.submit
+
+    def broken(step):
+        if any(start.params.seed == 13 for start in step.starts):
+            raise RuntimeError("no memory left")
+        return submit(step)
+
+    monkeypatch.setattr(executor, "submit", broken)
+    [bad] = run([line("a", seed=13)])
+    assert bad["response"]["status_code"] == 500 and bad["error"]["message"] == "no memory left"
+    again, good = run([line("a", seed=13), line("b")])
+    assert again == bad and body_of(good)
 
 
 def test_prompts_are_cut(run):
@@ -222,12 +241,6 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         (line("form 3", response_format={"type": "json_schema"}), "response_format has no json_s"),
         (line("thought", thinking_token_budget=5), "not supported: thinking_token_budget"),
     ]  # fmt: skip
-    if "n" not in HAVE:
-        bad.append((line("n", n=2), "not supported: n"))
-    if "prompt_logprobs" not in HAVE:
-        bad.append((line("echo", echo=True, logprobs=1), "not supported: prompt_logprobs"))
-    if "structured_outputs" not in HAVE:
-        bad.append((line("json", response_format={"type": "json_object"}), "not supported: resp"))
     records = run([line("good 0"), *(entry for entry, _ in bad), line("good 1")])
     assert len(records) == len(bad) + 2
     assert body_of(records[0])["choices"] == body_of(records[-1])["choices"]
