@@ -1,5 +1,6 @@
 """The operations between the matrix products, by device. Layers and the worker call these names;
-each has its textbook in reference.py or torch, and its kernel for GPUs in a module of Triton's.
+each has its textbook in reference.py, reference_sampling.py or torch, and its kernel for GPUs in a
+module of Triton's.
 """
 
 import functools
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from nanovllm.ops import reference
+from nanovllm.ops import reference, reference_sampling
 from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ Op = TypeVar("Op", bound=Callable[..., Any])
 
 
 def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
-    """The operation of reference.py, or for tensors on a GPU that of the same name in the module
-    with the kernels, which is not imported before."""
+    """The textbook's operation, or for tensors on a GPU that of the same name in the module with
+    the kernels, which is not imported before."""
 
     @functools.wraps(op)
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -52,8 +53,8 @@ def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
 rms_norm = _by_device(reference.rms_norm)
 linear = _by_device(reference.linear, "triton_linear")
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
-sample = _by_device(reference.sample, "triton_sampling")
-top_logprobs = _by_device(reference.top_logprobs, "triton_sampling")
+sample = _by_device(reference_sampling.sample, "triton_sampling")
+top_logprobs = _by_device(reference_sampling.top_logprobs, "triton_sampling")
 keep_sampled = _by_device(reference.keep_sampled, "triton_rows")
 
 

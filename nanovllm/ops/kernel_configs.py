@@ -44,28 +44,39 @@ class AttentionConfig:
     min_keys: int
 
 
-# By itemsize and the bytes of a head's key, padded to a power of two: for short queries (decodes),
-# for chunks. float32 is multiplied without tensor cores, from registers: small tiles.
-ATTENTION: dict[tuple[int, int], tuple[AttentionConfig, AttentionConfig]] = {
-    (2, 128): (AttentionConfig(16, 64, 2, 3, 6, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
-    (2, 256): (AttentionConfig(16, 64, 4, 3, 4, 128), AttentionConfig(128, 64, 4, 3, 4, 256)),
-    (2, 512): (AttentionConfig(16, 32, 4, 3, 6, 128), AttentionConfig(64, 32, 4, 2, 4, 256)),
-    (4, 256): (AttentionConfig(16, 32, 4, 2, 6, 128), AttentionConfig(32, 32, 4, 2, 4, 256)),
-    (4, 512): (AttentionConfig(16, 32, 4, 2, 6, 128), AttentionConfig(32, 32, 4, 2, 4, 256)),
-    (4, 1024): (AttentionConfig(16, 16, 4, 2, 6, 128), AttentionConfig(32, 16, 4, 2, 4, 256)),
+# By itemsize and the bytes of a head's key, padded to a power of two; the names are
+# attention_configs'. float32 is multiplied without tensor cores, from registers: small tiles.
+ATTENTION: dict[tuple[int, int], dict[str, AttentionConfig]] = {
+    (2, 128): {
+        "short": AttentionConfig(16, 64, 2, 3, 6, 128),
+        "long": AttentionConfig(128, 64, 4, 3, 4, 256),
+    },
+    (2, 256): {
+        "short": AttentionConfig(16, 64, 4, 3, 4, 128),
+        "few": AttentionConfig(16, 64, 8, 3, 1, 64),
+        "crowd": AttentionConfig(16, 32, 2, 3, 8, 128),
+        "long": AttentionConfig(128, 64, 4, 3, 4, 256),
+        "shared": AttentionConfig(64, 64, 4, 3, 2, 256),
+    },
+    (2, 512): {
+        "short": AttentionConfig(16, 32, 4, 3, 6, 128),
+        "long": AttentionConfig(64, 32, 4, 2, 4, 256),
+    },
+    (4, 256): {
+        "short": AttentionConfig(16, 32, 4, 2, 6, 128),
+        "long": AttentionConfig(32, 32, 4, 2, 4, 256),
+    },
+    (4, 512): {
+        "short": AttentionConfig(16, 32, 4, 2, 6, 128),
+        "long": AttentionConfig(32, 32, 4, 2, 4, 256),
+    },
+    (4, 1024): {
+        "short": AttentionConfig(16, 16, 4, 2, 6, 128),
+        "long": AttentionConfig(32, 16, 4, 2, 4, 256),
+    },
 }
-
-
-# For short queries of so many sequences that each multiprocessor gets 15 programs or more: smaller
-# blocks, since then many programs hide each other's waiting and short contexts fill whole blocks.
-CROWDS: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 32, 2, 3, 8, 128)}
-CROWD_PROGRAMS_PER_SM = 15
-# And of so few sequences that latency is all: parts of a single block, and all warps on it.
-FEW: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(16, 64, 8, 3, 1, 64)}
-FEW_PROGRAMS_PER_SM = 1 / 8
-# Keys that decodes share are read by as many programs as fit at a time: every further part is one
-# more partial result for each decode.
-SHARED: dict[tuple[int, int], AttentionConfig] = {(2, 256): AttentionConfig(64, 64, 4, 3, 2, 256)}
+CROWD_PROGRAMS_PER_SM = 15  # or more
+FEW_PROGRAMS_PER_SM = 1 / 8  # or fewer
 SHARED_PROGRAMS_PER_SM = 2
 # Decodes come right from the projection to attention where it has no more programs than run at a
 # time: with more, they wait for the norms and RoPE of others longer than a kernel for them takes.
@@ -73,22 +84,29 @@ PROJECTED_PROGRAMS_PER_SM = 4
 
 
 def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig]:
-    """By name: for short queries, for those of few or of a crowd of sequences, for chunks ("long"),
-    and for keys that decodes share. Raises ValueError for heads that no entry is for."""
+    """By what they are for:
+
+    - short: short queries, decodes above all.
+    - few: those of so few sequences that latency is all: parts of a single block, and all warps on
+      it.
+    - crowd: those of so many that each multiprocessor gets 15 programs or more. In smaller blocks
+      many programs hide each other's waiting, and short contexts fill whole blocks.
+    - long: chunks.
+    - shared: keys that decodes share, which are read by as many programs as fit at a time: every
+      further part is one more partial result for each decode.
+
+    Raises:
+        ValueError: there is no entry for such heads.
+    """
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"on a GPU head_dim is at most {MAX_HEAD_DIM}, this model's is {head_dim}; "
             f"device='cpu' takes any"
         )
-    key = itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize
-    short, long = ATTENTION[key]
-    return {
-        "shared": SHARED.get(key, replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM)),
-        "short": short,
-        "few": FEW.get(key, short),
-        "crowd": CROWDS.get(key, short),
-        "long": long,
-    }
+    configs = ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]
+    short, long = configs["short"], configs["long"]
+    shared = replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM)
+    return {"few": short, "crowd": short, "shared": shared, **configs}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.ops.kernel_configs import SCAN_BLOCK, SEARCH_BLOCK, SEARCH_WARPS
-from nanovllm.ops.reference import VOCAB_BLOCK
+from nanovllm.ops.reference_sampling import VOCAB_BLOCK
 from nanovllm.ops.triton_ops import pdl_options
 
 

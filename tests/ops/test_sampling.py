@@ -6,7 +6,7 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import ops
-from nanovllm.ops.reference import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits, keep_likely
+from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.step import RowStart
 from nanovllm.worker.sampler import Sampler, noise_keys

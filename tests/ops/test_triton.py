@@ -22,7 +22,8 @@ from kernel_calls import (
 from nanovllm.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.config import RopeConfig
 from nanovllm.layers.rope import Rope
-from nanovllm.ops import reference, triton_linear, triton_ops, triton_sampling
+from nanovllm.ops import reference, reference_sampling, triton_linear, triton_ops, triton_sampling
+from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits
 from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -368,12 +369,12 @@ def assert_drawn_by(logits, temperature, keys, token_ids):
     token's the best of the block, up to ties within float32's rounding."""
     vocab = logits.shape[1]
     scaled = logits.double() / temperature[:, None].double()
-    blocks = [block.logsumexp(-1) for block in scaled.split(reference.VOCAB_BLOCK, dim=1)]
+    blocks = [block.logsumexp(-1) for block in scaled.split(VOCAB_BLOCK, dim=1)]
     ids = torch.arange(vocab, device=logits.device)
-    block_of, block = ids // reference.VOCAB_BLOCK, token_ids[:, None] // reference.VOCAB_BLOCK
+    block_of, block = ids // VOCAB_BLOCK, token_ids[:, None] // VOCAB_BLOCK
     by_block = torch.stack(blocks, 1)
-    by_block += reference.gumbel_noise(keys, -1 - ids[: len(blocks)])
-    by_token = scaled + reference.gumbel_noise(keys, ids)
+    by_block += gumbel_noise(keys, -1 - ids[: len(blocks)])
+    by_token = scaled + gumbel_noise(keys, ids)
     by_token[block_of != block] = -torch.inf
     for values, index in ((by_block, block), (by_token, token_ids[:, None])):
         drawn = values.gather(1, index).squeeze(1)
@@ -392,7 +393,8 @@ def test_draws_equal_the_references(device, dtype, vocab):
     temperature[::7] = 0.0
     keys = torch.from_numpy(noise_keys(np.arange(30, dtype=np.uint64), np.arange(30))).to(device)
     random = temperature > 0
-    drawn, expected = (m.sample(logits, temperature, keys) for m in (triton_sampling, reference))
+    drawn = triton_sampling.sample(logits, temperature, keys)
+    expected = reference_sampling.sample(logits, temperature, keys)
     assert (drawn != expected).sum() <= 1  # a tie
     for token_ids in (drawn, expected):
         assert torch.equal(token_ids[~random], logits[~random].float().argmax(-1))
@@ -412,7 +414,7 @@ def test_draws_equal_the_references(device, dtype, vocab):
     assert torch.equal(logits.gather(1, cut[:, None]).squeeze(1)[5:15], best[5:15])
 
 
-SAMPLES = pytest.mark.parametrize("sample", [triton_sampling.sample, reference.sample])
+SAMPLES = pytest.mark.parametrize("sample", [triton_sampling.sample, reference_sampling.sample])
 
 
 def keys_for(token, bits):
@@ -439,7 +441,7 @@ def test_masked_tokens_are_not_drawn_whatever_the_noise(device, sample):
     ids = torch.tensor([5000, -2, 5001, -1], device=device)
     bits = torch.tensor([2**32 - 1, 2**32 - 1, 0, 0], device=device)
     keys = torch.tensor(list(map(keys_for, ids.tolist(), bits.tolist())), device=device)
-    assert torch.equal(reference.gumbel_noise(keys, ids).diag(), reference.gumbel_of_bits(bits))
+    assert torch.equal(gumbel_noise(keys, ids).diag(), gumbel_of_bits(bits))
     token_ids = sample(logits, torch.ones(4, device=device), keys)
     assert token_ids.tolist() == [5000] * 4
 
