@@ -13,14 +13,6 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
-_FLAGS = (
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "detokenize",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "flat_logprobs",
-)
 UNSUPPORTED = (
     "extra_args",
     "logprob_token_ids",
@@ -30,7 +22,6 @@ UNSUPPORTED = (
 )
 MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
 MAX_SAMPLES = 16384  # of a request, as in vLLM
-LOGPROBS = ("logprobs", "prompt_logprobs")
 _KINDS: dict[str, Any] = {  # of structured outputs
     "json": str | dict,
     "regex": str,
@@ -39,7 +30,6 @@ _KINDS: dict[str, Any] = {  # of structured outputs
     "json_object": bool,
     "structural_tag": str,
 }
-PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
 
 
@@ -103,6 +93,44 @@ class StructuredOutputsParams:
             raise ValueError(f"structured_outputs: {self.kind} is {value!r}, which says nothing")
         if self.kind == "choice" and not all(isinstance(text, str) for text in value):
             raise TypeError(f"structured_outputs: choice must be strings, got {value!r:.80}")
+
+
+# Of SamplingParams: kind, what is fine, and how to say so.
+_LOGPROBS = (int, lambda n: 0 <= n <= MAX_LOGPROBS, f"be in [0, {MAX_LOGPROBS}], or None for none")
+_NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (float, lambda t: 0 <= t <= 2, "be in [0, 2] (0 is greedy)"),
+    "top_p": (float, lambda p: 0 < p <= 1, "be in (0, 1] (1 keeps every token)"),
+    "min_p": (float, lambda p: 0 <= p <= 1, "be in [0, 1] (0 keeps every token)"),
+    "presence_penalty": (float, lambda p: -2 <= p <= 2, "be in [-2, 2] (0 changes nothing)"),
+    "frequency_penalty": (float, lambda p: -2 <= p <= 2, "be in [-2, 2] (0 changes nothing)"),
+    "repetition_penalty": (
+        float,
+        lambda p: 0 < p < math.inf,
+        "be above 0 and finite (1 changes nothing)",
+    ),
+    "n": (int, lambda n: 1 <= n <= MAX_SAMPLES, f"be in [1, {MAX_SAMPLES}]"),
+    "top_k": (int, lambda k: k >= -1, "be at least 1, or 0 or -1 to keep every token"),
+    "min_tokens": (int, lambda n: n >= 0, "be at least 0"),
+    "max_tokens": (int, lambda n: n >= 1, "be at least 1, or None for no limit of its own"),
+    "logprobs": _LOGPROBS,
+    "prompt_logprobs": _LOGPROBS,
+    "seed": (int, lambda s: -(2**63) <= s < 2**63, "fit in 64 bits"),
+}
+_MAY_BE_NONE = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
+_FLAGS = (
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "flat_logprobs",
+)
+_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(_FLAGS, (bool, "a bool")),
+    "skip_reading_prefix_cache": (bool | None, "a bool"),
+    "output_kind": (RequestOutputKind, "a RequestOutputKind"),
+    "structured_outputs": (StructuredOutputsParams | None, "StructuredOutputsParams"),
+}
 
 
 @dataclass(kw_only=True)
@@ -199,33 +227,36 @@ class SamplingParams:
     grammar: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", *PENALTIES):
-            setattr(self, name, _as_number(name, getattr(self, name), float))
-        for name in ("n", "top_k", "min_tokens"):
-            setattr(self, name, _as_number(name, getattr(self, name), int))
-        for name in LOGPROBS:
+        for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:  # as in vLLM
                 setattr(self, name, 1)
-        for name in ("max_tokens", *LOGPROBS, "seed"):
-            if getattr(self, name) is not None:
-                setattr(self, name, _as_number(name, getattr(self, name), int))
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        if not isinstance(self.skip_reading_prefix_cache, bool | None):
-            raise TypeError(
-                f"skip_reading_prefix_cache must be a bool, got {self.skip_reading_prefix_cache!r}"
-            )
-        if not isinstance(self.output_kind, RequestOutputKind):
-            raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
-        if self.seed == -1:  # as in vLLM
-            self.seed = None
+        for name, (kind, is_fine, wanted) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            value = _as_number(name, value, kind)
+            if not is_fine(value):
+                raise ValueError(f"{name} must {wanted}, got {value}")
+            setattr(self, name, value)
+        for name, (types, wanted) in _TYPES.items():
+            if not isinstance(getattr(self, name), types):
+                raise TypeError(f"{name} must be {wanted}, got {getattr(self, name)!r:.80}")
         for name in UNSUPPORTED:
             if getattr(self, name) != getattr(SamplingParams, name):  # the default
                 raise ValueError(f"{name} is not supported: leave it out")
-        self._check_ranges()
-        self._check_stop()
-        self._check_logits()
+        if self.seed == -1:  # as in vLLM
+            self.seed = None
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(
+                f"n must be 1 when sampling is greedy (temperature 0), got {self.n}: all samples "
+                f"would be the same"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
+            )
+        self._check_token_ids()
+        self._check_texts()
         self._check_constraints()
 
     @classmethod
@@ -248,57 +279,9 @@ class SamplingParams:
         """A copy that shares nothing with it."""
         return copy.deepcopy(self)
 
-    def _check_ranges(self) -> None:
-        if not 0 <= self.temperature <= 2:
-            raise ValueError(f"temperature must be in [0, 2] (0 is greedy), got {self.temperature}")
-        if not 1 <= self.n <= MAX_SAMPLES:
-            raise ValueError(f"n must be in [1, {MAX_SAMPLES}], got {self.n}")
-        if self.n > 1 and self.is_greedy:
-            raise ValueError(
-                f"n must be 1 when sampling is greedy (temperature 0), got {self.n}: all samples "
-                f"would be the same"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] (1 keeps every token), got {self.top_p}")
-        if self.top_k < -1:
-            raise ValueError(
-                f"top_k must be at least 1, or 0 or -1 to keep every token, got {self.top_k}"
-            )
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1] (0 keeps every token), got {self.min_p}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(
-                f"max_tokens must be at least 1, or None for no limit of its own, "
-                f"got {self.max_tokens}"
-            )
-        if self.min_tokens < 0:
-            raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
-            )
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+    def _check_token_ids(self) -> None:
         if self.stop_token_ids is not None:
             self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
-
-    def _check_logits(self) -> None:
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise ValueError(
-                    f"{name} must be in [-2, 2] (0 changes nothing), got {getattr(self, name)}"
-                )
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"repetition_penalty must be above 0 and finite (1 changes nothing), "
-                f"got {self.repetition_penalty}"
-            )
-        for name in LOGPROBS:
-            number = getattr(self, name)
-            if number is not None and not 0 <= number <= MAX_LOGPROBS:
-                raise ValueError(
-                    f"{name} must be in [0, {MAX_LOGPROBS}], or None for none, got {number}"
-                )
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise TypeError(
@@ -314,6 +297,18 @@ class SamplingParams:
             if not ids:
                 raise ValueError("allowed_token_ids is empty: name a token, or None allows all")
             self.allowed_token_ids = ids
+
+    def _check_texts(self) -> None:
+        # A list, as in vLLM.
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = [] if stop is None else stop
+        if not isinstance(stop, (list, tuple)) or any(not isinstance(s, str) for s in stop):
+            raise TypeError(f"stop must be a string or a list of strings, got {self.stop!r}")
+        if "" in stop:
+            raise ValueError("stop cannot contain an empty string")
+        if stop and not self.detokenize:
+            raise ValueError("stop is searched for in the text: it needs detokenize=True")
+        self.stop = list(stop)
         if self.bad_words is not None:
             words = self.bad_words
             if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
@@ -332,11 +327,6 @@ class SamplingParams:
             for processor in processors:
                 takes_prompt(processor)
             self.logits_processors = list(processors)
-        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            raise TypeError(
-                f"structured_outputs must be StructuredOutputsParams, "
-                f"got {self.structured_outputs!r:.80}"
-            )
         if self.structured_outputs is not None:
             self.structured_outputs = replace(self.structured_outputs)  # checks it again
 
@@ -369,18 +359,6 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether its logits depend on its tokens so far."""
         return self.reads_history or self.needs_host
-
-    def _check_stop(self) -> None:
-        """A list, as in vLLM."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        stop = [] if stop is None else stop
-        if not isinstance(stop, (list, tuple)) or any(not isinstance(s, str) for s in stop):
-            raise TypeError(f"stop must be a string or a list of strings, got {self.stop!r}")
-        if "" in stop:
-            raise ValueError("stop cannot contain an empty string")
-        if stop and not self.detokenize:
-            raise ValueError("stop is searched for in the text: it needs detokenize=True")
-        self.stop = list(stop)
 
     @property
     def is_greedy(self) -> bool:
