@@ -2,16 +2,15 @@
 worker.
 
 requests.py checks and tokenizes, the engine decides what runs when, the worker computes.
+shared_engine.py has the engine, which threads share.
 """
 
 import copy
-import gc
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -23,14 +22,13 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
-from nanovllm.fair_lock import FairLock
 from nanovllm.metrics import Metric
 from nanovllm.models import model_class
 from nanovllm.outputs import Loglikelihood, RequestOutput
 from nanovllm.profiling import Profiler
-from nanovllm.progress import Progress
 from nanovllm.requests import Requests
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from nanovllm.shared_engine import SharedEngine
 from nanovllm.vllm_options import UNSUPPORTED_METHODS
 from nanovllm.worker.executor import InProcessExecutor
 from nanovllm.worker.model_runner import PARTS
@@ -38,9 +36,12 @@ from nanovllm.worker.model_runner import PARTS
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]
+Prompts = Prompt | SequenceOf[Prompt]
 Message = dict[str, Any]
+Conversations = SequenceOf[Message] | SequenceOf[SequenceOf[Message]]
+Params = SamplingParams | SequenceOf[SamplingParams] | None
 Pair = tuple[str, str] | tuple[list[int], list[int]]
-Output = TypeVar("Output")
+Bar = bool | Callable[..., tqdm]
 
 
 class LLM:
@@ -60,9 +61,6 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any):
-        self._engine: Engine | None = None
-        self._why_closed = "this LLM is closed"
-        self._lock = FairLock()
         self.config = config = EngineConfig.from_options(model, **options)
         self._chat_template = chat.load_template(config.chat_template)
         self._profiler: Profiler | None = None
@@ -74,8 +72,6 @@ class LLM:
         model_class(self.model_config.architecture)  # before weights are fetched or read
         tokenizer = self._checkpoint.tokenizer
         detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
-        self._owned: set[Sequence] = set()  # generate and stream hand these out, step doesn't
-
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
         )
@@ -88,7 +84,7 @@ class LLM:
         overlaps = config.async_scheduling
         if overlaps is None:
             overlaps = device.type == "cuda"
-        self._engine = Engine(
+        engine = Engine(
             executor,
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,
@@ -99,6 +95,8 @@ class LLM:
             depth=2 if overlaps else 1,
             detokenizer=detokenizer,
         )
+        self._shared = SharedEngine(engine)
+        self._use_engine = self._shared.use
         logger.info(
             "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
             self.model_config.architecture,
@@ -118,9 +116,9 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool | Callable[..., tqdm] = True,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        use_tqdm: Bar = True,
         lora_request: None = None,
         priority: None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
@@ -144,20 +142,17 @@ class LLM:
         """
         _refuse(lora_request, priority, mm_processor_kwargs)
         prompts = self._tokenized(prompts, tokenization_kwargs)
-        with ExitStack() as first_step:
-            first_step.enter_context(_no_collections())
-            return self._run(
-                lambda engine: self._requests.make(engine, prompts, sampling_params),
-                use_tqdm,
-                self._requests.output,
-                on_step=first_step.close,
-            )
+        return self._shared.run(
+            lambda engine: self._requests.make(engine, prompts, sampling_params),
+            self._requests.output,
+            use_tqdm,
+        )
 
     def chat(
         self,
-        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool | Callable[..., tqdm] = True,
+        messages: Conversations,
+        sampling_params: Params = None,
+        use_tqdm: Bar = True,
         lora_request: None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -173,7 +168,6 @@ class LLM:
         Args:
             messages: a conversation, that is a list of {"role": ..., "content": ...}, or a list of
                 conversations.
-            sampling_params, use_tqdm: as for generate.
             chat_template: a Jinja template; None: the constructor's, else the checkpoint's.
             chat_template_content_format: "auto" or "string": a content of several parts is joined
                 to one text.
@@ -181,14 +175,8 @@ class LLM:
             continue_final_message: go on with the last message instead.
             tools: functions that the template tells the model of, as JSON schemas.
             chat_template_kwargs: what else the template reads.
-            tokenization_kwargs: as for generate.
-            lora_request, mm_processor_kwargs: vLLM's, not supported.
 
-        Returns: an output for each conversation, in their order.
-
-        Raises:
-            ValueError, TypeError: the conversations, or the parameters, won't do; then none has
-            run.
+        Other arguments, outputs and errors are generate's.
         """
         _refuse(lora_request, None, mm_processor_kwargs)
         prompts = self.render_chat(
@@ -206,7 +194,7 @@ class LLM:
 
     def render_chat(
         self,
-        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        messages: Conversations,
         *,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -233,7 +221,7 @@ class LLM:
 
     def beam_search(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
+        prompts: Prompts,
         params: BeamSearchParams,
         lora_request: None = None,
         use_tqdm: bool = False,
@@ -247,10 +235,7 @@ class LLM:
             use_tqdm: show a bar of tokens, up to max_tokens.
             concurrency_limit: prompts at a time; None: all.
 
-        Returns: an output for each prompt, in their order.
-
-        Raises:
-            ValueError, TypeError: a prompt or parameter won't do; then none has run.
+        Returns: an output for each prompt, in their order. Errors are generate's.
         """
         _refuse(lora_request)
         with self._use_engine() as engine:
@@ -271,9 +256,7 @@ class LLM:
         """
         return self._score(scoring.from_pairs(pairs, *self._scoring_limits), use_tqdm)
 
-    def loglikelihood_rolling(
-        self, texts: Prompt | SequenceOf[Prompt], use_tqdm: bool = True
-    ) -> list[Loglikelihood]:
+    def loglikelihood_rolling(self, texts: Prompts, use_tqdm: bool = True) -> list[Loglikelihood]:
         """Score whole texts of any length, by windows of max_model_len tokens; each is scored by
         itself, beginning after BOS, or else EOS.
 
@@ -300,75 +283,17 @@ class LLM:
             assert seq.scores is not None
             return scoring.read(seq.scores)
 
-        def make(engine: Engine) -> list[Sequence]:
-            return self._requests.make_scored(engine, scored)
-
-        return self._run(make, use_tqdm, read)
-
-    @contextmanager
-    def _own(self, seqs: list[Sequence]) -> Iterator[None]:
-        """These are one call's. However it ends, Ctrl-C too, nothing of them stays, and others'
-        requests do."""
-        self._owned.update(seqs)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._owned.difference_update(seqs)
-                if self._engine is not None:
-                    self._engine.abort(seqs)
-
-    def _run(
-        self,
-        make: Callable[[Engine], list[Sequence]],
-        use_tqdm: bool | Callable[..., tqdm],
-        read: Callable[[Engine, list[Sequence]], Output],
-        on_step: Callable[[], None] = lambda: None,
-    ) -> list[Output]:
-        """Step until the sequences that are made have ended, and read the samples of each request.
-        Other threads that want a turn have it between two steps: they add their requests to the
-        batch, and step as well."""
-        outputs: dict[str, Output] = {}
-
-        def take(engine: Engine, ended: Collection[Sequence]) -> None:
-            for seq in ended:
-                if seq.finish_reason == "error" and seq.error is None:
-                    raise RuntimeError(
-                        f"request {seq.request_id} was in two steps of other threads that failed; "
-                        f"those have the reason"
-                    )
-                running.remove(seq)
-                if seq.request_finished and seq.request_id not in outputs:
-                    outputs[seq.request_id] = read(engine, seq.samples)
-            progress.show(num_finished=len(outputs))
-
-        with ExitStack() as stack:
-            with self._use_engine() as engine:
-                seqs = make(engine)
-                stack.enter_context(self._own(seqs))
-                engine.add_batch(seqs)
-            running = set(seqs)
-            request_ids = dict.fromkeys(seq.request_id for seq in seqs)
-            progress = stack.enter_context(Progress(len(request_ids), engine.metrics, use_tqdm))
-            while running:
-                with self._use_engine() as engine:
-                    take(engine, [seq for seq in running if seq.finished])  # in others' turns
-                    while running:
-                        ended = running.intersection(engine.step())
-                        # What follows costs nothing: a GPU runs the next step meanwhile.
-                        on_step()  # ends the wait of garbage collections, once
-                        take(engine, ended)
-                        if self._lock.is_wanted:
-                            break
-        return [outputs[request_id] for request_id in request_ids]
+        return self._shared.run(
+            lambda engine: self._requests.make_scored(engine, scored), read, use_tqdm
+        )
 
     def enqueue(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        prompts: Prompts,
+        sampling_params: Params = None,
         lora_request: None = None,
         priority: None = None,
-        use_tqdm: bool | Callable[..., tqdm] = True,
+        use_tqdm: Bar = True,
         tokenization_kwargs: dict[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[str]:
@@ -387,9 +312,9 @@ class LLM:
 
     def enqueue_chat(
         self,
-        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool | Callable[..., tqdm] = True,
+        messages: Conversations,
+        sampling_params: Params = None,
+        use_tqdm: Bar = True,
         lora_request: None = None,
         priority: None = None,
         *,
@@ -412,7 +337,7 @@ class LLM:
         self,
         output_type: type[RequestOutput] | None = None,
         *,
-        use_tqdm: bool | Callable[..., tqdm] = True,
+        use_tqdm: Bar = True,
     ) -> list[RequestOutput]:
         """Step until all requests have ended. An interrupt loses none: a later call goes on.
 
@@ -436,8 +361,8 @@ class LLM:
 
     def stream(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        prompts: Prompts,
+        sampling_params: Params = None,
     ) -> Iterator[RequestOutput]:
         """Generate for every prompt, and hand out each token as it comes.
 
@@ -456,7 +381,9 @@ class LLM:
         """
         with self._use_engine() as engine:
             seqs = self._requests.make(engine, prompts, sampling_params)
-            stream = streaming.stream(seqs, self._requests, self._use_engine, self._own(seqs))
+            stream = streaming.stream(
+                seqs, self._requests, self._use_engine, self._shared.own(seqs)
+            )
             next(stream)  # one that hasn't begun would not get to its `finally`
             engine.add_batch(seqs)
         return stream
@@ -498,7 +425,7 @@ class LLM:
         call."""
         with self._use_engine() as engine:
             engine.step()
-            outputs = self._requests.news(engine, left_out=self._owned)
+            outputs = self._requests.news(engine, left_out=self._shared.owned)
             engine.advanced.clear()
             return outputs
 
@@ -627,35 +554,13 @@ class LLM:
     def close(self) -> None:
         """Free the model's and the cache's memory; unfinished requests are gone. Later calls raise
         RuntimeError."""
-        with self._lock:
-            if self._engine is not None:
-                executor = self._engine.executor
-                self._engine = None
-                executor.close()
+        self._shared.close()
 
     def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @contextmanager
-    def _use_engine(self) -> Iterator[Engine]:
-        """The engine for one thread at a time; others wait. It is closed if it can't go on after an
-        error."""
-        with self._lock:
-            if self._engine is None:
-                raise RuntimeError(self._why_closed)
-            try:
-                yield self._engine
-            except RuntimeError as error:
-                if self._engine is not None and not self._engine.executor.is_usable():
-                    self._why_closed = (
-                        f"this LLM is closed: its GPU failed, and can't be used any more in this "
-                        f"process ({error}); start another one"
-                    )
-                    self.close()
-                raise
 
     def _tokenized(self, prompts: Any, kwargs: dict[str, Any] | None) -> Any:
         if not kwargs:
@@ -672,16 +577,3 @@ def _refuse(lora_request: Any, priority: Any = None, mm_processor_kwargs: Any = 
         raise ValueError("priority is not supported (requests run first come, first served)")
     if mm_processor_kwargs is not None:
         raise ValueError("mm_processor_kwargs is not supported: prompts are text alone")
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Garbage collections wait: a new batch sets them off, and they look at all its tokens."""
-    if not gc.isenabled():  # the user's choice, or another thread will enable them
-        yield
-        return
-    try:
-        gc.disable()
-        yield
-    finally:
-        gc.enable()

@@ -79,7 +79,7 @@ def oracle_greedy(oracle: torch.nn.Module, prompt: list[int], num_tokens: int) -
 @torch.inference_mode()
 def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
     """[n, vocab] of one sequence from the worker, `chunk` tokens a step, on scattered pages."""
-    runner = llm._engine.executor.runner
+    runner = llm.llm_engine.executor.runner
     size = runner.plan.block_size
     pages = list(reversed(range(runner.plan.num_blocks)))[: -(-len(token_ids) // size)]
     logits = []

@@ -212,9 +212,9 @@ def test_a_slow_consumer_gets_more_at_a_time_and_holds_up_nobody(llm, sync):
 
 def test_the_event_loop_never_waits(llm, monkeypatch):
     """Not for a tokenizer, not for a step."""
-    submit = llm._llm._engine.executor.submit
+    submit = llm._llm.llm_engine.executor.submit
     monkeypatch.setattr(
-        llm._llm._engine.executor, "submit", lambda step: time.sleep(0.2) or submit(step)
+        llm._llm.llm_engine.executor, "submit", lambda step: time.sleep(0.2) or submit(step)
     )
     tokenize = llm._tokenize
     monkeypatch.setattr(llm, "_tokenize", lambda *args: time.sleep(0.3) or tokenize(*args))
@@ -315,7 +315,7 @@ def test_a_failed_step_reaches_everybody_with_its_cause(llm, sync, monkeypatch, 
             def fail(step):
                 raise error
 
-            patch.setattr(llm._llm._engine.executor, "submit", fail)
+            patch.setattr(llm._llm.llm_engine.executor, "submit", fail)
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(type(result) is RuntimeError for result in results)
         assert all(result.__cause__ is error for result in results)
@@ -355,7 +355,7 @@ def test_sleep_and_what_else_llm_has(llm, sync):
 
 def test_shutdown_ends_everything(tiny):
     llm = AsyncLLM(str(tiny), **SMALL)
-    runner = weakref.ref(llm._llm._engine.executor.runner)
+    runner = weakref.ref(llm._llm.llm_engine.executor.runner)
 
     async def run():
         task = asyncio.create_task(collect(llm, TEXT, greedy(200)))
@@ -376,7 +376,7 @@ def test_shutdown_ends_everything(tiny):
 def test_who_drops_it_frees_its_memory(tiny):
     llm = AsyncLLM(str(tiny), **SMALL)
     assert asyncio.run(collect(llm))[-1].finished
-    runner, thread = weakref.ref(llm._llm._engine.executor.runner), llm._engine.thread
+    runner, thread = weakref.ref(llm._llm.llm_engine.executor.runner), llm._engine.thread
     del llm
     gc.collect()
     assert not thread.is_alive() and runner() is None

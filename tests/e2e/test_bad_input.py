@@ -50,10 +50,10 @@ def expected(llm):
 @pytest.fixture
 def unharmed(llm, expected):
     """The engine, in which nothing may have run or be left; it then works as before."""
-    steps = llm._engine.metrics.steps
+    steps = llm.llm_engine.metrics.steps
     yield llm
-    assert llm._engine.metrics.steps == steps
-    assert not llm._engine.unfinished and llm.is_finished()
+    assert llm.llm_engine.metrics.steps == steps
+    assert not llm.llm_engine.unfinished and llm.is_finished()
     assert tokens(llm) == expected
 
 
@@ -309,7 +309,7 @@ def test_without_a_tokenizer_prompts_are_token_ids(without_tokenizer):
             llm.generate([GOOD, "a text"], GREEDY)
         with says(ValueError, "there is no tokenizer: skip_tokenizer_init=True"):
             llm.get_tokenizer()
-        assert not llm._engine.unfinished
+        assert not llm.llm_engine.unfinished
 
 
 # Weights

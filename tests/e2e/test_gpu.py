@@ -455,7 +455,7 @@ def test_sleep_gives_the_memory_back_and_the_tokens_stay_the_same(tiny, level, o
     before = reserved()
     with load(tiny, **LARGE, **options) as llm:
         expected = generate(llm, prompts, greedy())
-        runner = llm._engine.executor.runner
+        runner = llm.llm_engine.executor.runner
         for _ in range(2):
             assert reserved() - before > 1 << 30
             llm.sleep(level)
@@ -476,9 +476,9 @@ def test_graphs_are_captured_when_all_parts_are_awake(tiny, order):
         llm.sleep()
         noise = torch.full((1 << 26,), torch.nan, device="cuda")  # takes what was given back
         for tag in order:
-            assert llm.is_sleeping() and llm._engine.executor.runner.graphs is None
+            assert llm.is_sleeping() and llm.llm_engine.executor.runner.graphs is None
             llm.wake_up([tag])
-        assert llm._engine.executor.runner.graphs is not None
+        assert llm.llm_engine.executor.runner.graphs is not None
         assert generate(llm, prompts, params) == expected
         del noise
 
@@ -530,11 +530,11 @@ LOST = """
 import sys, torch
 from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], device="cuda", kv_cache_memory_bytes=64 << 20)
-submit = llm._engine.executor.submit
+submit = llm.llm_engine.executor.submit
 def broken(step):
     torch.zeros(4, device="cuda")[torch.tensor([9], device="cuda")]  # a device-side assert
     return submit(step)
-llm._engine.executor.submit = broken
+llm.llm_engine.executor.submit = broken
 for text in ("CUDA", "its GPU failed"):
     try:
         llm.generate("In the beginning", SamplingParams(max_tokens=9), use_tqdm=False)

@@ -45,7 +45,7 @@ def shared(tiny, request):
 @pytest.fixture
 def llm(shared):
     yield shared
-    assert shared.is_finished() and not shared.is_sleeping() and not shared._owned
+    assert shared.is_finished() and not shared.is_sleeping() and not shared._shared.owned
     blocks = shared.llm_engine.scheduler.block_manager
     assert blocks.num_free == blocks.num_blocks
 

@@ -113,10 +113,10 @@ def test_no_parameters_take_the_checkpoints(llm):
     assert (default.temperature, default.top_k, default.top_p) == (0.6, 20, 0.95)
     assert default.max_tokens == 16
     seen = []
-    start_row = llm._engine.executor.runner.sampler.start_row
+    start_row = llm.llm_engine.executor.runner.sampler.start_row
     with pytest.MonkeyPatch.context() as patch:
         spy = lambda start: seen.append(start.params) or start_row(start)  # noqa: E731
-        patch.setattr(llm._engine.executor.runner.sampler, "start_row", spy)
+        patch.setattr(llm.llm_engine.executor.runner.sampler, "start_row", spy)
         llm.generate([TEXT, TEXT], use_tqdm=False)
         llm.generate(TEXT, SamplingParams(), use_tqdm=False)
     assert seen == [default, default, SamplingParams()]
@@ -290,7 +290,7 @@ def test_aborting_all_finishes_the_engine(llm):
     llm.step()
     llm.abort("a")
     assert llm.is_finished() and llm.step() == []
-    block_manager = llm._engine.scheduler.block_manager
+    block_manager = llm.llm_engine.scheduler.block_manager
     assert block_manager.num_free == block_manager.num_blocks
     llm.add_request(TEXT, greedy(2), "b")
     tokens(llm, TEXT, greedy(6))
@@ -319,13 +319,13 @@ def test_chosen_ids_that_look_like_ours_do_not_clash(llm):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_garbage_collections_wait_for_the_first_step_only(llm, monkeypatch, enabled):
     seen = []
-    submit = llm._engine.executor.submit
+    submit = llm.llm_engine.executor.submit
 
     def noting(step):
         seen.append(gc.isenabled())
         return submit(step)
 
-    monkeypatch.setattr(llm._engine.executor, "submit", noting)
+    monkeypatch.setattr(llm.llm_engine.executor, "submit", noting)
     (gc.enable if enabled else gc.disable)()
     try:
         tokens(llm, TEXT, greedy(3))
@@ -344,7 +344,7 @@ def test_what_breaks_into_generate_ends_its_requests_only(llm, monkeypatch, erro
     expected = tokens(llm, TEXT, greedy(20))
     llm.add_request(TEXT, greedy(20), "other")
     llm.step()
-    executor, calls = llm._engine.executor, []
+    executor, calls = llm.llm_engine.executor, []
     submit = executor.submit
 
     def failing(step):
@@ -356,7 +356,7 @@ def test_what_breaks_into_generate_ends_its_requests_only(llm, monkeypatch, erro
     monkeypatch.setattr(executor, "submit", failing)
     with pytest.raises(error, match="worker"):
         llm.generate([TEXT, [9] * 30], greedy(10, ignore_eos=True), use_tqdm=False)
-    assert set(llm._engine.unfinished) == {"other"}
+    assert set(llm.llm_engine.unfinished) == {"other"}
     assert tokens(llm, TEXT, greedy(20)) == expected
     seen = drain(llm)
     assert list(seen) == ["other"] and [seen["other"][-1]["token_ids"]] == expected
@@ -371,9 +371,10 @@ llm = LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=12 << 20)
 greedy = SamplingParams(temperature=0, max_tokens=20)
 expected = llm.generate("In the beginning", greedy, use_tqdm=False)[0]["token_ids"]
 llm.add_request("In the beginning", SamplingParams(temperature=0, max_tokens=20), "other")
+metrics = llm.llm_engine.metrics
 
 def interrupt():
-    while llm._engine.metrics.steps < 60:
+    while metrics.steps < 60:
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -382,7 +383,7 @@ try:
     llm.generate([[5]] * 4, SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)
 except KeyboardInterrupt:
     print("interrupted")
-assert not llm._engine.unfinished, llm._engine.unfinished
+assert not llm.llm_engine.unfinished, llm.llm_engine.unfinished
 [other] = llm.step()
 assert other.finished and other["token_ids"] == expected
 assert llm.generate("In the beginning", greedy, use_tqdm=False)[0]["token_ids"] == expected
@@ -415,8 +416,8 @@ def test_the_memory_is_freed_at_once(tiny, end, unfinished):
         if unfinished:
             llm.add_request([5], greedy())
             llm.step()
-        runner = llm._engine.executor.runner
-        parts = [runner.model, runner.kv.data, next(runner.model.parameters()), llm._engine]
+        runner = llm.llm_engine.executor.runner
+        parts = [runner.model, runner.kv.data, next(runner.model.parameters()), llm.llm_engine]
         refs = [weakref.ref(part) for part in parts if type(part).__weakrefoffset__]
         assert len(refs) == 4
         del runner, parts

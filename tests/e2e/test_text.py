@@ -260,7 +260,7 @@ def idle(llm):
     [expected] = generate(llm, TEXT, greedy())
     yield llm
     blocks = llm.llm_engine.scheduler.block_manager
-    assert not llm.llm_engine.unfinished and not llm.llm_engine.advanced and not llm._owned
+    assert not llm.llm_engine.unfinished and not llm.llm_engine.advanced and not llm._shared.owned
     assert blocks.num_free == blocks.num_blocks
     assert generate(llm, TEXT, greedy()) == [expected]
 

@@ -44,7 +44,7 @@ def run(folder, prompts, num_rounds=1, **options):
             [output["token_ids"] for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
             for _ in range(num_rounds)
         ]
-        return rounds, llm._engine.metrics
+        return rounds, llm.llm_engine.metrics
 
 
 def page_bytes(folder, block_size):

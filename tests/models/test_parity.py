@@ -111,7 +111,9 @@ def test_sharded_checkpoint(tmp_path):
 def test_the_rope_table_is_exact_in_every_dtype(tmp_path):
     folder = build(tmp_path, "llama-theta")
     tables = [
-        small_llm(folder, dtype=dtype)._engine.executor.runner.model.model.layers[0].self_attn.rope
+        small_llm(folder, dtype=dtype)
+        .llm_engine.executor.runner.model.model.layers[0]
+        .self_attn.rope
         for dtype in ("float32", "bfloat16")
     ]
     assert tables[1].table.dtype == torch.float32
