@@ -31,7 +31,7 @@ from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, Sampli
 from nanovllm.shared_engine import SharedEngine
 from nanovllm.vllm_options import UNSUPPORTED_METHODS
 from nanovllm.worker.executor import InProcessExecutor
-from nanovllm.worker.model_runner import PARTS
+from nanovllm.worker.worker import PARTS
 
 logger = logging.getLogger(__name__)
 
@@ -453,7 +453,10 @@ class LLM:
         """Call a function with the model (a torch.nn.Module; weights that we pack have other names
         than vLLM's). Returns its result, in a list of one: there is one worker."""
         with self._use_engine() as engine:
-            return [func(engine.executor.runner.model)]  # type: ignore[attr-defined]
+            model = engine.executor.worker.model  # type: ignore[attr-defined]
+            if model is None:
+                raise RuntimeError("the weights sleep: call wake_up() first")
+            return [func(model)]
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """How many GPUs, or CPU workers, the model is spread over."""

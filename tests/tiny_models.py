@@ -79,9 +79,9 @@ def oracle_greedy(oracle: torch.nn.Module, prompt: list[int], num_tokens: int) -
 @torch.inference_mode()
 def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
     """[n, vocab] of one sequence from the worker, `chunk` tokens a step, on scattered pages."""
-    runner = llm.llm_engine.executor.runner
-    size = runner.plan.block_size
-    pages = list(reversed(range(runner.plan.num_blocks)))[: -(-len(token_ids) // size)]
+    executor = llm.llm_engine.executor
+    runner, size = executor.runner, executor.plan.block_size
+    pages = list(reversed(range(executor.plan.num_blocks)))[: -(-len(token_ids) // size)]
     logits = []
     for start in range(0, len(token_ids), chunk):
         query = token_ids[start : start + chunk]

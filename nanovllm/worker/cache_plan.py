@@ -1,6 +1,6 @@
 """How large the KV cache is: what the user says, what fits, what a GPU has left.
 
-model_runner.py asks before it loads weights, or after it has tried the largest step.
+worker.py asks before it loads weights, or after it has tried the largest step.
 """
 
 import logging
@@ -150,3 +150,18 @@ class GPUMemory:
                 f"this engine may hold. {SMALLER_STEP}"
             )
         return self.budget - needed
+
+
+def check_memory(memory: GPUMemory | None, weight_bytes: int, cache_bytes: int) -> None:
+    """Raise ValueError if weights and cache are more than may be used of a GPU, or is available on
+    a CPU, for which there is no GPUMemory."""
+    available = memory.budget if memory else platform.available_memory()
+    needed = weight_bytes + cache_bytes
+    if available is not None and needed > available:
+        share = "may be used; raise gpu_memory_utilization, " if memory else "is available; "
+        raise ValueError(
+            f"memory is too small: {weight_bytes / platform.GIB:.2f} GiB of weights and "
+            f"{cache_bytes / platform.GIB:.2f} GiB of KV cache, but only "
+            f"{available / platform.GIB:.2f} GiB {share}lower kv_cache_memory_bytes (or "
+            f"num_gpu_blocks_override) or max_model_len, or use a smaller dtype or model"
+        )

@@ -12,12 +12,13 @@ from nanovllm import platform
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.step import StepInput, StepOutput
 from nanovllm.worker.model_runner import ModelRunner, Sampled
+from nanovllm.worker.worker import Worker
 
 STEPS_IN_FLIGHT = 4  # more than any engine has
 
 
 class InProcessExecutor:
-    """One ModelRunner in the caller's process; arguments are the runner's.
+    """One Worker in the caller's process; arguments are the worker's.
 
     Attributes:
         plan: how large the cache is.
@@ -36,7 +37,7 @@ class InProcessExecutor:
         self.device = device
         try:
             with platform.use(device):
-                self.runner = ModelRunner(
+                self.worker = Worker(
                     config, model_config, device, max_num_seqs, max_num_batched_tokens
                 )
         except BaseException as error:
@@ -47,8 +48,14 @@ class InProcessExecutor:
         self.events = None
         if device.type == "cuda":
             self.events = cycle([torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)])
-        self.plan, self.dtype = self.runner.plan, self.runner.dtype
-        self.description = self.runner.description
+        self.plan, self.dtype = self.worker.plan, self.worker.dtype
+        self.description = self.worker.description
+
+    @property
+    def runner(self) -> ModelRunner:
+        """What runs the steps; not while the worker sleeps."""
+        assert self.worker.runner is not None
+        return self.worker.runner
 
     def submit(self, step: StepInput) -> "SampledTokens":
         with platform.use(self.device):
@@ -60,17 +67,17 @@ class InProcessExecutor:
 
     @property
     def sleeping(self) -> Collection[str]:
-        return self.runner.sleeping
+        return self.worker.sleeping
 
     def sleep(self, level: int) -> None:
         self._wait()
         with platform.use(self.device):
-            self.runner.sleep(level)
+            self.worker.sleep(level)
 
     def wake_up(self, tags: Collection[str]) -> None:
         try:
             with platform.use(self.device):
-                self.runner.wake_up(tags)
+                self.worker.wake_up(tags)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"GPU memory is too small to wake up: {error}. All sleeps on; free some memory and "
@@ -90,7 +97,7 @@ class InProcessExecutor:
         # A step in flight writes into page-locked memory, also when nobody wants its tokens.
         with suppress(RuntimeError):  # a device that failed has nothing in flight
             self._wait()
-        del self.runner
+        del self.worker
         with suppress(RuntimeError):  # nor anything to give back
             platform.release_memory(self.device)
 

@@ -147,7 +147,7 @@ def test_tokens_are_the_same_when_a_shared_prefix_is_read_once(setting, options)
     ]
     params = [greedy(rng.randrange(1, 30)) for _ in prompts]
     with load(folder, max_num_seqs=40, **options) as llm:
-        attention = llm.llm_engine.executor.runner.attention
+        attention = llm.llm_engine.executor.worker.attention
         attention.min_gain_bytes = 1 << 60
         expected = generate(llm, prompts, params)
         attention.min_gain_bytes = 0
@@ -394,7 +394,7 @@ def test_flash_attn_gives_the_same_tokens_where_it_is_installed(tiny):
         with load(
             tiny, dtype="bfloat16", attention_backend="FLASH_ATTN", enforce_eager=eager
         ) as llm:
-            assert llm.llm_engine.executor.runner.plan.block_size == 256
+            assert llm.llm_engine.executor.plan.block_size == 256
             theirs = generate(llm, prompts, greedy(4))
         # bfloat16 rounds; the first tokens are hardly ever near a tie.
         assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= len(prompts) - 2
@@ -455,16 +455,16 @@ def test_sleep_gives_the_memory_back_and_the_tokens_stay_the_same(tiny, level, o
     before = reserved()
     with load(tiny, **LARGE, **options) as llm:
         expected = generate(llm, prompts, greedy())
-        runner = llm.llm_engine.executor.runner
+        worker = llm.llm_engine.executor.worker
         for _ in range(2):
             assert reserved() - before > 1 << 30
             llm.sleep(level)
             # Left are the sampler's state and what attention works in.
             assert reserved() - before < 1 << 28
-            assert hasattr(runner, "model") == (level == 1)
+            assert (worker.model is not None) == (level == 1)
             llm.wake_up()
             assert generate(llm, prompts, greedy()) == expected
-            assert (runner.graphs is None) == options.get("enforce_eager", False)
+            assert (worker.runner.graphs is None) == options.get("enforce_eager", False)
 
 
 @pytest.mark.parametrize("order", [["weights", "kv_cache"], ["kv_cache", "weights"]])
@@ -476,7 +476,7 @@ def test_graphs_are_captured_when_all_parts_are_awake(tiny, order):
         llm.sleep()
         noise = torch.full((1 << 26,), torch.nan, device="cuda")  # takes what was given back
         for tag in order:
-            assert llm.is_sleeping() and llm.llm_engine.executor.runner.graphs is None
+            assert llm.is_sleeping() and llm.llm_engine.executor.worker.runner is None
             llm.wake_up([tag])
         assert llm.llm_engine.executor.runner.graphs is not None
         assert generate(llm, prompts, params) == expected

@@ -56,8 +56,9 @@ def llm(shared):
 @pytest.mark.parametrize("level", [1, 2])
 def test_after_sleep_the_tokens_are_the_same(llm, level):
     expected = generate(llm)
-    runner = llm.llm_engine.executor.runner
-    cache, weight = weakref.ref(runner.kv.data), weakref.ref(next(runner.model.parameters()))
+    worker = llm.llm_engine.executor.worker
+    cache = weakref.ref(worker.runner.kv.data)
+    weight = weakref.ref(next(worker.model.parameters()))
     llm.sleep(level)
     assert llm.is_sleeping()
     assert cache() is None and (weight() is None) == (level == 2)
@@ -146,7 +147,7 @@ def test_a_wake_up_that_fails_may_be_tried_again(llm, level, error, method, monk
         def fail(*args):
             raise error("too small")
 
-        patch.setattr(llm.llm_engine.executor.runner, method, fail)
+        patch.setattr(llm.llm_engine.executor.worker, method, fail)
         if (level, method) == (1, "_load"):
             llm.wake_up()  # it needs no file
         else:

@@ -436,16 +436,16 @@ def test_the_memory_is_freed_at_once(tiny, end, unfinished):
 
 
 def test_a_failed_construction_frees_its_memory(copy_tiny, monkeypatch):
-    from nanovllm.worker import model_runner
+    from nanovllm.worker import worker
 
-    refs, build = [], model_runner.build_model
+    refs, build = [], worker.build_model
 
     def spy(*args):
         model = build(*args)
         refs.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(model_runner, "build_model", spy)
+    monkeypatch.setattr(worker, "build_model", spy)
     folder = copy_tiny()
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="truncated") as caught:
