@@ -72,6 +72,7 @@ class LLM:
         model_class(self.model_config.architecture)  # before weights are fetched or read
         tokenizer = self._checkpoint.tokenizer
         detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
+
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm.config import EngineConfig, ModelConfig, token_id_tuple
+from nanovllm.config import EngineConfig
+from nanovllm.model_config import ModelConfig, token_id_tuple
 from nanovllm.vllm_options import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS
 
 

@@ -5,10 +5,10 @@ from torch import nn
 
 from nanovllm import ops
 from nanovllm.batch import ForwardBatch, KVLayer, Rotary
-from nanovllm.config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rope import Rope
+from nanovllm.model_config import ModelConfig
 
 
 class Attention(nn.Module):

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from nanovllm.config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.model_config import ModelConfig
 
 
 class GatedMLP(nn.Module):

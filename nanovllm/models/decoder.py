@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from nanovllm.batch import ForwardBatch, KVCache, KVLayer
-from nanovllm.config import ModelConfig
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import Embedding, Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rope import Rope
+from nanovllm.model_config import ModelConfig
 
 
 class DecoderLayer(nn.Module):

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm import ops
-from nanovllm.config import ModelConfig
 from nanovllm.layers.linear import Linear
+from nanovllm.model_config import ModelConfig
 from nanovllm.models import model_class
 from nanovllm.models.decoder import CausalLM
 

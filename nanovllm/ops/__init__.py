@@ -15,7 +15,7 @@ from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
     from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
-    from nanovllm.config import ModelConfig
+    from nanovllm.model_config import ModelConfig
 
 __all__ = [
     "attention",

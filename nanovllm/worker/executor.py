@@ -9,7 +9,8 @@ from itertools import cycle
 import torch
 
 from nanovllm import platform
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import EngineConfig
+from nanovllm.model_config import ModelConfig
 from nanovllm.step import StepInput, StepOutput
 from nanovllm.worker.model_runner import ModelRunner, Sampled
 from nanovllm.worker.worker import Worker

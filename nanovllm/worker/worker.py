@@ -15,8 +15,9 @@ import torch
 from nanovllm import ops, platform
 from nanovllm.batch import Attention, KVCache
 from nanovllm.checkpoint import resolve_folder
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import EngineConfig
 from nanovllm.metrics import Laps
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.weights import (
     allocate,

@@ -5,8 +5,8 @@ import torch
 
 from nanovllm import ops
 from nanovllm.batch import ForwardBatch, KVLayer, Rotary
-from nanovllm.config import RopeConfig
 from nanovllm.layers.rope import Rope
+from nanovllm.model_config import RopeConfig
 from nanovllm.ops import reference
 
 

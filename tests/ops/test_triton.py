@@ -20,8 +20,8 @@ from kernel_calls import (
 )
 
 from nanovllm.batch import ForwardBatch, KVLayer, Rotary
-from nanovllm.config import RopeConfig
 from nanovllm.layers.rope import Rope
+from nanovllm.model_config import RopeConfig
 from nanovllm.ops import reference, reference_sampling, triton_linear, triton_ops, triton_sampling
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits
 from nanovllm.worker.sampler import noise_keys
