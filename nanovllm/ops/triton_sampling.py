@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import SCAN_BLOCK, SEARCH_BLOCK, SEARCH_WARPS
+from nanovllm.ops.kernel_configs import CANDIDATES, SCAN_BLOCK, SEARCH_BLOCK, SEARCH_WARPS
 from nanovllm.ops.reference import VOCAB_BLOCK
 from nanovllm.ops.triton_ops import pdl_options
 
@@ -153,10 +153,10 @@ def sample_kernel(
 
 @triton.jit
 def _above(
-    logits, a, b, c, best, scale,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr, STRICT: tl.constexpr = False,
+    logits, size, a, b, c, best, scale,
+    BLOCK: tl.constexpr, MASS: tl.constexpr, STRICT: tl.constexpr = False,
 ):  # fmt: skip
-    """How many tokens of a row have keys of a (with STRICT above a), b and c at least; with MASS
+    """How many of `size` logits have keys of a (with STRICT above a), b and c at least; with MASS
     the sums of their softmax weights."""
     a = _value(a.to(tl.int32), logits.dtype.element_ty)  # as values need no keys
     b = _value(b.to(tl.int32), logits.dtype.element_ty)
@@ -164,9 +164,9 @@ def _above(
     above_a = tl.zeros((BLOCK,), tl.float32)  # sums of ones are exact up to 2^24
     above_b = tl.zeros((BLOCK,), tl.float32)
     above_c = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, VOCAB, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("nan")).to(tl.float32)
+    for start in range(0, size, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + places, mask=places < size, other=float("nan")).to(tl.float32)
         weights = 1.0
         if MASS:
             weights = _weights(values, best, scale)
@@ -178,55 +178,76 @@ def _above(
 
 @triton.jit
 def _search(
-    logits, target, low, high, best, scale,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
+    logits, size, target, low, high, at_low, enough, best, scale,
+    BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """The highest key, of those from `low` to `high`, at or above which lie `target` tokens, or
-    tokens of so much weight; `low` if there are not so many. Each turn reads the row once and
-    leaves a quarter; the first one looks close to the best, where most limits are."""
+    """The highest key, of those from `low` to `high`, at or above which lie `target` logits, or
+    logits of so much weight; `low` if there are not so many. Each turn reads the logits once and
+    leaves a quarter; the first one looks close to the best, where most limits are.
+
+    Ends early when no more than `enough` are left. Returns the lowest key that it may be, the
+    highest, and how many are left (`at_low` are at first)."""
+    at_low = tl.full((), 0.0, tl.float32) + at_low
     a = tl.maximum(high - 15 * GALLOP, low + 1)
     b = tl.maximum(high - 255 * GALLOP, low + 1)
     c = tl.maximum(high - 4095 * GALLOP, low + 1)
-    while low < high:
-        above_a, above_b, above_c = _above(logits, a, b, c, best, scale, VOCAB, BLOCK, MASS)
+    while (low < high) & (at_low > enough):
+        above_a, above_b, above_c = _above(logits, size, a, b, c, best, scale, BLOCK, MASS)
         if above_a >= target:
-            low = a
+            low, at_low = a, above_a
         elif above_b >= target:
-            low, high = b, a - 1
+            low, high, at_low = b, a - 1, above_b
         elif above_c >= target:
-            low, high = c, b - 1
+            low, high, at_low = c, b - 1, above_c
         else:
             high = c - 1
         a = low + (3 * (high - low) + 3) // 4
         b = low + (high - low + 1) // 2
         c = low + (high - low + 3) // 4
-    # Where the device takes tiny values for 0, so do comparisons of them.
-    dtype: tl.constexpr = logits.dtype.element_ty
-    return _keys(_value(low.to(tl.int32), dtype).to(dtype)).to(tl.int64)
+    return low, high, at_low
 
 
 @triton.jit
-def _place(logits, key, number, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """Which token is the so-manieth with a key; VOCAB if there are fewer."""
+def _gather(out, filled, logits, size, low, BLOCK: tl.constexpr):
+    """The logits with keys of `low` at least, in any order. `filled` counts them, from 0."""
+    lowest = _value(low.to(tl.int32), logits.dtype.element_ty)
+    for start in range(0, size, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + places, mask=places < size, other=float("nan"))
+        is_in = values.to(tl.float32) >= lowest
+        slots = tl.atomic_add(filled + tl.zeros((BLOCK,), tl.int32), 1, mask=is_in, sem="relaxed")
+        tl.store(out + slots, values, mask=is_in)
+    tl.debug_barrier()  # what other threads have stored is read next
+
+
+@triton.jit
+def _snap(key, dtype: tl.constexpr):
+    """Where the device takes tiny values for 0, so do comparisons of them."""
+    return _keys(_value(key.to(tl.int32), dtype).to(dtype)).to(tl.int64)
+
+
+@triton.jit
+def _place(logits, size, key, number, BLOCK: tl.constexpr):
+    """Which token is the so-manieth with a key; `size` if there are fewer."""
     value = _value(key, logits.dtype.element_ty)
-    place, seen = VOCAB, 0
-    for start in range(0, VOCAB, BLOCK):
+    place, seen = size, 0
+    for start in range(0, size, BLOCK):
         if seen < number:
             tokens = start + tl.arange(0, BLOCK)
-            values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("nan"))
+            values = tl.load(logits + tokens, mask=tokens < size, other=float("nan"))
             is_equal = (values.to(tl.float32) == value).to(tl.int32)
             count = tl.sum(is_equal, 0)
             if seen + count >= number:
                 is_it = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == number)
-                place = tl.min(tl.where(is_it, tokens, VOCAB), 0)
+                place = tl.min(tl.where(is_it, tokens, size), 0)
             seen += count
     return place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab"])
 def limits_kernel(
-    lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, SCAN_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    lowest, last, logits, temperature, top_k, top_p, min_p, bests, candidates, filled, vocab,
+    BLOCK: tl.constexpr, SCAN_BLOCK: tl.constexpr, ROOM: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program finds what one row's limits leave: see find_limits."""
@@ -236,12 +257,12 @@ def limits_kernel(
     t = tl.load(temperature + row)
     scale = _log2e_over(t)
     k, p, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
-    logits += row * VOCAB
+    logits += row * vocab
     dtype: tl.constexpr = logits.dtype.element_ty
     GALLOP: tl.constexpr = 65536 if dtype == tl.float32 else 1
     low = _keys(tl.full((), float("-inf"), dtype)).to(tl.int64)
-    place = VOCAB
-    if (t > 0) & ((k < VOCAB) | (p < 1) | (least > 0)):
+    place = vocab
+    if (t > 0) & ((k < vocab) | (p < 1) | (least > 0)):
         blocks = tl.arange(0, BLOCKS)
         block_bests = bests + row * NUM_BLOCKS + blocks
         best = tl.max(tl.load(block_bests, mask=blocks < NUM_BLOCKS, other=float("-inf")), 0)
@@ -251,26 +272,40 @@ def limits_kernel(
             low = _keys(border.to(dtype)).to(tl.int64)
             low += (_value(low.to(tl.int32), dtype) < border).to(tl.int64)
             low = tl.minimum(low, high)
-        ties = 1.0 * VOCAB  # of the tokens with the lowest key so many stay
+        ties = 1.0 * vocab  # of the tokens with the lowest key so many stay
         equal = 0.0  # of so many
-        if k < VOCAB:
+        source, size = logits, vocab  # where all that may stay are
+        if k < vocab:
             target = k.to(tl.float32)
-            low = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, False)
+            low, top, count = _search(
+                logits, vocab, target, low, high, 1.0 * vocab, 1.0 * ROOM, best, scale,
+                BLOCK, GALLOP, False,
+            )  # fmt: skip
+            if (count <= ROOM) & (count < vocab):
+                source, size = candidates + row * ROOM, count.to(tl.int32)
+                _gather(source, filled + row, logits, vocab, low, BLOCK)
+            low, _, _ = _search(
+                source, size, target, low, top, 1.0, 0.0, best, scale, BLOCK, GALLOP, False
+            )
+            low = _snap(low, dtype)
             above, all_above, _ = _above(
-                logits, low, low, low, best, scale, VOCAB, BLOCK, False, STRICT=True
+                source, size, low, low, low, best, scale, BLOCK, False, STRICT=True
             )
             ties, equal = target - above, all_above - above
         if p < 1:
             above, all_above, _ = _above(
-                logits, low, low, low, best, scale, VOCAB, BLOCK, True, STRICT=True
+                source, size, low, low, low, best, scale, BLOCK, True, STRICT=True
             )
             kept = all_above
             if ties < equal:
                 kept = above + ties * _weights(_value(low.to(tl.int32), dtype), best, scale)
             target = p * kept
-            cut = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, True)
+            cut, _, _ = _search(
+                source, size, target, low, high, 1.0, 0.0, best, scale, BLOCK, GALLOP, True
+            )
+            cut = _snap(cut, dtype)
             above, all_above, _ = _above(
-                logits, cut, cut, cut, best, scale, VOCAB, BLOCK, True, STRICT=True
+                source, size, cut, cut, cut, best, scale, BLOCK, True, STRICT=True
             )
             # Tokens stay while those before them do not reach p.
             weight = _weights(_value(cut.to(tl.int32), dtype), best, scale)
@@ -281,36 +316,34 @@ def limits_kernel(
                 ties, equal = number, tl.maximum(equal, number + 1)
             low = cut
         if ties < equal:
-            place = _place(logits, low.to(tl.int32), ties.to(tl.int32), VOCAB, SCAN_BLOCK)
+            place = _place(logits, vocab, low.to(tl.int32), ties.to(tl.int32), SCAN_BLOCK)
     tl.store(lowest + row, low.to(tl.int32))
     tl.store(last + row, place)
 
 
 @triton.jit
 def collect_kernel(
-    top_ids, ranks, logits, token_ids, lowest, last,
+    top_ids, ranks, filled, logits, token_ids, lowest, last,
     NUM: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one row's tokens within its limits, NUM at most, in the vocabulary's order;
-    and how many are as likely as a given token."""
+    """A program writes one row's tokens within its limits, NUM at most, in any order, and counts
+    them in `filled`, from 0; and how many are as likely as a given token."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     logits += row * VOCAB
     own = tl.load(logits + tl.load(token_ids + row)).to(tl.float32)
     as_likely = tl.zeros((BLOCK,), tl.int32)
-    seen = 0
     for start in range(0, VOCAB, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         ok = tokens < VOCAB
         values = tl.load(logits + tokens, mask=ok, other=float("-inf"))
         as_likely += (ok & (values.to(tl.float32) >= own)).to(tl.int32)
-        kept = (_is_kept(values, tokens, lowest, last, row) & ok).to(tl.int32)
-        count = tl.sum(kept, 0)
-        if count > 0:
-            places = seen + tl.cumsum(kept, 0) - 1
-            tl.store(top_ids + row * NUM + places, tokens, mask=(kept > 0) & (places < NUM))
-        seen += count
+        kept = _is_kept(values, tokens, lowest, last, row) & ok
+        slots = tl.atomic_add(
+            filled + row + tl.zeros((BLOCK,), tl.int32), 1, mask=kept, sem="relaxed"
+        )
+        tl.store(top_ids + row * NUM + slots, tokens, mask=kept & (slots < NUM))
     tl.store(ranks + row, tl.sum(as_likely, 0).to(tl.int64))
 
 
@@ -381,12 +414,14 @@ def find_limits(
     stays: [n] int32 each.
     """
     num_rows, vocab = logits.shape
-    bests, sums = blocks or _blocks(logits, temperature)
-    lowest, last = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
+    bests, _ = blocks or _blocks(logits, temperature)
     num_blocks = bests.shape[1]
+    lowest, last = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
+    candidates = logits.new_empty(num_rows, CANDIDATES)
+    filled = torch.zeros(num_rows, dtype=torch.int32, device=logits.device)
     limits_kernel[(num_rows,)](
-        lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums, VOCAB=vocab,
-        BLOCK=SEARCH_BLOCK, SCAN_BLOCK=SCAN_BLOCK, NUM_BLOCKS=num_blocks,
+        lowest, last, logits, temperature, top_k, top_p, min_p, bests, candidates, filled, vocab,
+        BLOCK=SEARCH_BLOCK, SCAN_BLOCK=SCAN_BLOCK, ROOM=CANDIDATES, NUM_BLOCKS=num_blocks,
         BLOCKS=triton.next_power_of_2(num_blocks), num_warps=SEARCH_WARPS,
         **pdl_options(logits.device),
     )  # fmt: skip
@@ -404,10 +439,12 @@ def top_logprobs(
     ranks = torch.empty_like(token_ids)
     top_k = torch.full_like(token_ids, num_top)
     lowest, last = find_limits(logits, ones, top_k, ones, torch.zeros_like(ones), blocks)
+    filled = torch.zeros(num_rows, dtype=torch.int32, device=logits.device)
     collect_kernel[(num_rows,)](
-        top_ids, ranks, logits, token_ids, lowest, last, NUM=num_top, VOCAB=vocab,
-        BLOCK=SCAN_BLOCK, num_warps=SEARCH_WARPS, **pdl_options(logits.device),
+        top_ids, ranks, filled, logits, token_ids, lowest, last, NUM=num_top, VOCAB=vocab,
+        BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS, **pdl_options(logits.device),
     )  # fmt: skip
+    top_ids, _ = top_ids.sort()  # of equal ones the first comes first
     top, order = logits.gather(1, top_ids).sort(dim=-1, descending=True, stable=True)
     own = logits.gather(1, token_ids[:, None])
     normalizer = (bests + sums.log()).logsumexp(-1, keepdim=True)
