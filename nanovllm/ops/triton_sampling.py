@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import CANDIDATES, SCAN_BLOCK, SEARCH_BLOCK, SEARCH_WARPS
+from nanovllm.ops.kernel_configs import SEARCH_BLOCK, SEARCH_WARPS
 from nanovllm.ops.reference import VOCAB_BLOCK
 from nanovllm.ops.triton_ops import pdl_options
 
@@ -153,102 +153,89 @@ def sample_kernel(
 
 @triton.jit
 def _above(
-    logits, size, a, b, c, best, scale,
-    BLOCK: tl.constexpr, MASS: tl.constexpr, STRICT: tl.constexpr = False,
+    logits, a, b, c, best, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr
 ):  # fmt: skip
-    """How many of `size` logits have keys of a (with STRICT above a), b and c at least; with MASS
-    the sums of their softmax weights."""
-    a = _value(a.to(tl.int32), logits.dtype.element_ty)  # as values need no keys
-    b = _value(b.to(tl.int32), logits.dtype.element_ty)
-    c = _value(c.to(tl.int32), logits.dtype.element_ty)
-    above_a = tl.zeros((BLOCK,), tl.float32)  # sums of ones are exact up to 2^24
+    """How many tokens of a row have keys of a, b and c at least; with MASS the sums of their
+    softmax weights."""
+    above_a = tl.zeros((BLOCK,), tl.float32)
     above_b = tl.zeros((BLOCK,), tl.float32)
     above_c = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + places, mask=places < size, other=float("nan")).to(tl.float32)
-        weights = 1.0
+    for start in range(0, VOCAB, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        ok = tokens < VOCAB
+        values = tl.load(logits + tokens, mask=ok, other=float("-inf"))
+        keys = _keys(values)
+        weights = ok.to(tl.float32)  # sums of ones are exact up to 2^24
         if MASS:
-            weights = _weights(values, best, scale)
-        above_a += tl.where(values > a if STRICT else values >= a, weights, 0.0)
-        above_b += tl.where(values >= b, weights, 0.0)
-        above_c += tl.where(values >= c, weights, 0.0)
+            weights *= _weights(values, best, scale)
+        above_a += tl.where(keys >= a, weights, 0.0)
+        above_b += tl.where(keys >= b, weights, 0.0)
+        above_c += tl.where(keys >= c, weights, 0.0)
     return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
 
 
 @triton.jit
 def _search(
-    logits, size, target, low, high, at_low, enough, best, scale,
-    BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
+    logits, target, low, high, best, scale,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """The highest key, of those from `low` to `high`, at or above which lie `target` logits, or
-    logits of so much weight; `low` if there are not so many. Each turn reads the logits once and
-    leaves a quarter; the first one looks close to the best, where most limits are.
-
-    Ends early when no more than `enough` are left. Returns the lowest key that it may be, the
-    highest, and how many are left (`at_low` are at first)."""
-    at_low = tl.full((), 0.0, tl.float32) + at_low
+    """The highest key, of those from `low` to `high`, at or above which lie `target` tokens, or
+    tokens of so much weight; `low` if there are not so many. Each turn reads the row once and
+    leaves a quarter; the first one looks close to the best, where most limits are."""
     a = tl.maximum(high - 15 * GALLOP, low + 1)
     b = tl.maximum(high - 255 * GALLOP, low + 1)
     c = tl.maximum(high - 4095 * GALLOP, low + 1)
-    while (low < high) & (at_low > enough):
-        above_a, above_b, above_c = _above(logits, size, a, b, c, best, scale, BLOCK, MASS)
+    while low < high:
+        above_a, above_b, above_c = _above(
+            logits, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), best, scale, VOCAB, BLOCK, MASS
+        )
         if above_a >= target:
-            low, at_low = a, above_a
+            low = a
         elif above_b >= target:
-            low, high, at_low = b, a - 1, above_b
+            low, high = b, a - 1
         elif above_c >= target:
-            low, high, at_low = c, b - 1, above_c
+            low, high = c, b - 1
         else:
             high = c - 1
         a = low + (3 * (high - low) + 3) // 4
         b = low + (high - low + 1) // 2
         c = low + (high - low + 3) // 4
-    return low, high, at_low
+    return low
 
 
 @triton.jit
-def _gather(out, filled, logits, size, low, BLOCK: tl.constexpr):
-    """The logits with keys of `low` at least, in any order. `filled` counts them, from 0."""
-    lowest = _value(low.to(tl.int32), logits.dtype.element_ty)
-    for start in range(0, size, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + places, mask=places < size, other=float("nan"))
-        is_in = values.to(tl.float32) >= lowest
-        slots = tl.atomic_add(filled + tl.zeros((BLOCK,), tl.int32), 1, mask=is_in, sem="relaxed")
-        tl.store(out + slots, values, mask=is_in)
-    tl.debug_barrier()  # what other threads have stored is read next
+def _lowest_likely(logits, least, best, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """The lowest key of a softmax weight of `least` or more."""
+    lowest = tl.full((BLOCK,), 2**31 - 1, tl.int32)
+    for start in range(0, VOCAB, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
+        is_likely = (tokens < VOCAB) & (_weights(values, best, scale) >= least)
+        lowest = tl.minimum(lowest, tl.where(is_likely, _keys(values), 2**31 - 1))
+    return tl.min(lowest, 0)
 
 
 @triton.jit
-def _snap(key, dtype: tl.constexpr):
-    """Where the device takes tiny values for 0, so do comparisons of them."""
-    return _keys(_value(key.to(tl.int32), dtype).to(dtype)).to(tl.int64)
-
-
-@triton.jit
-def _place(logits, size, key, number, BLOCK: tl.constexpr):
-    """Which token is the so-manieth with a key; `size` if there are fewer."""
-    value = _value(key, logits.dtype.element_ty)
-    place, seen = size, 0
-    for start in range(0, size, BLOCK):
-        if seen < number:
-            tokens = start + tl.arange(0, BLOCK)
-            values = tl.load(logits + tokens, mask=tokens < size, other=float("nan"))
-            is_equal = (values.to(tl.float32) == value).to(tl.int32)
-            count = tl.sum(is_equal, 0)
-            if seen + count >= number:
-                is_it = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == number)
-                place = tl.min(tl.where(is_it, tokens, size), 0)
-            seen += count
+def _place(logits, key, number, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Which token is the so-manieth with a key; VOCAB if there are fewer."""
+    place, seen = VOCAB, 0
+    for start in range(0, VOCAB, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
+        is_equal = ((_keys(values) == key) & (tokens < VOCAB)).to(tl.int32)
+        count = tl.sum(is_equal, 0)
+        if (seen < number) & (seen + count >= number):
+            is_it = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == number)
+            place = tl.min(tl.where(is_it, tokens, VOCAB), 0)
+        seen += count
     return place
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def limits_kernel(
-    lowest, last, logits, temperature, top_k, top_p, min_p, bests, candidates, filled, vocab,
-    BLOCK: tl.constexpr, SCAN_BLOCK: tl.constexpr, ROOM: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program finds what one row's limits leave: see find_limits."""
     if PDL:
@@ -257,94 +244,73 @@ def limits_kernel(
     t = tl.load(temperature + row)
     scale = _log2e_over(t)
     k, p, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
-    logits += row * vocab
+    logits += row * VOCAB
     dtype: tl.constexpr = logits.dtype.element_ty
     GALLOP: tl.constexpr = 65536 if dtype == tl.float32 else 1
-    low = _keys(tl.full((), float("-inf"), dtype)).to(tl.int64)
-    place = vocab
-    if (t > 0) & ((k < vocab) | (p < 1) | (least > 0)):
+    low = tl.full((), -(2**31) if dtype == tl.float32 else -(2**15), tl.int64)
+    ties = tl.full((), VOCAB, tl.int64)  # of the tokens with the lowest key so many stay
+    if (t > 0) & ((k < VOCAB) | (p < 1) | (least > 0)):
         blocks = tl.arange(0, BLOCKS)
-        block_bests = bests + row * NUM_BLOCKS + blocks
-        best = tl.max(tl.load(block_bests, mask=blocks < NUM_BLOCKS, other=float("-inf")), 0)
+        bests += row * NUM_BLOCKS
+        block_bests = tl.load(bests + blocks, mask=blocks < NUM_BLOCKS, other=float("-inf"))
+        best = tl.max(block_bests, 0)
         high = _keys(best.to(dtype)).to(tl.int64)
         if least > 0:
-            border = best + tl.log2(least) / scale
-            low = _keys(border.to(dtype)).to(tl.int64)
-            low += (_value(low.to(tl.int32), dtype) < border).to(tl.int64)
-            low = tl.minimum(low, high)
-        ties = 1.0 * vocab  # of the tokens with the lowest key so many stay
-        equal = 0.0  # of so many
-        source, size = logits, vocab  # where all that may stay are
-        if k < vocab:
+            low = _lowest_likely(logits, least, best, scale, VOCAB, BLOCK).to(tl.int64)
+        if k < VOCAB:
             target = k.to(tl.float32)
-            low, top, count = _search(
-                logits, vocab, target, low, high, 1.0 * vocab, 1.0 * ROOM, best, scale,
-                BLOCK, GALLOP, False,
-            )  # fmt: skip
-            if (count <= ROOM) & (count < vocab):
-                source, size = candidates + row * ROOM, count.to(tl.int32)
-                _gather(source, filled + row, logits, vocab, low, BLOCK)
-            low, _, _ = _search(
-                source, size, target, low, top, 1.0, 0.0, best, scale, BLOCK, GALLOP, False
+            low = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, False)
+            next_key = (low + 1).to(tl.int32)
+            above, _, _ = _above(
+                logits, next_key, next_key, next_key, best, scale, VOCAB, BLOCK, False
             )
-            low = _snap(low, dtype)
-            above, all_above, _ = _above(
-                source, size, low, low, low, best, scale, BLOCK, False, STRICT=True
-            )
-            ties, equal = target - above, all_above - above
+            ties = k - above.to(tl.int64)
         if p < 1:
+            key = low.to(tl.int32)
             above, all_above, _ = _above(
-                source, size, low, low, low, best, scale, BLOCK, True, STRICT=True
+                logits, (low + 1).to(tl.int32), key, key, best, scale, VOCAB, BLOCK, True
             )
             kept = all_above
-            if ties < equal:
-                kept = above + ties * _weights(_value(low.to(tl.int32), dtype), best, scale)
-            target = p * kept
-            cut, _, _ = _search(
-                source, size, target, low, high, 1.0, 0.0, best, scale, BLOCK, GALLOP, True
-            )
-            cut = _snap(cut, dtype)
-            above, all_above, _ = _above(
-                source, size, cut, cut, cut, best, scale, BLOCK, True, STRICT=True
+            if all_above > above:
+                weight = _weights(_value(key, dtype), best, scale)
+                kept = tl.minimum(all_above, above + ties.to(tl.float32) * weight)
+            cut = _search(logits, p * kept, low, high, best, scale, VOCAB, BLOCK, GALLOP, True)
+            next_key = (cut + 1).to(tl.int32)
+            above, _, _ = _above(
+                logits, next_key, next_key, next_key, best, scale, VOCAB, BLOCK, True
             )
             # Tokens stay while those before them do not reach p.
             weight = _weights(_value(cut.to(tl.int32), dtype), best, scale)
-            number = tl.maximum(tl.ceil((target - above) / weight), 1.0)
-            if cut > low:
-                ties, equal = number, tl.ceil((all_above - above) / weight)
-            elif number < ties:
-                ties, equal = number, tl.maximum(equal, number + 1)
+            number = tl.maximum(tl.ceil((p * kept - above) / weight), 1.0)
+            number = tl.minimum(number, VOCAB).to(tl.int64)
+            ties = tl.where(cut > low, number, tl.minimum(ties, number))
             low = cut
-        if ties < equal:
-            place = _place(logits, vocab, low.to(tl.int32), ties.to(tl.int32), SCAN_BLOCK)
-    tl.store(lowest + row, low.to(tl.int32))
+    key = low.to(tl.int32)
+    place = _place(logits, key, ties.to(tl.int32), VOCAB, BLOCK)
+    tl.store(lowest + row, key)
     tl.store(last + row, place)
 
 
 @triton.jit
 def collect_kernel(
-    top_ids, ranks, filled, logits, token_ids, lowest, last,
-    NUM: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    token_ids, logits, lowest, last, NUM: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one row's tokens within its limits, NUM at most, in any order, and counts
-    them in `filled`, from 0; and how many are as likely as a given token."""
+    """A program writes one row's tokens within its limits, NUM at most, in the vocabulary's
+    order."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    logits += row * VOCAB
-    own = tl.load(logits + tl.load(token_ids + row)).to(tl.float32)
-    as_likely = tl.zeros((BLOCK,), tl.int32)
+    seen = 0
     for start in range(0, VOCAB, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        ok = tokens < VOCAB
-        values = tl.load(logits + tokens, mask=ok, other=float("-inf"))
-        as_likely += (ok & (values.to(tl.float32) >= own)).to(tl.int32)
-        kept = _is_kept(values, tokens, lowest, last, row) & ok
-        slots = tl.atomic_add(
-            filled + row + tl.zeros((BLOCK,), tl.int32), 1, mask=kept, sem="relaxed"
-        )
-        tl.store(top_ids + row * NUM + slots, tokens, mask=kept & (slots < NUM))
-    tl.store(ranks + row, tl.sum(as_likely, 0).to(tl.int64))
+        values = tl.load(logits + row * VOCAB + tokens, mask=tokens < VOCAB, other=float("-inf"))
+        kept = _is_kept(values, tokens, lowest, last, row) & (tokens < VOCAB)
+        count = tl.sum(kept.to(tl.int32), 0)
+        if count > 0:
+            places = seen + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(token_ids + row * NUM + places, tokens, mask=kept & (places < NUM))
+        seen += count
 
 
 def sample(
@@ -414,16 +380,13 @@ def find_limits(
     stays: [n] int32 each.
     """
     num_rows, vocab = logits.shape
-    bests, _ = blocks or _blocks(logits, temperature)
-    num_blocks = bests.shape[1]
+    bests, sums = blocks or _blocks(logits, temperature)
     lowest, last = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
-    candidates = logits.new_empty(num_rows, CANDIDATES)
-    filled = torch.zeros(num_rows, dtype=torch.int32, device=logits.device)
+    num_blocks = bests.shape[1]
     limits_kernel[(num_rows,)](
-        lowest, last, logits, temperature, top_k, top_p, min_p, bests, candidates, filled, vocab,
-        BLOCK=SEARCH_BLOCK, SCAN_BLOCK=SCAN_BLOCK, ROOM=CANDIDATES, NUM_BLOCKS=num_blocks,
-        BLOCKS=triton.next_power_of_2(num_blocks), num_warps=SEARCH_WARPS,
-        **pdl_options(logits.device),
+        lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums, VOCAB=vocab,
+        BLOCK=SEARCH_BLOCK, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
+        num_warps=SEARCH_WARPS, **pdl_options(logits.device),
     )  # fmt: skip
     return lowest, last
 
@@ -436,17 +399,15 @@ def top_logprobs(
     ones = torch.ones(num_rows, device=logits.device)
     bests, sums = blocks = _blocks(logits, ones)
     top_ids = torch.zeros(num_rows, num_top, dtype=torch.int64, device=logits.device)
-    ranks = torch.empty_like(token_ids)
     top_k = torch.full_like(token_ids, num_top)
     lowest, last = find_limits(logits, ones, top_k, ones, torch.zeros_like(ones), blocks)
-    filled = torch.zeros(num_rows, dtype=torch.int32, device=logits.device)
     collect_kernel[(num_rows,)](
-        top_ids, ranks, filled, logits, token_ids, lowest, last, NUM=num_top, VOCAB=vocab,
-        BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS, **pdl_options(logits.device),
+        top_ids, logits, lowest, last, NUM=num_top, VOCAB=vocab, BLOCK=SEARCH_BLOCK,
+        num_warps=SEARCH_WARPS, **pdl_options(logits.device),
     )  # fmt: skip
-    top_ids, _ = top_ids.sort()  # of equal ones the first comes first
     top, order = logits.gather(1, top_ids).sort(dim=-1, descending=True, stable=True)
     own = logits.gather(1, token_ids[:, None])
+    ranks = (logits >= own).sum(-1)
     normalizer = (bests + sums.log()).logsumexp(-1, keepdim=True)
     ids = torch.cat((token_ids[:, None], top_ids.gather(1, order)), 1)
     return ids, torch.cat((own, top), 1).float() - normalizer, ranks
