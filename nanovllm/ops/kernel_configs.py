@@ -16,8 +16,7 @@ MAX_HEAD_DIM = 256
 SILU_BLOCK = 1024
 COPY_BLOCK = 1024
 ROWS_BLOCK = 128  # of the rows' state
-SEARCH_BLOCK, SEARCH_WARPS = 4096, 16  # of limits_kernel, which goes through a row of logits
-SCAN_BLOCK = 8192  # where each block ends in a sum
+SEARCH_BLOCK, SEARCH_WARPS = 2048, 8  # of limits_kernel, which goes through a row of logits
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 
 # They have a launch of their own in each layer, which must save some microseconds of reading.

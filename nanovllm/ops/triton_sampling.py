@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import SCAN_BLOCK, SEARCH_BLOCK, SEARCH_WARPS
+from nanovllm.ops.kernel_configs import SEARCH_BLOCK, SEARCH_WARPS
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK
 from nanovllm.ops.triton_ops import pdl_options
 
@@ -153,26 +153,24 @@ def sample_kernel(
 
 @triton.jit
 def _above(
-    logits, a, b, c, best, scale,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr, STRICT: tl.constexpr = False,
+    logits, a, b, c, best, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr
 ):  # fmt: skip
-    """How many tokens of a row have keys of a (with STRICT above a), b and c at least; with MASS
-    the sums of their softmax weights."""
-    a = _value(a.to(tl.int32), logits.dtype.element_ty)  # as values need no keys
-    b = _value(b.to(tl.int32), logits.dtype.element_ty)
-    c = _value(c.to(tl.int32), logits.dtype.element_ty)
-    above_a = tl.zeros((BLOCK,), tl.float32)  # sums of ones are exact up to 2^24
+    """How many tokens of a row have keys of a, b and c at least; with MASS the sums of their
+    softmax weights."""
+    above_a = tl.zeros((BLOCK,), tl.float32)
     above_b = tl.zeros((BLOCK,), tl.float32)
     above_c = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("nan")).to(tl.float32)
-        weights = 1.0
+        ok = tokens < VOCAB
+        values = tl.load(logits + tokens, mask=ok, other=float("-inf"))
+        keys = _keys(values)
+        weights = ok.to(tl.float32)  # sums of ones are exact up to 2^24
         if MASS:
-            weights = _weights(values, best, scale)
-        above_a += tl.where(values > a if STRICT else values >= a, weights, 0.0)
-        above_b += tl.where(values >= b, weights, 0.0)
-        above_c += tl.where(values >= c, weights, 0.0)
+            weights *= _weights(values, best, scale)
+        above_a += tl.where(keys >= a, weights, 0.0)
+        above_b += tl.where(keys >= b, weights, 0.0)
+        above_c += tl.where(keys >= c, weights, 0.0)
     return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
 
 
@@ -188,7 +186,9 @@ def _search(
     b = tl.maximum(high - 255 * GALLOP, low + 1)
     c = tl.maximum(high - 4095 * GALLOP, low + 1)
     while low < high:
-        above_a, above_b, above_c = _above(logits, a, b, c, best, scale, VOCAB, BLOCK, MASS)
+        above_a, above_b, above_c = _above(
+            logits, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), best, scale, VOCAB, BLOCK, MASS
+        )
         if above_a >= target:
             low = a
         elif above_b >= target:
@@ -200,34 +200,42 @@ def _search(
         a = low + (3 * (high - low) + 3) // 4
         b = low + (high - low + 1) // 2
         c = low + (high - low + 3) // 4
-    # Where the device takes tiny values for 0, so do comparisons of them.
-    dtype: tl.constexpr = logits.dtype.element_ty
-    return _keys(_value(low.to(tl.int32), dtype).to(dtype)).to(tl.int64)
+    return low
+
+
+@triton.jit
+def _lowest_likely(logits, least, best, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """The lowest key of a softmax weight of `least` or more."""
+    lowest = tl.full((BLOCK,), 2**31 - 1, tl.int32)
+    for start in range(0, VOCAB, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
+        is_likely = (tokens < VOCAB) & (_weights(values, best, scale) >= least)
+        lowest = tl.minimum(lowest, tl.where(is_likely, _keys(values), 2**31 - 1))
+    return tl.min(lowest, 0)
 
 
 @triton.jit
 def _place(logits, key, number, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """Which token is the so-manieth with a key; VOCAB if there are fewer."""
-    value = _value(key, logits.dtype.element_ty)
     place, seen = VOCAB, 0
     for start in range(0, VOCAB, BLOCK):
-        if seen < number:
-            tokens = start + tl.arange(0, BLOCK)
-            values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("nan"))
-            is_equal = (values.to(tl.float32) == value).to(tl.int32)
-            count = tl.sum(is_equal, 0)
-            if seen + count >= number:
-                is_it = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == number)
-                place = tl.min(tl.where(is_it, tokens, VOCAB), 0)
-            seen += count
+        tokens = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
+        is_equal = ((_keys(values) == key) & (tokens < VOCAB)).to(tl.int32)
+        count = tl.sum(is_equal, 0)
+        if (seen < number) & (seen + count >= number):
+            is_it = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == number)
+            place = tl.min(tl.where(is_it, tokens, VOCAB), 0)
+        seen += count
     return place
 
 
 @triton.jit
 def limits_kernel(
     lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, SCAN_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program finds what one row's limits leave: see find_limits."""
     if PDL:
@@ -239,79 +247,70 @@ def limits_kernel(
     logits += row * VOCAB
     dtype: tl.constexpr = logits.dtype.element_ty
     GALLOP: tl.constexpr = 65536 if dtype == tl.float32 else 1
-    low = _keys(tl.full((), float("-inf"), dtype)).to(tl.int64)
-    place = VOCAB
+    low = tl.full((), -(2**31) if dtype == tl.float32 else -(2**15), tl.int64)
+    ties = tl.full((), VOCAB, tl.int64)  # of the tokens with the lowest key so many stay
     if (t > 0) & ((k < VOCAB) | (p < 1) | (least > 0)):
         blocks = tl.arange(0, BLOCKS)
-        block_bests = bests + row * NUM_BLOCKS + blocks
-        best = tl.max(tl.load(block_bests, mask=blocks < NUM_BLOCKS, other=float("-inf")), 0)
+        bests += row * NUM_BLOCKS
+        block_bests = tl.load(bests + blocks, mask=blocks < NUM_BLOCKS, other=float("-inf"))
+        best = tl.max(block_bests, 0)
         high = _keys(best.to(dtype)).to(tl.int64)
         if least > 0:
-            border = best + tl.log2(least) / scale
-            low = _keys(border.to(dtype)).to(tl.int64)
-            low += (_value(low.to(tl.int32), dtype) < border).to(tl.int64)
-            low = tl.minimum(low, high)
-        ties = 1.0 * VOCAB  # of the tokens with the lowest key so many stay
-        equal = 0.0  # of so many
+            low = _lowest_likely(logits, least, best, scale, VOCAB, BLOCK).to(tl.int64)
         if k < VOCAB:
             target = k.to(tl.float32)
             low = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, False)
-            above, all_above, _ = _above(
-                logits, low, low, low, best, scale, VOCAB, BLOCK, False, STRICT=True
+            next_key = (low + 1).to(tl.int32)
+            above, _, _ = _above(
+                logits, next_key, next_key, next_key, best, scale, VOCAB, BLOCK, False
             )
-            ties, equal = target - above, all_above - above
+            ties = k - above.to(tl.int64)
         if p < 1:
+            key = low.to(tl.int32)
             above, all_above, _ = _above(
-                logits, low, low, low, best, scale, VOCAB, BLOCK, True, STRICT=True
+                logits, (low + 1).to(tl.int32), key, key, best, scale, VOCAB, BLOCK, True
             )
             kept = all_above
-            if ties < equal:
-                kept = above + ties * _weights(_value(low.to(tl.int32), dtype), best, scale)
-            target = p * kept
-            cut = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, True)
-            above, all_above, _ = _above(
-                logits, cut, cut, cut, best, scale, VOCAB, BLOCK, True, STRICT=True
+            if all_above > above:
+                weight = _weights(_value(key, dtype), best, scale)
+                kept = tl.minimum(all_above, above + ties.to(tl.float32) * weight)
+            cut = _search(logits, p * kept, low, high, best, scale, VOCAB, BLOCK, GALLOP, True)
+            next_key = (cut + 1).to(tl.int32)
+            above, _, _ = _above(
+                logits, next_key, next_key, next_key, best, scale, VOCAB, BLOCK, True
             )
             # Tokens stay while those before them do not reach p.
             weight = _weights(_value(cut.to(tl.int32), dtype), best, scale)
-            number = tl.maximum(tl.ceil((target - above) / weight), 1.0)
-            if cut > low:
-                ties, equal = number, tl.ceil((all_above - above) / weight)
-            elif number < ties:
-                ties, equal = number, tl.maximum(equal, number + 1)
+            number = tl.maximum(tl.ceil((p * kept - above) / weight), 1.0)
+            number = tl.minimum(number, VOCAB).to(tl.int64)
+            ties = tl.where(cut > low, number, tl.minimum(ties, number))
             low = cut
-        if ties < equal:
-            place = _place(logits, low.to(tl.int32), ties.to(tl.int32), VOCAB, SCAN_BLOCK)
-    tl.store(lowest + row, low.to(tl.int32))
+    key = low.to(tl.int32)
+    place = _place(logits, key, ties.to(tl.int32), VOCAB, BLOCK)
+    tl.store(lowest + row, key)
     tl.store(last + row, place)
 
 
 @triton.jit
 def collect_kernel(
-    top_ids, ranks, logits, token_ids, lowest, last,
-    NUM: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    token_ids, logits, lowest, last, NUM: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one row's tokens within its limits, NUM at most, in the vocabulary's order;
-    and how many are as likely as a given token."""
+    """A program writes one row's tokens within its limits, NUM at most, in the vocabulary's
+    order."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    logits += row * VOCAB
-    own = tl.load(logits + tl.load(token_ids + row)).to(tl.float32)
-    as_likely = tl.zeros((BLOCK,), tl.int32)
     seen = 0
     for start in range(0, VOCAB, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        ok = tokens < VOCAB
-        values = tl.load(logits + tokens, mask=ok, other=float("-inf"))
-        as_likely += (ok & (values.to(tl.float32) >= own)).to(tl.int32)
-        kept = (_is_kept(values, tokens, lowest, last, row) & ok).to(tl.int32)
-        count = tl.sum(kept, 0)
+        values = tl.load(logits + row * VOCAB + tokens, mask=tokens < VOCAB, other=float("-inf"))
+        kept = _is_kept(values, tokens, lowest, last, row) & (tokens < VOCAB)
+        count = tl.sum(kept.to(tl.int32), 0)
         if count > 0:
-            places = seen + tl.cumsum(kept, 0) - 1
-            tl.store(top_ids + row * NUM + places, tokens, mask=(kept > 0) & (places < NUM))
+            places = seen + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(token_ids + row * NUM + places, tokens, mask=kept & (places < NUM))
         seen += count
-    tl.store(ranks + row, tl.sum(as_likely, 0).to(tl.int64))
 
 
 def sample(
@@ -386,9 +385,8 @@ def find_limits(
     num_blocks = bests.shape[1]
     limits_kernel[(num_rows,)](
         lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums, VOCAB=vocab,
-        BLOCK=SEARCH_BLOCK, SCAN_BLOCK=SCAN_BLOCK, NUM_BLOCKS=num_blocks,
-        BLOCKS=triton.next_power_of_2(num_blocks), num_warps=SEARCH_WARPS,
-        **pdl_options(logits.device),
+        BLOCK=SEARCH_BLOCK, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
+        num_warps=SEARCH_WARPS, **pdl_options(logits.device),
     )  # fmt: skip
     return lowest, last
 
@@ -401,15 +399,15 @@ def top_logprobs(
     ones = torch.ones(num_rows, device=logits.device)
     bests, sums = blocks = _blocks(logits, ones)
     top_ids = torch.zeros(num_rows, num_top, dtype=torch.int64, device=logits.device)
-    ranks = torch.empty_like(token_ids)
     top_k = torch.full_like(token_ids, num_top)
     lowest, last = find_limits(logits, ones, top_k, ones, torch.zeros_like(ones), blocks)
     collect_kernel[(num_rows,)](
-        top_ids, ranks, logits, token_ids, lowest, last, NUM=num_top, VOCAB=vocab,
-        BLOCK=SCAN_BLOCK, num_warps=SEARCH_WARPS, **pdl_options(logits.device),
+        top_ids, logits, lowest, last, NUM=num_top, VOCAB=vocab, BLOCK=SEARCH_BLOCK,
+        num_warps=SEARCH_WARPS, **pdl_options(logits.device),
     )  # fmt: skip
     top, order = logits.gather(1, top_ids).sort(dim=-1, descending=True, stable=True)
     own = logits.gather(1, token_ids[:, None])
+    ranks = (logits >= own).sum(-1)
     normalizer = (bests + sums.log()).logsumexp(-1, keepdim=True)
     ids = torch.cat((token_ids[:, None], top_ids.gather(1, order)), 1)
     return ids, torch.cat((own, top), 1).float() - normalizer, ranks
