@@ -43,36 +43,25 @@ class AttentionConfig:
     min_keys: int
 
 
+def _by_name(**values: tuple[int, ...]) -> dict[str, AttentionConfig]:
+    return {name: AttentionConfig(*value) for name, value in values.items()}
+
+
 # By itemsize and the bytes of a head's key, padded to a power of two; the names are
 # attention_configs'. float32 is multiplied without tensor cores, from registers: small tiles.
-ATTENTION: dict[tuple[int, int], dict[str, AttentionConfig]] = {
-    (2, 128): {
-        "short": AttentionConfig(16, 64, 2, 3, 6, 128),
-        "long": AttentionConfig(128, 64, 4, 3, 4, 256),
-    },
-    (2, 256): {
-        "short": AttentionConfig(16, 64, 4, 3, 4, 128),
-        "few": AttentionConfig(16, 64, 8, 3, 1, 64),
-        "crowd": AttentionConfig(16, 32, 2, 3, 8, 128),
-        "long": AttentionConfig(128, 64, 4, 3, 4, 256),
-        "shared": AttentionConfig(64, 64, 4, 3, 2, 256),
-    },
-    (2, 512): {
-        "short": AttentionConfig(16, 32, 4, 3, 6, 128),
-        "long": AttentionConfig(64, 32, 4, 2, 4, 256),
-    },
-    (4, 256): {
-        "short": AttentionConfig(16, 32, 4, 2, 6, 128),
-        "long": AttentionConfig(32, 32, 4, 2, 4, 256),
-    },
-    (4, 512): {
-        "short": AttentionConfig(16, 32, 4, 2, 6, 128),
-        "long": AttentionConfig(32, 32, 4, 2, 4, 256),
-    },
-    (4, 1024): {
-        "short": AttentionConfig(16, 16, 4, 2, 6, 128),
-        "long": AttentionConfig(32, 16, 4, 2, 4, 256),
-    },
+ATTENTION = {
+    (2, 128): _by_name(short=(16, 64, 2, 3, 6, 128), long=(128, 64, 4, 3, 4, 256)),
+    (2, 256): _by_name(
+        short=(16, 64, 4, 3, 4, 128),
+        few=(16, 64, 8, 3, 1, 64),
+        crowd=(16, 32, 2, 3, 8, 128),
+        long=(128, 64, 4, 3, 4, 256),
+        shared=(64, 64, 4, 3, 2, 256),
+    ),
+    (2, 512): _by_name(short=(16, 32, 4, 3, 6, 128), long=(64, 32, 4, 2, 4, 256)),
+    (4, 256): _by_name(short=(16, 32, 4, 2, 6, 128), long=(32, 32, 4, 2, 4, 256)),
+    (4, 512): _by_name(short=(16, 32, 4, 2, 6, 128), long=(32, 32, 4, 2, 4, 256)),
+    (4, 1024): _by_name(short=(16, 16, 4, 2, 6, 128), long=(32, 16, 4, 2, 4, 256)),
 }
 CROWD_PROGRAMS_PER_SM = 15  # or more
 FEW_PROGRAMS_PER_SM = 1 / 8  # or fewer
