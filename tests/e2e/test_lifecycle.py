@@ -68,6 +68,21 @@ def test_after_sleep_the_tokens_are_the_same(llm, level):
     assert out.num_cached_tokens == 32  # of what ran since
 
 
+def test_the_model_may_be_looked_at_while_it_has_weights(llm):
+    llm.sleep(level=1)
+    assert llm.apply_model(lambda model: model) == [llm.llm_engine.executor.worker.model]
+    llm.sleep(level=2)
+    with pytest.raises(RuntimeError, match=r"the weights sleep: call wake_up\(\)"):
+        llm.apply_model(lambda model: model)
+    llm.wake_up()
+
+
+def test_to_wake_up_what_is_awake_does_nothing(llm):
+    runner = llm.llm_engine.executor.runner
+    llm.wake_up()
+    assert llm.llm_engine.executor.runner is runner
+
+
 def test_the_prefix_cache_does_not_outlive_a_sleep(llm):
     generate(llm)
     llm.sleep()
