@@ -14,7 +14,7 @@ from nanovllm.ops.triton_ops import pdl_options
 
 @triton.jit
 def _mix32(x):
-    """murmur3's 32-bit finalizer, as in reference.py."""
+    """murmur3's 32-bit finalizer, as in reference_sampling.py."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
@@ -22,7 +22,7 @@ def _mix32(x):
 
 @triton.jit
 def _log2_noise(first, second, ids):
-    """reference.gumbel_noise / log(2); first, second: the row's keys in uint32."""
+    """reference_sampling.gumbel_noise / log(2); first, second: the row's keys in uint32."""
     bits = _mix32(_mix32(ids.to(tl.uint32) * 0x9E3779B9 + first) ^ second)
     u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
     u = tl.minimum(u, 0.999999940395355)  # 1 - 2^-24
@@ -33,8 +33,8 @@ def _log2_noise(first, second, ids):
 
 @triton.jit
 def _log2_weights(values, scale):
-    """reference.log_weights / log(2); scale: log2(e) / temperature, infinite for greedy rows, of
-    which only the best are above -inf."""
+    """reference_sampling.log_weights / log(2); scale: log2(e) / temperature, infinite for greedy
+    rows, of which only the best are above -inf."""
     best = tl.max(values, 0)
     return tl.where(values == best, 0.0, (values - best) * scale)
 
@@ -321,7 +321,7 @@ def sample(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As reference.sample."""
+    """As reference_sampling.sample."""
     num_rows, vocab = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows == 0:
@@ -369,12 +369,12 @@ def find_limits(
     min_p: torch.Tensor,
     blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reference.keep_likely leaves of each row, without a sort: the most likely tokens are
-    those above some logit, which is searched for; of equal ones those that come first.
+    """What reference_sampling.keep_likely leaves of each row, without a sort: the most likely
+    tokens are those above some logit, which is searched for; of equal ones those that come first.
 
     Args:
         logits: [n, vocab].
-        temperature, top_k, top_p, min_p: [n], as for reference.sample.
+        temperature, top_k, top_p, min_p: [n], as for reference_sampling.sample.
 
     Returns: the lowest logit that stays, as a key of _keys, and the last token that has it and
     stays: [n] int32 each.
@@ -394,7 +394,7 @@ def find_limits(
 def top_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As reference.top_logprobs."""
+    """As reference_sampling.top_logprobs."""
     num_rows, vocab = logits.shape
     ones = torch.ones(num_rows, device=logits.device)
     bests, sums = blocks = _blocks(logits, ones)

@@ -47,12 +47,20 @@ def _mixed_step(num_decodes: int) -> StepInput:
     return step
 
 
+def _doubling(max_num_seqs: int) -> list[int]:
+    """Batch sizes that between them launch what all graphs do: a size that begins with other
+    kernels (kernel_configs.py) is more than twice the one before. Python, which noting launches
+    and compiling compete for, is what a start waits for."""
+    sizes = graph_sizes(max_num_seqs)
+    return [size for size in sizes if size & (size - 1) == 0 or size == max_num_seqs]
+
+
 @torch.inference_mode()
 def compile_kernels(
     compiler: "KernelCompiler", runner: ModelRunner, num_tokens: int, max_model_len: int
 ) -> list[Future[None]]:
     """Have threads compile the kernels of all steps but odd ones. Which? Those that the largest
-    step launches, of num_tokens, decodes of each graph's size, and so many beside a chunk; on
+    step launches, of num_tokens, decodes of some graphs' sizes, and so many beside a chunk; on
     weights that are anything yet. Those of odd batches follow, when the engine may be running
     already.
 
@@ -70,7 +78,7 @@ def compile_kernels(
     with compiler.instead_of_launches() as compiling:
         runner.run(largest_step(1, num_tokens, max_model_len))  # long chunks take longest
         runner.run(largest_step(max_num_seqs, num_tokens, max_model_len))
-        for size in graph_sizes(max_num_seqs):
+        for size in _doubling(max_num_seqs):
             decode(1, size)
             if size < max_num_seqs:
                 runner.inputs.last_tokens.zero_()  # nobody has drawn any
