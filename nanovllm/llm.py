@@ -75,6 +75,7 @@ class LLM:
         tokenizer = self._checkpoint.tokenizer
         detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._owned: set[Sequence] = set()  # generate and stream hand these out, step doesn't
+        self._dropped: list[Sequence] = []  # of those, what is to be aborted
 
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
@@ -314,9 +315,17 @@ class LLM:
             yield
         finally:
             with self._lock:
-                self._owned.difference_update(seqs)
-                if self._engine is not None:
-                    self._engine.abort(seqs)
+                self._dropped += seqs
+                # The garbage collector may drop a stream in the middle of this thread's step.
+                if not self._lock.is_nested:
+                    self._abort_dropped()
+
+    def _abort_dropped(self) -> None:
+        dropped = self._dropped[:]
+        self._owned.difference_update(dropped)
+        if self._engine is not None:
+            self._engine.abort(dropped)
+        del self._dropped[: len(dropped)]  # more may have come
 
     def _run(
         self,
@@ -358,7 +367,7 @@ class LLM:
                         # What follows costs nothing: a GPU runs the next step meanwhile.
                         on_step()  # ends the wait of garbage collections, once
                         take(engine, ended)
-                        if self._lock.is_wanted:
+                        if self._lock.is_wanted or self._dropped:
                             break
         return [outputs[request_id] for request_id in request_ids]
 
@@ -646,6 +655,10 @@ class LLM:
         with self._lock:
             if self._engine is None:
                 raise RuntimeError(self._why_closed)
+            if self._lock.is_nested:
+                raise RuntimeError("an LLM can't be used by what its own step calls")
+            if self._dropped:
+                self._abort_dropped()
             try:
                 yield self._engine
             except RuntimeError as error:

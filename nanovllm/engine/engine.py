@@ -197,8 +197,9 @@ class Engine:
         now = time.monotonic()
         advanced, finished = self.advanced, []
         for i, error in output.errors.items():
-            seq = step.sampled[i]
-            for sample in seq.samples:  # all of the request end by it
+            if step.sampled[i].finished:
+                continue  # as below
+            for sample in step.sampled[i].samples:  # all of the request end by it
                 if not sample.finished:
                     advanced[sample] = None
                     sample.error, sample.finish_reason = error, "error"
