@@ -26,7 +26,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.fair_lock import FairLock
 from nanovllm.metrics import Metric
 from nanovllm.models import model_class
-from nanovllm.outputs import Loglikelihood, RequestOutput
+from nanovllm.outputs import Loglikelihood, RequestOutput, SampleLogprobs
 from nanovllm.profiling import Profiler
 from nanovllm.progress import Progress
 from nanovllm.requests import Requests
@@ -254,8 +254,18 @@ class LLM:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
         _refuse(lora_request)
-        with self._use_engine() as engine:
-            return beam_search(engine, self._requests, prompts, params, use_tqdm, concurrency_limit)
+
+        def read(_: Engine, samples: list[Sequence]) -> SampleLogprobs:
+            [seq] = samples
+            assert seq.logprobs is not None
+            return seq.logprobs
+
+        def run(beams: list[list[int]], one_token: SamplingParams) -> list[SampleLogprobs]:
+            return self._run(
+                lambda engine: self._requests.make(engine, beams, one_token), False, read
+            )
+
+        return beam_search(run, self._requests, prompts, params, use_tqdm, concurrency_limit)
 
     def loglikelihood(self, pairs: SequenceOf[Pair], use_tqdm: bool = True) -> list[Loglikelihood]:
         """Score given continuations of contexts. Equal contexts are computed once.

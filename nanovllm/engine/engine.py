@@ -5,7 +5,7 @@ llm.py drives it; what runs in a step is the scheduler's choice, how it runs the
 
 import time
 from collections import deque
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 from itertools import chain
 
 from nanovllm.engine.block_manager import BlockManager
@@ -80,19 +80,6 @@ class Engine:
         except BaseException:
             self.abort(seqs)
             raise
-
-    def run(self, seqs: list[Sequence]) -> Generator[set[Sequence], None, None]:
-        """Queue sequences and step until they have ended, giving after each step those that it
-        ended. Nothing of them stays, however it ends; who may not get to the end closes it."""
-        running = set(seqs)
-        try:
-            self.add_batch(seqs)
-            while running:
-                ended = running.intersection(self.step())
-                running -= ended
-                yield ended
-        finally:
-            self.abort(seqs)
 
     def has_request(self, request_id: str) -> bool:
         """Whether a request of that id is unfinished, or has news that nobody took yet."""

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.fair_lock import FairLock
 from nanovllm.metrics import Counter, Gauge, Histogram
 
@@ -226,12 +226,23 @@ def test_threads_share_the_batches(llm):
     assert llm.llm_engine.metrics.steps - steps < 3 * 40  # one after the other it would be 6 * 40
 
 
-def test_a_short_call_does_not_wait_for_a_long_one(llm):
+BEAMS = BeamSearchParams(beam_width=2, max_tokens=100, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "long_call",
+    [
+        lambda llm: tokens(llm, [[5] * 9] * 4, greedy(200)),
+        lambda llm: llm.beam_search([[5] * 9] * 4, BEAMS),
+    ],
+    ids=["generate", "beam_search"],
+)
+def test_a_short_call_does_not_wait_for_a_long_one(llm, long_call):
     [want] = tokens(llm, TEXT, greedy(3))
     ended = []
 
     def long():
-        tokens(llm, [[5] * 9] * 4, greedy(200))
+        long_call(llm)
         ended.append("long")
 
     thread = threading.Thread(target=long)
