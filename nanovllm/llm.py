@@ -665,7 +665,7 @@ class LLM:
         with self._lock:
             if self._engine is None:
                 raise RuntimeError(self._why_closed)
-            if self._lock.is_nested:
+            if self._engine.is_stepping:
                 raise RuntimeError("an LLM can't be used by what its own step calls")
             if self._dropped:
                 self._abort_dropped()

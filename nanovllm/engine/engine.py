@@ -58,6 +58,7 @@ class Engine:
         self.advanced: dict[Sequence, None] = {}
         # Set while scheduler and pages change; found set later, an exception came in between.
         self.dirty = False
+        self.is_stepping = False  # the worker may call the user's code meanwhile
 
     @property
     def has_unfinished(self) -> bool:
@@ -112,12 +113,14 @@ class Engine:
         failed before, end with the finish_reason "error".
         """
         finished = self._recover() if self.dirty else []
-        self.dirty = True
+        self.dirty = self.is_stepping = True
         try:
             finished += self._round()
         except Exception:
             self._count_failure()
             raise
+        finally:
+            self.is_stepping = False
         self.dirty = False
         return finished
 

@@ -281,6 +281,18 @@ def test_the_progress_bar_counts_requests(llm, capsys):
     assert "2/2" in capsys.readouterr().err
 
 
+def test_joined_increments_stay_in_order_of_index(llm):
+    params = sampling(3, output_kind=RequestOutputKind.DELTA)
+    [whole] = llm.generate([TEXT], params, use_tqdm=False)
+    outputs = list(llm.stream([TEXT], params))
+    del outputs[0].outputs[0]  # as if the first sample's news came later
+    joined = outputs[0]
+    for later in outputs[1:]:
+        joined.add(later, aggregate=True)
+    assert [c.index for c in joined.outputs] == [0, 1, 2] and joined.finished
+    assert [c.token_ids for c in joined.outputs[1:]] == [c.token_ids for c in whole.outputs[1:]]
+
+
 # Ids and aborts
 
 
