@@ -15,10 +15,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from nanovllm import chat, prompts
+from nanovllm import prompts
 from nanovllm.llm import LLM, Message, Prompt
 from nanovllm.metrics import Metric
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests import RequestError
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
@@ -68,8 +69,7 @@ class AsyncLLM:
         request_id: str | None = None,
         **options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The same for the next message of a conversation. options: chat_template,
-        add_generation_prompt, continue_final_message, tools, and what else the template reads."""
+        """The same for the next message of a conversation; options are render_chat's."""
         return self._generate(partial(self._render, messages, options), sampling_params, request_id)
 
     async def abort(self, request_id: str | Collection[str]) -> None:
@@ -137,13 +137,7 @@ class AsyncLLM:
         return {"prompt": tokenized.text, "prompt_token_ids": tokenized.token_ids}
 
     def _render(self, messages: list[Message], options: dict[str, Any], _: str | None) -> Prompt:
-        defaults = {
-            "chat_template": None,
-            "add_generation_prompt": True,
-            "continue_final_message": False,
-            "tools": None,
-        }
-        [prompt] = chat.render([messages], self._llm.get_tokenizer(), defaults | options)
+        [prompt] = self._llm.render_chat([messages], **options)
         return prompt
 
 
@@ -184,6 +178,8 @@ class _Request:
                     return output
                 if self.error is not None:
                     self.is_over = True
+                    if isinstance(self.error, RequestError):  # its own
+                        raise self.error
                     raise RuntimeError(
                         f"request {self.id!r} ended with an error of the engine: {self.error}"
                     ) from self.error
@@ -253,8 +249,10 @@ class _EngineThread:
     def _step(self) -> None:
         try:
             self._deliver(self.llm.step())
+        except RequestError as error:
+            self._fail(error, [error.request_id])
         except BaseException as error:  # whatever it is, they must not wait for ever
-            self._fail(error)
+            self._fail(error, list(self.requests))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         news = []
@@ -277,18 +275,20 @@ class _EngineThread:
                 for request in its:
                     self.drop(request)
 
-    def _fail(self, error: BaseException) -> None:
-        """No request goes on."""
-        requests, self.requests = self.requests, {}
-        for request_id, request in requests.items():
+    def _fail(self, error: BaseException, request_ids: list[str]) -> None:
+        """These don't go on."""
+        failed = []
+        for request_id in request_ids:
             with suppress(RuntimeError):  # the LLM may be closed
                 self.llm.abort(request_id)
-            request.error = error
-        self._wake(list(requests.values()))
+            if request := self.requests.pop(request_id, None):
+                request.error = error
+                failed.append(request)
+        self._wake(failed)
 
     def _stop(self) -> None:
         self.is_stopped = True
-        self._fail(RuntimeError("this AsyncLLM is shut down"))
+        self._fail(RuntimeError("this AsyncLLM is shut down"), list(self.requests))
         self.llm.close()
 
     def add(self, request: _Request, prompt: Prompt) -> None:
@@ -306,10 +306,13 @@ class _EngineThread:
             with self.llm._use_engine() as engine:
                 if request_id not in engine.unfinished or request_id not in self.requests:
                     continue
-                [seq, *_] = engine.unfinished[request_id]
-                engine.abort(seq.samples)
+                live = list(engine.unfinished[request_id])
                 is_delta = self.requests[request_id].is_delta
-                output = self.llm._requests.output(engine, seq.samples, delta=is_delta)
+                samples = live[0].samples
+                if is_delta:  # those that have news
+                    samples = [seq for seq in samples if seq in live or seq in engine.advanced]
+                engine.abort(live[0].samples)
+                output = self.llm._requests.output(engine, samples, delta=is_delta)
             self._deliver([output])
 
 

@@ -5,8 +5,8 @@ its own, for the sake of its log-probabilities; that beams share what they have 
 prefix cache's doing (docs/decisions/0015). What counts as best, and when a search ends, is vLLM's.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from nanovllm import prompts
-from nanovllm.engine.engine import Engine
 from nanovllm.outputs import Logprob, SampleLogprobs
 from nanovllm.requests import Requests
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
@@ -46,6 +45,10 @@ class BeamSearchOutput:
     """The answer to one prompt: as many sequences as the beam is wide, the best first."""
 
     sequences: list[BeamSearchSequence]
+
+
+# Runs prompts with the same parameters, and gives the log-probabilities of each one's tokens.
+Run = Callable[[list[list[int]], SamplingParams], list[SampleLogprobs]]
 
 
 class Beam(NamedTuple):
@@ -139,14 +142,14 @@ class Search:
 
 
 def beam_search(
-    engine: Engine,
+    run: Run,
     requests: Requests,
     prompt_list: Any,
     params: BeamSearchParams,
     use_tqdm: bool,
     concurrency_limit: int | None,
 ) -> list[BeamSearchOutput]:
-    """LLM.beam_search, with an engine that no other thread steps."""
+    """LLM.beam_search; requests knows the tokenizer and the limits."""
     if not isinstance(params, BeamSearchParams):
         raise TypeError(f"params must be BeamSearchParams, got {params!r:.80}")
     params = replace(params)  # checked anew
@@ -166,17 +169,11 @@ def beam_search(
     ]
     width = concurrency_limit or max(1, len(searches))
     for start in range(0, len(searches), width):
-        _run(engine, requests, searches[start : start + width], params, use_tqdm)
+        _run(run, searches[start : start + width], params, use_tqdm)
     return [search.output(checkpoint.tokenizer) for search in searches]
 
 
-def _run(
-    engine: Engine,
-    requests: Requests,
-    searches: list[Search],
-    params: BeamSearchParams,
-    use_tqdm: bool,
-) -> None:
+def _run(run: Run, searches: list[Search], params: BeamSearchParams, use_tqdm: bool) -> None:
     """Run searches to their ends, all beams of a round in one batch."""
     one_token = SamplingParams(
         temperature=params.temperature,
@@ -190,10 +187,6 @@ def _run(
         if not searches:
             break
         beams = [beam.tokens for search in searches for beam in search.beams]
-        seqs = requests.make(engine, beams, one_token)
-        with closing(engine.run(seqs)) as steps:
-            for _ in steps:
-                pass
-        lines = iter([seq.logprobs for seq in seqs if seq.logprobs is not None])
+        lines = iter(run(beams, one_token))
         for search in searches:
             search.extend([next(lines) for _ in search.beams])

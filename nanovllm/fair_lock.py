@@ -14,6 +14,11 @@ class FairLock:
         self._depth = 0
         self.is_wanted = False
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether the thread that asks, which holds it, took it more than once."""
+        return self._depth > 1
+
     def __enter__(self) -> None:
         me = threading.get_ident()
         if self._owner != me:

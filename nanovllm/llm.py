@@ -24,7 +24,7 @@ from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import Metric
 from nanovllm.models import model_class
-from nanovllm.outputs import Loglikelihood, RequestOutput
+from nanovllm.outputs import Loglikelihood, RequestOutput, SampleLogprobs
 from nanovllm.profiling import Profiler
 from nanovllm.requests import Requests
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -239,8 +239,18 @@ class LLM:
         Returns: an output for each prompt, in their order. Errors are generate's.
         """
         _refuse(lora_request)
-        with self._use_engine() as engine:
-            return beam_search(engine, self._requests, prompts, params, use_tqdm, concurrency_limit)
+
+        def read(_: Engine, samples: list[Sequence]) -> SampleLogprobs:
+            [seq] = samples
+            assert seq.logprobs is not None
+            return seq.logprobs
+
+        def run(beams: list[list[int]], one_token: SamplingParams) -> list[SampleLogprobs]:
+            return self._shared.run(
+                lambda engine: self._requests.make(engine, beams, one_token), read, use_tqdm=False
+            )
+
+        return beam_search(run, self._requests, prompts, params, use_tqdm, concurrency_limit)
 
     def loglikelihood(self, pairs: SequenceOf[Pair], use_tqdm: bool = True) -> list[Loglikelihood]:
         """Score given continuations of contexts. Equal contexts are computed once.

@@ -228,7 +228,7 @@ class RequestOutput:
                 if old.logprobs is not None and new.logprobs is not None:
                     new.logprobs = [*old.logprobs, *new.logprobs]
             mine[new.index] = new
-        self.outputs = list(mine.values())
+        self.outputs = [mine[index] for index in sorted(mine)]
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

@@ -28,6 +28,7 @@ class SharedEngine:
 
     def __init__(self, engine: Engine):
         self.owned: set[Sequence] = set()
+        self._dropped: list[Sequence] = []  # of those, what is to be aborted
         self._engine: Engine | None = engine
         self._why_closed = "this LLM is closed"
         self._lock = FairLock()
@@ -39,6 +40,10 @@ class SharedEngine:
         with self._lock:
             if self._engine is None:
                 raise RuntimeError(self._why_closed)
+            if self._engine.is_stepping:
+                raise RuntimeError("an LLM can't be used by what its own step calls")
+            if self._dropped:
+                self._abort_dropped()
             try:
                 yield self._engine
             except RuntimeError as error:
@@ -59,9 +64,17 @@ class SharedEngine:
             yield
         finally:
             with self._lock:
-                self.owned.difference_update(seqs)
-                if self._engine is not None:
-                    self._engine.abort(seqs)
+                self._dropped += seqs
+                # The garbage collector may drop a stream in the middle of this thread's step.
+                if not self._lock.is_nested:
+                    self._abort_dropped()
+
+    def _abort_dropped(self) -> None:
+        dropped = self._dropped[:]
+        self.owned.difference_update(dropped)
+        if self._engine is not None:
+            self._engine.abort(dropped)
+        del self._dropped[: len(dropped)]  # more may have come
 
     def run(
         self,
@@ -104,7 +117,7 @@ class SharedEngine:
                         # What follows costs nothing: a GPU runs the next step meanwhile.
                         first_step.close()
                         take(engine, ended)
-                        if self._lock.is_wanted:
+                        if self._lock.is_wanted or self._dropped:
                             break
         return [outputs[request_id] for request_id in request_ids]
 

@@ -5,7 +5,7 @@ llm.py drives it; what runs in a step is the scheduler's choice, how it runs the
 
 import time
 from collections import deque
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 from itertools import chain
 
 from nanovllm.engine.block_manager import BlockManager
@@ -58,6 +58,7 @@ class Engine:
         self.advanced: dict[Sequence, None] = {}
         # Set while scheduler and pages change; found set later, an exception came in between.
         self.dirty = False
+        self.is_stepping = False  # the worker may call the user's code meanwhile
 
     @property
     def has_unfinished(self) -> bool:
@@ -80,19 +81,6 @@ class Engine:
         except BaseException:
             self.abort(seqs)
             raise
-
-    def run(self, seqs: list[Sequence]) -> Generator[set[Sequence], None, None]:
-        """Queue sequences and step until they have ended, giving after each step those that it
-        ended. Nothing of them stays, however it ends; who may not get to the end closes it."""
-        running = set(seqs)
-        try:
-            self.add_batch(seqs)
-            while running:
-                ended = running.intersection(self.step())
-                running -= ended
-                yield ended
-        finally:
-            self.abort(seqs)
 
     def has_request(self, request_id: str) -> bool:
         """Whether a request of that id is unfinished, or has news that nobody took yet."""
@@ -125,12 +113,14 @@ class Engine:
         failed before, end with the finish_reason "error".
         """
         finished = self._recover() if self.dirty else []
-        self.dirty = True
+        self.dirty = self.is_stepping = True
         try:
             finished += self._round()
         except Exception:
             self._count_failure()
             raise
+        finally:
+            self.is_stepping = False
         self.dirty = False
         return finished
 
@@ -197,8 +187,9 @@ class Engine:
         now = time.monotonic()
         advanced, finished = self.advanced, []
         for i, error in output.errors.items():
-            seq = step.sampled[i]
-            for sample in seq.samples:  # all of the request end by it
+            if step.sampled[i].finished:
+                continue  # as below
+            for sample in step.sampled[i].samples:  # all of the request end by it
                 if not sample.finished:
                     advanced[sample] = None
                     sample.error, sample.finish_reason = error, "error"

@@ -274,6 +274,19 @@ def test_chat_is_that_of_llm(llm, sync):
     assert (got.prompt, got["text"]) == (want.prompt, want["text"])
 
 
+def test_chat_takes_the_constructors_template(tiny):
+    template = "{% for message in messages %}{{ word }} {{ message.content }}{% endfor %}"
+    llm = AsyncLLM(str(tiny), chat_template=template, **SMALL)
+
+    async def run():
+        options = {"chat_template_kwargs": {"word": "Behold,"}}
+        messages = [{"role": "user", "content": "a king"}]
+        return [out async for out in llm.chat(messages, greedy(1), **options)][-1]
+
+    assert asyncio.run(run()).prompt == "Behold, a king"
+    llm.shutdown()
+
+
 def test_several_event_loops_share_it(llm, sync):
     [whole] = expected(sync, TEXT, greedy(30))
     texts = []
@@ -323,6 +336,50 @@ def test_a_failed_step_reaches_everybody_with_its_cause(llm, sync, monkeypatch, 
         return (await collect(llm))[-1]
 
     assert asyncio.run(run())["text"] == whole.text
+
+
+def test_an_error_of_a_request_ends_it_alone(llm, sync):
+    def fails(output, logits):
+        return 1 / 0 if len(output) == 3 else logits
+
+    params = SamplingParams(n=3, seed=1, max_tokens=20, ignore_eos=True, logits_processors=[fails])
+    wanted = expected(sync, [TEXT, "The king"], greedy(30))
+
+    async def run():
+        with pytest.raises(RuntimeError, match="ended by an error in its logits_processors") as got:
+            await asyncio.wait_for(collect(llm, TEXT, params), 60)
+        assert isinstance(got.value.__cause__, ZeroDivisionError)
+
+    async def run_all():
+        others = (collect(llm, text, greedy(30)) for text in (TEXT, "The king"))
+        _, *outputs = await asyncio.gather(run(), *others)
+        for parts, want in zip(outputs, wanted, strict=True):
+            assert parts[-1].outputs[0].token_ids == want.token_ids
+
+    asyncio.run(run_all())
+
+
+def test_abort_tells_of_samples_that_had_ended_only_once(llm, sync):
+    calls = []
+
+    def ends_one(output, logits):
+        calls.append(output)
+        logits[77] = float("inf") if len(calls) == 8 else float("-inf")
+        return logits
+
+    options = {"stop_token_ids": [77], "logits_processors": [ends_one], "ignore_eos": True}
+    params = SamplingParams(n=3, max_tokens=200, output_kind=DELTA, **options)
+    ended = []
+
+    async def run():
+        async for out in llm.generate(TEXT, params, "mine"):
+            ended.extend((c.index, c.finish_reason) for c in out.outputs if c.finished())
+            if ended and not out.finished:
+                await llm.abort("mine")
+
+    asyncio.run(run())
+    assert sorted(index for index, _ in ended) == [0, 1, 2]
+    assert {reason for _, reason in ended} == {"stop", "abort"}
 
 
 def test_sleep_and_what_else_llm_has(llm, sync):

@@ -1,13 +1,15 @@
 """LLM between its first request and its end: sleep, the prefix cache, metrics, threads, errors."""
 
+import gc
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.fair_lock import FairLock
 from nanovllm.metrics import Counter, Gauge, Histogram
 
@@ -241,18 +243,31 @@ def test_threads_share_the_batches(llm):
     assert llm.llm_engine.metrics.steps - steps < 3 * 40  # one after the other it would be 6 * 40
 
 
-def test_a_short_call_does_not_wait_for_a_long_one(llm):
+BEAMS = BeamSearchParams(beam_width=2, max_tokens=100, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "long_call",
+    [
+        lambda llm: tokens(llm, [[5] * 9] * 4, greedy(200)),
+        lambda llm: llm.beam_search([[5] * 9] * 4, BEAMS),
+    ],
+    ids=["generate", "beam_search"],
+)
+def test_a_short_call_does_not_wait_for_a_long_one(llm, long_call):
     [want] = tokens(llm, TEXT, greedy(3))
     ended = []
 
     def long():
-        tokens(llm, [[5] * 9] * 4, greedy(200))
+        long_call(llm)
         ended.append("long")
 
+    metrics = llm.llm_engine.metrics
+    before = metrics.steps
     thread = threading.Thread(target=long)
     thread.start()
-    while not llm.llm_engine.unfinished:
-        pass
+    while metrics.steps == before:
+        time.sleep(0.001)
     for _ in range(3):
         assert tokens(llm, TEXT, greedy(3)) == [want]
         ended.append("short")
@@ -351,3 +366,49 @@ def test_an_llm_whose_gpu_is_lost_closes_and_says_why(tiny, monkeypatch):
         with pytest.raises(RuntimeError, match=r"its GPU failed.*\(worker\); start another one"):
             llm.generate(TEXT)
         assert not hasattr(executor, "runner")
+
+
+# Calls from inside a step
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_stream_that_is_collected_amid_a_step_is_aborted_after_it(tiny, depth):
+    def drop():
+        cycle = [llm.stream(["In the", "The queen"], greedy(200))]
+        next(cycle[0])
+        cycle.append(cycle)
+
+    def collects(output, logits):
+        if len(output) == 2:
+            gc.collect()
+            left.append(len(llm._owned))
+        return logits
+
+    left = []
+    with LLM(str(tiny), async_scheduling=depth == 2, **SMALL) as llm:
+        params = [greedy(9), greedy(9, logits_processors=[collects])]
+        want = llm.generate(TEXT, params[0], use_tqdm=False)[0]["token_ids"]
+        drop()
+        steps = llm.llm_engine.metrics.steps
+        outputs = llm.generate([TEXT, TEXT], params, use_tqdm=False)
+        assert [out["token_ids"] for out in outputs] == [want, want]
+        assert left == [4]  # the stream's were still there
+        assert llm.llm_engine.metrics.steps - steps <= 10  # nothing started over
+        assert not llm._owned and not llm.llm_engine.unfinished
+        while not llm.is_finished():
+            llm.step()
+        pages = llm.llm_engine.scheduler.block_manager
+        assert pages.num_free == pages.num_blocks
+
+
+def test_a_step_cannot_use_its_own_llm(llm):
+    def generates(_, logits):
+        llm.generate("Behold", greedy(1), use_tqdm=False)
+        return logits
+
+    with pytest.raises(RuntimeError, match="ended by an error") as error:
+        llm.generate(TEXT, greedy(3, logits_processors=[generates]), use_tqdm=False)
+    assert "can't be used by what its own step calls" in str(error.value.__cause__)
+    assert not llm.llm_engine.unfinished
+    while not llm.is_finished():
+        llm.step()

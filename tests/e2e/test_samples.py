@@ -254,9 +254,43 @@ def test_an_error_of_one_sample_ends_its_request(tiny, kind, depth):
         assert last.finished and [c.token_ids for c in last.outputs] == want[0]
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_error_past_the_end_of_a_sample_counts_for_nothing(tiny, depth):
+    num_ended = 0
+
+    def ends_one(output, logits):
+        nonlocal num_ended
+        if 77 in output:
+            raise AssertionError("called for a token after the last")
+        logits[77] = float("-inf")
+        if len(output) == 3:
+            num_ended += 1
+            logits[77] = float("inf") if num_ended == 2 else float("-inf")
+        return logits
+
+    options = {"kv_cache_memory_bytes": 4 << 20, "async_scheduling": depth == 2, **SMALL}
+    with LLM(str(tiny), **options) as llm:
+        params = sampling(3, stop_token_ids=[77], logits_processors=[ends_one])
+        [out] = llm.generate([[5, 6]], params, use_tqdm=False)
+        assert [len(c.token_ids) for c in out.outputs] == [8, 4, 8]
+        assert [c.finish_reason for c in out.outputs] == ["length", "stop", "length"]
+
+
 def test_the_progress_bar_counts_requests(llm, capsys):
     llm.generate([TEXT, [5]], sampling(3))
     assert "2/2" in capsys.readouterr().err
+
+
+def test_joined_increments_stay_in_order_of_index(llm):
+    params = sampling(3, output_kind=RequestOutputKind.DELTA)
+    [whole] = llm.generate([TEXT], params, use_tqdm=False)
+    outputs = list(llm.stream([TEXT], params))
+    del outputs[0].outputs[0]  # as if the first sample's news came later
+    joined = outputs[0]
+    for later in outputs[1:]:
+        joined.add(later, aggregate=True)
+    assert [c.index for c in joined.outputs] == [0, 1, 2] and joined.finished
+    assert [c.token_ids for c in joined.outputs[1:]] == [c.token_ids for c in whole.outputs[1:]]
 
 
 # Ids and aborts
