@@ -381,7 +381,7 @@ def test_a_stream_that_is_collected_amid_a_step_is_aborted_after_it(tiny, depth)
     def collects(output, logits):
         if len(output) == 2:
             gc.collect()
-            left.append(len(llm._owned))
+            left.append(len(llm._shared.owned))
         return logits
 
     left = []
@@ -394,7 +394,7 @@ def test_a_stream_that_is_collected_amid_a_step_is_aborted_after_it(tiny, depth)
         assert [out["token_ids"] for out in outputs] == [want, want]
         assert left == [4]  # the stream's were still there
         assert llm.llm_engine.metrics.steps - steps <= 10  # nothing started over
-        assert not llm._owned and not llm.llm_engine.unfinished
+        assert not llm._shared.owned and not llm.llm_engine.unfinished
         while not llm.is_finished():
             llm.step()
         pages = llm.llm_engine.scheduler.block_manager
