@@ -72,16 +72,16 @@ PROJECTED_PROGRAMS_PER_SM = 4
 
 
 def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig]:
-    """By what they are for:
+    """By what they are for, in the order of their launches:
 
+    - shared: keys that decodes share, which are read by as many programs as fit at a time: every
+      further part is one more partial result for each decode. The others merge its results.
     - short: short queries, decodes above all.
     - few: those of so few sequences that latency is all: parts of a single block, and all warps on
       it.
     - crowd: those of so many that each multiprocessor gets 15 programs or more. In smaller blocks
       many programs hide each other's waiting, and short contexts fill whole blocks.
     - long: chunks.
-    - shared: keys that decodes share, which are read by as many programs as fit at a time: every
-      further part is one more partial result for each decode.
 
     Raises:
         ValueError: there is no entry for such heads.
@@ -94,7 +94,7 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
     configs = ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]
     short, long = configs["short"], configs["long"]
     shared = replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM)
-    return {"few": short, "crowd": short, "shared": shared, **configs}
+    return {"shared": shared, "few": short, "crowd": short, **configs}
 
 
 @dataclass(frozen=True)
