@@ -311,8 +311,8 @@ class LLM:
         """Queue requests for wait_for_completion; arguments and errors are generate's, there is no
         progress to show here. Returns their ids."""
         _refuse(lora_request, priority, mm_processor_kwargs)
+        prompts = self._tokenized(prompts, tokenization_kwargs)
         with self._use_engine() as engine:
-            prompts = self._tokenized(prompts, tokenization_kwargs)
             seqs = self._requests.make(engine, prompts, sampling_params)
             for seq in seqs:
                 seq.params.output_kind = RequestOutputKind.FINAL_ONLY

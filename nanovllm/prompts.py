@@ -171,8 +171,12 @@ def bind_params(params: SamplingParams, vocab_size: int, tokenizer: Any) -> None
     """What can be checked and made of parameters where vocabulary and tokenizer are known.
 
     Raises:
-        ValueError: a token id is outside the vocabulary; or bad_words without a tokenizer.
+        ValueError: a token id is outside the vocabulary; or stop or bad_words without a tokenizer.
     """
+    if params.stop and tokenizer is None:
+        raise ValueError(
+            "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
+        )
     for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         for token in getattr(params, name) or ():
             if not 0 <= token < vocab_size:

@@ -87,7 +87,6 @@ class Requests:
             sampling_params = checkpoint.default_sampling_params
         params = prompts.match_params(sampling_params, len(tokenized))
         for p in {id(p): p for p in params}.values():  # one may serve all prompts
-            self._check_stop(p)
             prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
             if p.structured_outputs is not None:
                 p.grammar = self.grammars.compile(p.structured_outputs)
@@ -137,12 +136,6 @@ class Requests:
             )
             self.num_made += 1
         return seqs
-
-    def _check_stop(self, params: SamplingParams) -> None:
-        if params.stop and self.detokenizer is None:
-            raise ValueError(
-                "stop needs a tokenizer: after skip_tokenizer_init=True there is stop_token_ids"
-            )
 
     def news(self, engine: Engine, left_out: set[Sequence]) -> list[RequestOutput]:
         """Of the sequences that advanced, an output for each request, as its output_kind says."""

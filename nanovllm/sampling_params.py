@@ -1,7 +1,7 @@
 """SamplingParams: how one request's tokens are chosen and when it ends. Names, defaults and
 meanings are vLLM's.
 
-Users construct it; llm.py copies it on admission; the sampler and the stop checks read it.
+Users construct it; prompts.py copies it on admission; the sampler and the stop checks read it.
 """
 
 import copy

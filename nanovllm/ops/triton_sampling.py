@@ -233,7 +233,7 @@ def _place(logits, key, number, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def limits_kernel(
-    lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums,
+    lowest, last, logits, temperature, top_k, top_p, min_p, bests,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -248,13 +248,14 @@ def limits_kernel(
     dtype: tl.constexpr = logits.dtype.element_ty
     GALLOP: tl.constexpr = 65536 if dtype == tl.float32 else 1
     low = tl.full((), -(2**31) if dtype == tl.float32 else -(2**15), tl.int64)
-    ties = tl.full((), VOCAB, tl.int64)  # of the tokens with the lowest key so many stay
+    place = VOCAB
     if (t > 0) & ((k < VOCAB) | (p < 1) | (least > 0)):
         blocks = tl.arange(0, BLOCKS)
         bests += row * NUM_BLOCKS
         block_bests = tl.load(bests + blocks, mask=blocks < NUM_BLOCKS, other=float("-inf"))
         best = tl.max(block_bests, 0)
         high = _keys(best.to(dtype)).to(tl.int64)
+        ties = tl.full((), VOCAB, tl.int64)  # of the tokens with the lowest key so many stay
         if least > 0:
             low = _lowest_likely(logits, least, best, scale, VOCAB, BLOCK).to(tl.int64)
         if k < VOCAB:
@@ -285,9 +286,8 @@ def limits_kernel(
             number = tl.minimum(number, VOCAB).to(tl.int64)
             ties = tl.where(cut > low, number, tl.minimum(ties, number))
             low = cut
-    key = low.to(tl.int32)
-    place = _place(logits, key, ties.to(tl.int32), VOCAB, BLOCK)
-    tl.store(lowest + row, key)
+        place = _place(logits, low.to(tl.int32), ties.to(tl.int32), VOCAB, BLOCK)
+    tl.store(lowest + row, low.to(tl.int32))
     tl.store(last + row, place)
 
 
@@ -380,11 +380,11 @@ def find_limits(
     stays: [n] int32 each.
     """
     num_rows, vocab = logits.shape
-    bests, sums = blocks or _blocks(logits, temperature)
+    bests, _ = blocks or _blocks(logits, temperature)
     lowest, last = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
     num_blocks = bests.shape[1]
     limits_kernel[(num_rows,)](
-        lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums, VOCAB=vocab,
+        lowest, last, logits, temperature, top_k, top_p, min_p, bests, VOCAB=vocab,
         BLOCK=SEARCH_BLOCK, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
         num_warps=SEARCH_WARPS, **pdl_options(logits.device),
     )  # fmt: skip
