@@ -16,7 +16,9 @@ MAX_HEAD_DIM = 256
 SILU_BLOCK = 1024
 COPY_BLOCK = 1024
 ROWS_BLOCK = 128  # of the rows' state
-SEARCH_BLOCK, SEARCH_WARPS = 2048, 8  # of limits_kernel, which goes through a row of logits
+SEARCH_BLOCK, SEARCH_WARPS = 2048, 8  # of kernels that a row of logits has a program of
+GROUP = 128  # tokens whose best logit says whether the others are worth a look
+CANDIDATES = 2048  # logits that are looked at instead of all
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 
 # They have a launch of their own in each layer, which must save some microseconds of reading.

@@ -2,12 +2,14 @@
 kernel sorts a vocabulary.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import SEARCH_BLOCK, SEARCH_WARPS
+from nanovllm.ops.kernel_configs import CANDIDATES, GROUP, SEARCH_BLOCK, SEARCH_WARPS
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK
 from nanovllm.ops.triton_ops import pdl_options
 
@@ -89,11 +91,13 @@ def _is_kept(values, tokens, lowest, last, row):
 
 @triton.jit
 def sample_blocks_kernel(
-    bests, sums, logits, temperature, lowest, last,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    bests, sums, group_bests, logits, temperature, lowest, last,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program takes the best logit of one block of a row, and the sum of the block's softmax
-    weights, of which the best is 1; of the tokens within the row's limits, if `lowest` is there."""
+    weights, of which the best is 1; of the tokens within the row's limits, if `lowest` is there.
+    And the best logit of each group of tokens, if `group_bests` is there."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -104,6 +108,10 @@ def sample_blocks_kernel(
     if lowest is not None:
         kept = _is_kept(values, tokens, lowest, last, row)
         values = tl.where(kept, values, float("-inf"))
+    if group_bests is not None:
+        groups = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        best_of_each = tl.max(tl.reshape(values, (BLOCK // GROUP, GROUP)).to(tl.float32), 1)
+        tl.store(group_bests + row * NUM_GROUPS + groups, best_of_each, mask=groups < NUM_GROUPS)
     values = values.to(tl.float32)
     best = tl.max(values, 0)
     total = tl.sum(tl.exp2((values - best) * scale), 0)
@@ -153,42 +161,42 @@ def sample_kernel(
 
 @triton.jit
 def _above(
-    logits, a, b, c, best, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr
+    logits, size, a, b, c, best, scale,
+    BLOCK: tl.constexpr, MASS: tl.constexpr, STRICT: tl.constexpr = False,
 ):  # fmt: skip
-    """How many tokens of a row have keys of a, b and c at least; with MASS the sums of their
-    softmax weights."""
-    above_a = tl.zeros((BLOCK,), tl.float32)
+    """How many of `size` logits have keys of a (with STRICT above a), b and c at least; with MASS
+    the sums of their softmax weights."""
+    a = _value(a.to(tl.int32), logits.dtype.element_ty)  # as values need no keys
+    b = _value(b.to(tl.int32), logits.dtype.element_ty)
+    c = _value(c.to(tl.int32), logits.dtype.element_ty)
+    above_a = tl.zeros((BLOCK,), tl.float32)  # sums of ones are exact up to 2^24
     above_b = tl.zeros((BLOCK,), tl.float32)
     above_c = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, VOCAB, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        ok = tokens < VOCAB
-        values = tl.load(logits + tokens, mask=ok, other=float("-inf"))
-        keys = _keys(values)
-        weights = ok.to(tl.float32)  # sums of ones are exact up to 2^24
+    for start in range(0, size, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + places, mask=places < size, other=float("nan")).to(tl.float32)
+        weights = 1.0
         if MASS:
-            weights *= _weights(values, best, scale)
-        above_a += tl.where(keys >= a, weights, 0.0)
-        above_b += tl.where(keys >= b, weights, 0.0)
-        above_c += tl.where(keys >= c, weights, 0.0)
+            weights = _weights(values, best, scale)
+        above_a += tl.where(values > a if STRICT else values >= a, weights, 0.0)
+        above_b += tl.where(values >= b, weights, 0.0)
+        above_c += tl.where(values >= c, weights, 0.0)
     return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
 
 
 @triton.jit
 def _search(
-    logits, target, low, high, best, scale,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
+    logits, size, target, low, high, best, scale,
+    BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """The highest key, of those from `low` to `high`, at or above which lie `target` tokens, or
-    tokens of so much weight; `low` if there are not so many. Each turn reads the row once and
+    """The highest key, of those from `low` to `high`, at or above which lie `target` logits, or
+    logits of so much weight; `low` if there are not so many. Each turn reads the logits once and
     leaves a quarter; the first one looks close to the best, where most limits are."""
     a = tl.maximum(high - 15 * GALLOP, low + 1)
     b = tl.maximum(high - 255 * GALLOP, low + 1)
     c = tl.maximum(high - 4095 * GALLOP, low + 1)
     while low < high:
-        above_a, above_b, above_c = _above(
-            logits, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), best, scale, VOCAB, BLOCK, MASS
-        )
+        above_a, above_b, above_c = _above(logits, size, a, b, c, best, scale, BLOCK, MASS)
         if above_a >= target:
             low = a
         elif above_b >= target:
@@ -200,44 +208,128 @@ def _search(
         a = low + (3 * (high - low) + 3) // 4
         b = low + (high - low + 1) // 2
         c = low + (high - low + 3) // 4
-    return low
+    # Where the device takes tiny values for 0, so do comparisons of them.
+    dtype: tl.constexpr = logits.dtype.element_ty
+    return _keys(_value(low.to(tl.int32), dtype).to(dtype)).to(tl.int64)
 
 
 @triton.jit
-def _lowest_likely(logits, least, best, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The lowest key of a softmax weight of `least` or more."""
-    lowest = tl.full((BLOCK,), 2**31 - 1, tl.int32)
-    for start in range(0, VOCAB, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
-        is_likely = (tokens < VOCAB) & (_weights(values, best, scale) >= least)
-        lowest = tl.minimum(lowest, tl.where(is_likely, _keys(values), 2**31 - 1))
-    return tl.min(lowest, 0)
+def _choose_groups(
+    chosen, group_bests, border, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Write down, in order, which groups have a logit of `border` at least; returns how many."""
+    groups = tl.arange(0, GROUPS)
+    best = tl.load(group_bests + groups, mask=groups < NUM_GROUPS, other=float("nan"))
+    is_in = (best.to(tl.float32) >= border).to(tl.int32)
+    tl.debug_barrier()  # all have read what was chosen before
+    tl.store(chosen + tl.cumsum(is_in, 0) - 1, groups, mask=is_in > 0)
+    tl.debug_barrier()  # what other threads have stored is read next
+    return tl.sum(is_in, 0)
 
 
 @triton.jit
-def _place(logits, key, number, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """Which token is the so-manieth with a key; VOCAB if there are fewer."""
-    place, seen = VOCAB, 0
-    for start in range(0, VOCAB, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
-        is_equal = ((_keys(values) == key) & (tokens < VOCAB)).to(tl.int32)
-        count = tl.sum(is_equal, 0)
-        if (seen < number) & (seen + count >= number):
-            is_it = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == number)
-            place = tl.min(tl.where(is_it, tokens, VOCAB), 0)
-        seen += count
+def _tokens_of(
+    chosen, num_chosen, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):
+    """The tokens of the chosen groups, a block of them from `start` on; VOCAB or more: none."""
+    places = start + tl.arange(0, BLOCK)
+    groups = tl.load(chosen + places // GROUP, mask=places < num_chosen * GROUP, other=VOCAB)
+    return groups * GROUP + places % GROUP
+
+
+@triton.jit
+def _gather(
+    out, out_ids, logits, chosen, num_chosen, border,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Write down, in the vocabulary's order, logits of `border` at least and their tokens; returns
+    how many there are, or some number above ROOM."""
+    filled = 0
+    for start in range(0, num_chosen * GROUP, BLOCK):
+        if filled <= ROOM:
+            tokens = _tokens_of(chosen, num_chosen, start, VOCAB, BLOCK, GROUP)
+            values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("nan"))
+            is_in = (values.to(tl.float32) >= border).to(tl.int32)
+            slots = filled + tl.cumsum(is_in, 0) - 1
+            tl.store(out + slots, values, mask=(is_in > 0) & (slots < ROOM))
+            tl.store(out_ids + slots, tokens, mask=(is_in > 0) & (slots < ROOM))
+            filled += tl.sum(is_in, 0)
+    tl.debug_barrier()  # what other threads have stored is read next
+    return filled
+
+
+@triton.jit
+def _place(logits, size, key, number, BLOCK: tl.constexpr):
+    """Which of the logits is the so-manieth with a key; `size` if there are fewer."""
+    value = _value(key, logits.dtype.element_ty)
+    place, seen = size, 0
+    for start in range(0, size, BLOCK):
+        if seen < number:
+            places = start + tl.arange(0, BLOCK)
+            values = tl.load(logits + places, mask=places < size, other=float("nan"))
+            is_equal = (values.to(tl.float32) == value).to(tl.int32)
+            count = tl.sum(is_equal, 0)
+            if seen + count >= number:
+                is_it = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == number)
+                place = tl.min(tl.where(is_it, places, size), 0)
+            seen += count
     return place
 
 
 @triton.jit
+def _limits_among(
+    logits, size, k, p, rest, low, high, best, scale,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, GALLOP: tl.constexpr,
+):  # fmt: skip
+    """What top_k and top_p leave of logits that hold all that may stay, with keys from `low` to
+    `high`, and the weight of the `rest`. Returns the lowest key, and the place of the last
+    logit that has it and stays; `size`: all of them stay."""
+    dtype: tl.constexpr = logits.dtype.element_ty
+    ties = tl.full((), VOCAB, tl.float32)
+    equal = tl.full((), 0.0, tl.float32)  # how many have the lowest key, if not all stay
+    if k < VOCAB:
+        target = k.to(tl.float32)
+        low = _search(logits, size, target, low, high, best, scale, BLOCK, GALLOP, False)
+        above, all_above, _ = _above(
+            logits, size, low, low, low, best, scale, BLOCK, False, STRICT=True
+        )
+        ties, equal = target - above, all_above - above
+    if p < 1:
+        above, all_above, _ = _above(
+            logits, size, low, low, low, best, scale, BLOCK, True, STRICT=True
+        )
+        kept = all_above + rest
+        if ties < equal:
+            kept = above + ties * _weights(_value(low.to(tl.int32), dtype), best, scale)
+        target = p * kept
+        cut = _search(logits, size, target, low, high, best, scale, BLOCK, GALLOP, True)
+        above, all_above, _ = _above(
+            logits, size, cut, cut, cut, best, scale, BLOCK, True, STRICT=True
+        )
+        # Tokens stay while those before them do not reach p.
+        weight = _weights(_value(cut.to(tl.int32), dtype), best, scale)
+        number = tl.maximum(tl.ceil((target - above) / weight), 1.0)
+        if cut > low:
+            ties, equal = number, tl.ceil((all_above - above) / weight)
+        elif number < ties:
+            ties, equal = number, tl.maximum(equal, number + 1)
+        low = cut
+    place = size
+    if ties < equal:
+        place = _place(logits, size, low.to(tl.int32), ties.to(tl.int32), BLOCK)
+    return low, place
+
+
+@triton.jit
 def limits_kernel(
-    lowest, last, logits, temperature, top_k, top_p, min_p, bests,
+    lowest, last, logits, temperature, top_k, top_p, min_p, bests, sums, group_bests,
+    chosen, few, few_ids,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, ROOM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program finds what one row's limits leave: see find_limits."""
+    """A program finds what one row's limits leave: see find_limits. The last three tensors are room
+    for each row: the groups that are looked at, and the logits and tokens found there."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -247,70 +339,145 @@ def limits_kernel(
     logits += row * VOCAB
     dtype: tl.constexpr = logits.dtype.element_ty
     GALLOP: tl.constexpr = 65536 if dtype == tl.float32 else 1
-    low = tl.full((), -(2**31) if dtype == tl.float32 else -(2**15), tl.int64)
+    low = _keys(tl.full((), float("-inf"), dtype)).to(tl.int64)
     place = VOCAB
     if (t > 0) & ((k < VOCAB) | (p < 1) | (least > 0)):
         blocks = tl.arange(0, BLOCKS)
-        bests += row * NUM_BLOCKS
-        block_bests = tl.load(bests + blocks, mask=blocks < NUM_BLOCKS, other=float("-inf"))
+        there = blocks < NUM_BLOCKS
+        block_bests = tl.load(bests + row * NUM_BLOCKS + blocks, mask=there, other=float("-inf"))
         best = tl.max(block_bests, 0)
         high = _keys(best.to(dtype)).to(tl.int64)
-        ties = tl.full((), VOCAB, tl.int64)  # of the tokens with the lowest key so many stay
         if least > 0:
-            low = _lowest_likely(logits, least, best, scale, VOCAB, BLOCK).to(tl.int64)
-        if k < VOCAB:
-            target = k.to(tl.float32)
-            low = _search(logits, target, low, high, best, scale, VOCAB, BLOCK, GALLOP, False)
-            next_key = (low + 1).to(tl.int32)
-            above, _, _ = _above(
-                logits, next_key, next_key, next_key, best, scale, VOCAB, BLOCK, False
+            border = best + tl.log2(least) / scale
+            low = _keys(border.to(dtype)).to(tl.int64)
+            low += (_value(low.to(tl.int32), dtype) < border).to(tl.int64)
+            low = tl.minimum(low, high)
+        if (k < VOCAB) | (p < 1):
+            # Where k groups have their best, k tokens have theirs, so none below them stays.
+            group_bests += row * NUM_GROUPS
+            chosen += row * NUM_GROUPS
+            few += row * ROOM
+            few_ids += row * ROOM
+            target = tl.where(k < VOCAB, k, ROOM // 8).to(tl.float32)
+            bound = _search(
+                group_bests, NUM_GROUPS, target, low, high, best, scale, GROUPS, GALLOP, False
             )
-            ties = k - above.to(tl.int64)
-        if p < 1:
-            key = low.to(tl.int32)
-            above, all_above, _ = _above(
-                logits, (low + 1).to(tl.int32), key, key, best, scale, VOCAB, BLOCK, True
+            border = _value(bound.to(tl.int32), dtype)
+            num_chosen = _choose_groups(chosen, group_bests, border, NUM_GROUPS, GROUPS)
+            size = _gather(
+                few, few_ids, logits, chosen, num_chosen, border, VOCAB, BLOCK, GROUP, ROOM
             )
-            kept = all_above
-            if all_above > above:
-                weight = _weights(_value(key, dtype), best, scale)
-                kept = tl.minimum(all_above, above + ties.to(tl.float32) * weight)
-            cut = _search(logits, p * kept, low, high, best, scale, VOCAB, BLOCK, GALLOP, True)
-            next_key = (cut + 1).to(tl.int32)
-            above, _, _ = _above(
-                logits, next_key, next_key, next_key, best, scale, VOCAB, BLOCK, True
-            )
-            # Tokens stay while those before them do not reach p.
-            weight = _weights(_value(cut.to(tl.int32), dtype), best, scale)
-            number = tl.maximum(tl.ceil((p * kept - above) / weight), 1.0)
-            number = tl.minimum(number, VOCAB).to(tl.int64)
-            ties = tl.where(cut > low, number, tl.minimum(ties, number))
-            low = cut
-        place = _place(logits, low.to(tl.int32), ties.to(tl.int32), VOCAB, BLOCK)
+            enough = size <= ROOM
+            rest = 0.0
+            if enough & (k >= VOCAB) & (bound > low):
+                # top_p alone: they do where they reach p; what lies below them counts as well.
+                sums_ = tl.load(sums + row * NUM_BLOCKS + blocks, mask=there, other=0.0)
+                total = tl.sum(sums_ * _weights(block_bests, best, scale), 0)
+                mass, _, _ = _above(few, size, bound, bound, bound, best, scale, BLOCK, True)
+                rest = tl.maximum(total - mass, 0.0)
+                enough = (least <= 0) & (mass >= p * total)
+            if enough:
+                low, place = _limits_among(
+                    few, size, k, p, rest, bound, high, best, scale, VOCAB, BLOCK, GALLOP
+                )
+                place = tl.load(few_ids + place, mask=place < size, other=VOCAB)
+            else:
+                low, place = _limits_among(
+                    logits, VOCAB, k, p, 0.0, low, high, best, scale, VOCAB, BLOCK, GALLOP
+                )
     tl.store(lowest + row, low.to(tl.int32))
     tl.store(last + row, place)
 
 
 @triton.jit
 def collect_kernel(
-    token_ids, logits, lowest, last, NUM: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    ids, logprobs, ranks, logits, token_ids, lowest, last, bests, sums, group_bests,
+    chosen, few, few_ids,
+    NUM: tl.constexpr, SLOTS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one row's tokens within its limits, NUM at most, in the vocabulary's
-    order."""
+    """A program writes one row's token and, the likeliest first, NUM that are within its limits,
+    with their log-probabilities; and how many are as likely as the token. The last three tensors
+    are room for each row."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    seen = 0
-    for start in range(0, VOCAB, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + row * VOCAB + tokens, mask=tokens < VOCAB, other=float("-inf"))
-        kept = _is_kept(values, tokens, lowest, last, row) & (tokens < VOCAB)
-        count = tl.sum(kept.to(tl.int32), 0)
-        if count > 0:
-            places = seen + tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(token_ids + row * NUM + places, tokens, mask=kept & (places < NUM))
-        seen += count
+    logits += row * VOCAB
+    group_bests += row * NUM_GROUPS
+    chosen += row * NUM_GROUPS
+    few += row * SLOTS
+    few_ids += row * SLOTS
+    blocks = tl.arange(0, BLOCKS)
+    there = blocks < NUM_BLOCKS
+    block_bests = tl.load(bests + row * NUM_BLOCKS + blocks, mask=there, other=float("-inf"))
+    best = tl.max(block_bests, 0)
+    total = tl.load(sums + row * NUM_BLOCKS + blocks, mask=there, other=0.0)
+    normalizer = best + tl.log(tl.sum(total * _weights(block_bests, best, 1.4426950408889634), 0))
+
+    border = _value(tl.load(lowest + row), logits.dtype.element_ty)
+    num_chosen = _choose_groups(chosen, group_bests, border, NUM_GROUPS, GROUPS)
+    filled = 0
+    for start in range(0, num_chosen * GROUP, BLOCK):
+        tokens = _tokens_of(chosen, num_chosen, start, VOCAB, BLOCK, GROUP)
+        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
+        kept = (_is_kept(values, tokens, lowest, last, row) & (tokens < VOCAB)).to(tl.int32)
+        slots = filled + tl.cumsum(kept, 0) - 1
+        tl.store(few + slots, values, mask=(kept > 0) & (slots < NUM))
+        tl.store(few_ids + slots, tokens, mask=(kept > 0) & (slots < NUM))
+        filled += tl.sum(kept, 0)
+    tl.debug_barrier()  # what other threads have stored is read next
+
+    slots = tl.arange(0, SLOTS)
+    found = slots < tl.minimum(filled, NUM)
+    top = tl.load(few + slots, mask=found, other=float("-inf")).to(tl.float32)
+    top_ids = tl.load(few_ids + slots, mask=found, other=0)
+    is_before = (top[None, :] > top[:, None]) | (
+        (top[None, :] == top[:, None]) & (slots[None, :] < slots[:, None])
+    )
+    places = tl.sum(is_before.to(tl.int32), 1)
+    line = row * (1 + NUM)
+    tl.store(ids + line + 1 + places, top_ids.to(tl.int64), mask=places < NUM)
+    tl.store(logprobs + line + 1 + places, top - normalizer, mask=places < NUM)
+
+    token = tl.load(token_ids + row)
+    own = tl.load(logits + token).to(tl.float32)
+    tl.store(ids + line, token)
+    tl.store(logprobs + line, own - normalizer)
+    num_chosen = _choose_groups(chosen, group_bests, own, NUM_GROUPS, GROUPS)
+    as_likely = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, num_chosen * GROUP, BLOCK):
+        tokens = _tokens_of(chosen, num_chosen, start, VOCAB, BLOCK, GROUP)
+        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("nan"))
+        as_likely += (values.to(tl.float32) >= own).to(tl.int32)
+    tl.store(ranks + row, tl.sum(as_likely, 0).to(tl.int64))
+
+
+@dataclass
+class Blocks:
+    """What one pass over rows of logits leaves.
+
+    Attributes:
+        bests, sums: [n, blocks] float32, the best logit of each block of VOCAB_BLOCK tokens, and
+            the sum of its softmax weights, of which the best is 1.
+        group_bests: [n, groups], the best of each GROUP of tokens, in the logits' dtype; None: not
+            asked for.
+    """
+
+    bests: torch.Tensor
+    sums: torch.Tensor
+    group_bests: torch.Tensor | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of kernels that read them."""
+        num_blocks = self.bests.shape[1]
+        sizes = {"NUM_BLOCKS": num_blocks, "BLOCKS": triton.next_power_of_2(num_blocks)}
+        if self.group_bests is not None:
+            num_groups = self.group_bests.shape[1]
+            sizes |= {"NUM_GROUPS": num_groups, "GROUPS": triton.next_power_of_2(num_groups)}
+            sizes["GROUP"] = GROUP
+        return sizes
 
 
 def sample(
@@ -334,12 +501,10 @@ def sample(
         top_p = torch.ones_like(temperature) if top_p is None else top_p
         min_p = torch.zeros_like(temperature) if min_p is None else min_p
         lowest, last = find_limits(logits, temperature, top_k, top_p, min_p)
-    bests, sums = _blocks(logits, temperature, lowest, last)
-    num_blocks = bests.shape[1]
+    blocks = _blocks(logits, temperature, lowest, last)
     sample_kernel[(num_rows,)](
-        token_ids, logits, temperature, noise_keys, bests, sums, lowest, last, VOCAB=vocab,
-        BLOCK=VOCAB_BLOCK, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        num_warps=8, **pdl_options(logits.device),
+        token_ids, logits, temperature, noise_keys, blocks.bests, blocks.sums, lowest, last,
+        VOCAB=vocab, BLOCK=VOCAB_BLOCK, num_warps=8, **blocks.sizes, **pdl_options(logits.device),
     )  # fmt: skip
     return token_ids
 
@@ -349,16 +514,18 @@ def _blocks(
     temperature: torch.Tensor,
     lowest: torch.Tensor | None = None,
     last: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What sample_blocks_kernel finds, [n, blocks] float32 each."""
+    with_groups: bool = False,
+) -> Blocks:
     num_rows, vocab = logits.shape
-    num_blocks = triton.cdiv(vocab, VOCAB_BLOCK)
-    bests, sums = (torch.empty(num_rows, num_blocks, device=logits.device) for _ in range(2))
+    num_blocks, num_groups = triton.cdiv(vocab, VOCAB_BLOCK), triton.cdiv(vocab, GROUP)
+    bests, sums = torch.empty(2, num_rows, num_blocks, device=logits.device)
+    group_bests = logits.new_empty(num_rows, num_groups) if with_groups else None
     sample_blocks_kernel[(num_rows, num_blocks)](
-        bests, sums, logits, temperature, lowest, last, VOCAB=vocab, BLOCK=VOCAB_BLOCK,
-        num_warps=4, **pdl_options(logits.device),
+        bests, sums, group_bests, logits, temperature, lowest, last, VOCAB=vocab,
+        BLOCK=VOCAB_BLOCK, GROUP=GROUP, NUM_GROUPS=num_groups, num_warps=4,
+        **pdl_options(logits.device),
     )  # fmt: skip
-    return bests, sums
+    return Blocks(bests, sums, group_bests)
 
 
 def find_limits(
@@ -367,7 +534,7 @@ def find_limits(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
-    blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What reference_sampling.keep_likely leaves of each row, without a sort: the most likely
     tokens are those above some logit, which is searched for; of equal ones those that come first.
@@ -375,20 +542,30 @@ def find_limits(
     Args:
         logits: [n, vocab].
         temperature, top_k, top_p, min_p: [n], as for reference_sampling.sample.
+        blocks: of the logits at that temperature, with groups.
 
     Returns: the lowest logit that stays, as a key of _keys, and the last token that has it and
     stays: [n] int32 each.
     """
     num_rows, vocab = logits.shape
-    bests, _ = blocks or _blocks(logits, temperature)
+    blocks = blocks or _blocks(logits, temperature, with_groups=True)
+    assert blocks.group_bests is not None
     lowest, last = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
-    num_blocks = bests.shape[1]
     limits_kernel[(num_rows,)](
-        lowest, last, logits, temperature, top_k, top_p, min_p, bests, VOCAB=vocab,
-        BLOCK=SEARCH_BLOCK, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        num_warps=SEARCH_WARPS, **pdl_options(logits.device),
+        lowest, last, logits, temperature, top_k, top_p, min_p, blocks.bests, blocks.sums,
+        blocks.group_bests, *_room(blocks.group_bests, CANDIDATES), VOCAB=vocab,
+        BLOCK=SEARCH_BLOCK, ROOM=CANDIDATES, num_warps=SEARCH_WARPS, **blocks.sizes,
+        **pdl_options(logits.device),
     )  # fmt: skip
     return lowest, last
+
+
+def _room(group_bests: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """For the groups that a row's program chooses, and so many logits and tokens."""
+    num_rows = len(group_bests)
+    chosen = torch.empty_like(group_bests, dtype=torch.int32)
+    few = group_bests.new_empty(num_rows, size)
+    return chosen, few, torch.empty_like(few, dtype=torch.int32)
 
 
 def top_logprobs(
@@ -397,17 +574,18 @@ def top_logprobs(
     """As reference_sampling.top_logprobs."""
     num_rows, vocab = logits.shape
     ones = torch.ones(num_rows, device=logits.device)
-    bests, sums = blocks = _blocks(logits, ones)
-    top_ids = torch.zeros(num_rows, num_top, dtype=torch.int64, device=logits.device)
+    blocks = _blocks(logits, ones, with_groups=True)
+    assert blocks.group_bests is not None
     top_k = torch.full_like(token_ids, num_top)
     lowest, last = find_limits(logits, ones, top_k, ones, torch.zeros_like(ones), blocks)
+    ids = torch.empty(num_rows, 1 + num_top, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(ids.shape, device=logits.device)
+    ranks = torch.empty_like(token_ids)
+    slots = max(2, triton.next_power_of_2(num_top))
     collect_kernel[(num_rows,)](
-        top_ids, logits, lowest, last, NUM=num_top, VOCAB=vocab, BLOCK=SEARCH_BLOCK,
-        num_warps=SEARCH_WARPS, **pdl_options(logits.device),
+        ids, logprobs, ranks, logits, token_ids, lowest, last, blocks.bests, blocks.sums,
+        blocks.group_bests, *_room(blocks.group_bests, slots), NUM=num_top, SLOTS=slots,
+        VOCAB=vocab, BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS, **blocks.sizes,
+        **pdl_options(logits.device),
     )  # fmt: skip
-    top, order = logits.gather(1, top_ids).sort(dim=-1, descending=True, stable=True)
-    own = logits.gather(1, token_ids[:, None])
-    ranks = (logits >= own).sum(-1)
-    normalizer = (bests + sums.log()).logsumexp(-1, keepdim=True)
-    ids = torch.cat((token_ids[:, None], top_ids.gather(1, order)), 1)
-    return ids, torch.cat((own, top), 1).float() - normalizer, ranks
+    return ids, logprobs, ranks

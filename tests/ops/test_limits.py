@@ -15,14 +15,31 @@ DEVICES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU, GPU = DEVICES
-# An interpreter takes seconds for a large vocabulary.
+# Vocabulary, and the kernels' constants: tokens a group, and logits looked at instead of all. Small
+# ones make small vocabularies take all ways. An interpreter takes seconds for large ones.
+OWN, SMALL = None, (16, 64)
 CASES = [
-    pytest.param(*device.values, dtype, vocab, marks=device.marks)
-    for device, sizes in ((CPU, [60]), (GPU, [60, 5000]))
-    for vocab in sizes
+    pytest.param(*device.values, dtype, *size, marks=device.marks)
+    for device, sizes in ((CPU, [(60, OWN)]), (GPU, [(60, OWN), (5000, SMALL)]))
+    for size in sizes
     for dtype in DTYPES
-] + [pytest.param(*CPU.values, torch.bfloat16, 2500, marks=CPU.marks)]
+] + [
+    pytest.param(*CPU.values, torch.bfloat16, 2500, OWN, marks=CPU.marks),
+    pytest.param(*CPU.values, torch.float32, 700, SMALL, marks=CPU.marks),
+    pytest.param(*CPU.values, torch.float16, 700, SMALL, marks=CPU.marks),
+    pytest.param(*GPU.values, torch.bfloat16, 5000, OWN, marks=GPU.marks),
+]
 NUM_ROWS = 18
+
+
+@pytest.fixture
+def set_constants(monkeypatch):
+    def set_to(constants):
+        if constants is not None:
+            monkeypatch.setattr(triton_sampling, "GROUP", constants[0])
+            monkeypatch.setattr(triton_sampling, "CANDIDATES", constants[1])
+
+    return set_to
 
 
 def make_logits(vocab, dtype, device):
@@ -69,8 +86,9 @@ def check_kept(kept, logits, temperature, top_k, top_p, min_p):
     assert number_within(1e-4) <= number <= number_within(-1e-4)
 
 
-@pytest.mark.parametrize("device, dtype, vocab", CASES)
-def test_what_is_kept(device, dtype, vocab):
+@pytest.mark.parametrize("device, dtype, vocab, constants", CASES)
+def test_what_is_kept(device, dtype, vocab, constants, set_constants):
+    set_constants(constants)
     logits = make_logits(vocab, dtype, device)
     rng = np.random.default_rng(vocab)
     choices = {
@@ -78,7 +96,7 @@ def test_what_is_kept(device, dtype, vocab):
         "top_p": [1.0, 1e-6, 0.1, 0.5, 0.9, 0.999],
         "min_p": [0.0, 0.0, 1e-6, 0.1, 1.0],
     }
-    for _ in range(1 if device.type == "cpu" else 40):
+    for _ in range(1 if device.type == "cpu" else 20):
         drawn = {name: rng.choice(values, NUM_ROWS) for name, values in choices.items()}
         temperature = torch.from_numpy(rng.choice([0.3, 1.0, 2.0], NUM_ROWS)).float().to(device)
         top_k = torch.from_numpy(drawn["top_k"]).to(device)
@@ -118,9 +136,10 @@ def test_whatever_the_logits_a_token_is_found(device, value):
     assert ((token_ids >= 0) & (token_ids < 5000)).all()
 
 
-@pytest.mark.parametrize("device, dtype, vocab", CASES)
+@pytest.mark.parametrize("device, dtype, vocab, constants", CASES)
 @pytest.mark.parametrize("num_top", [1, 20, 60])
-def test_the_most_likely_tokens(device, dtype, vocab, num_top):
+def test_the_most_likely_tokens(device, dtype, vocab, constants, num_top, set_constants):
+    set_constants(constants)
     logits = make_logits(vocab, dtype, device)
     token_ids = torch.randint(vocab, (NUM_ROWS,), device=device)
     token_ids[8:10] = logits[8:10].argmax(-1)
