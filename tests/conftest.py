@@ -29,7 +29,7 @@ def llm():
     """One engine in float32 for all tests that leave it as they found it."""
     from nanovllm import LLM
 
-    with LLM(str(TINY), dtype="float32", kv_cache_memory_bytes=12 << 20) as llm:
+    with LLM(str(TINY), device="cpu", dtype="float32", kv_cache_memory_bytes=12 << 20) as llm:
         yield llm
 
 

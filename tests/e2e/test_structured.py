@@ -91,7 +91,8 @@ def token_ids(completions):
 def repeats_less(prompt, output, logits):
     """transformers' own, as a processor of three arguments."""
     processor = RepetitionPenaltyLogitsProcessor(1.5)
-    return processor(torch.tensor([prompt + output]), logits[None])[0]
+    tokens = torch.tensor([prompt + output], device=logits.device)
+    return processor(tokens, logits[None])[0]
 
 
 @pytest.fixture(scope="module")
