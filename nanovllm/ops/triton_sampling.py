@@ -518,7 +518,7 @@ def _blocks(
 ) -> Blocks:
     num_rows, vocab = logits.shape
     num_blocks, num_groups = triton.cdiv(vocab, VOCAB_BLOCK), triton.cdiv(vocab, GROUP)
-    bests, sums = torch.empty(2, num_rows, num_blocks, device=logits.device)
+    bests, sums = (torch.empty(num_rows, num_blocks, device=logits.device) for _ in range(2))
     group_bests = logits.new_empty(num_rows, num_groups) if with_groups else None
     sample_blocks_kernel[(num_rows, num_blocks)](
         bests, sums, group_bests, logits, temperature, lowest, last, VOCAB=vocab,
@@ -550,7 +550,10 @@ def find_limits(
     num_rows, vocab = logits.shape
     blocks = blocks or _blocks(logits, temperature, with_groups=True)
     assert blocks.group_bests is not None
-    lowest, last = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
+    # Not parts of one tensor: kernels would be compiled once more for those that aren't aligned.
+    lowest, last = (
+        torch.empty(num_rows, dtype=torch.int32, device=logits.device) for _ in range(2)
+    )
     limits_kernel[(num_rows,)](
         lowest, last, logits, temperature, top_k, top_p, min_p, blocks.bests, blocks.sums,
         blocks.group_bests, *_room(blocks.group_bests, CANDIDATES), VOCAB=vocab,
