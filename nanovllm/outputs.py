@@ -32,41 +32,50 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     def __init__(self, num_top: int, decode: Callable[[list[int]], str] | None = None):
         self.width = 1 + num_top
         self.decode = decode
-        self.token_ids, self.logprobs, self.ranks = array("i"), array("f"), array("i")
+        self.lines = array("i")  # as of StepLogprobs
 
-    def append(self, token_ids: np.ndarray, logprobs: np.ndarray, rank: int) -> None:
-        """One token's: [1 + num_top or more] int32 and float32, and the rank of the first. A small
-        vocabulary has fewer."""
-        self.width = min(self.width, len(token_ids))
-        self.token_ids.frombytes(token_ids[: self.width].tobytes())
-        self.logprobs.frombytes(logprobs[: self.width].tobytes())
-        self.ranks.append(rank)
-
-    def extend(self, token_ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> None:
-        """Those of several tokens: [n, 1 + num_top or more] and [n]."""
-        self.width = min(self.width, token_ids.shape[1])
-        self.token_ids.frombytes(token_ids[:, : self.width].tobytes())
-        self.logprobs.frombytes(logprobs[:, : self.width].tobytes())
-        self.ranks.frombytes(ranks.tobytes())
-
-    def truncate(self, length: int) -> None:
-        del self.token_ids[length * self.width :], self.logprobs[length * self.width :]
-        del self.ranks[length:]
+    def extend(self, lines: np.ndarray) -> None:
+        """Those of more tokens, as of StepLogprobs. A small vocabulary has narrower ones."""
+        self.width = min(self.width, lines.shape[1] // 2)
+        self.lines.frombytes(lines[:, : self._size].tobytes())
 
     def copy(self, decode: Callable[[list[int]], str] | None) -> "SampleLogprobs":
         """As they are now, to be read with texts."""
         result = SampleLogprobs(self.width - 1, decode)
-        result.token_ids, result.logprobs = self.token_ids[:], self.logprobs[:]
-        result.ranks = self.ranks[:]
+        result.lines = self.lines[:]
         return result
+
+    @property
+    def token_ids(self) -> "array[int]":
+        """`width` for each token."""
+        return self._pairs()[::2]
+
+    @property
+    def logprobs(self) -> "array[float]":
+        return array("f", self._pairs()[1::2].tobytes())
+
+    @property
+    def ranks(self) -> "array[int]":
+        """One for each token."""
+        return self.lines[:: self._size]
+
+    @property
+    def _size(self) -> int:
+        """Of a line."""
+        return 1 + 2 * self.width
+
+    def _pairs(self) -> "array[int]":
+        pairs = self.lines[:]
+        del pairs[:: self._size]
+        return pairs
 
     @property
     def cumulative(self) -> float:
         """The sum over the generated tokens."""
-        return math.fsum(self.logprobs[:: self.width])
+        return math.fsum(array("f", self.lines[2 :: self._size].tobytes()))
 
     def __len__(self) -> int:
-        return len(self.ranks)
+        return len(self.lines) // self._size
 
     @overload
     def __getitem__(self, index: int) -> dict[int, Logprob]: ...
@@ -75,14 +84,14 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        first = range(len(self))[index] * self.width
-        line = slice(first, first + self.width)
-        ranks = (self.ranks[index], *range(1, self.width))
+        first = range(len(self))[index] * self._size
+        line = self.lines[first : first + self._size]
+        ranks = (line[0], *range(1, self.width))
         # A generated token that is among the most likely ones keeps its place, and takes that rank.
         return {
             token_id: Logprob(logprob, rank, self.decode([token_id]) if self.decode else None)
             for token_id, logprob, rank in zip(
-                self.token_ids[line], self.logprobs[line], ranks, strict=True
+                line[1::2], array("f", line[2::2].tobytes()), ranks, strict=True
             )
         }
 

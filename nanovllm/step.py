@@ -138,19 +138,29 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class StepLogprobs:
-    """Log-probabilities of tokens by the model's own logits: one for each sampled sequence that
-    asks, in their order, or those of all scorings.
+    """Log-probabilities of tokens by the model's own logits: one line for each sampled sequence
+    that asks, in their order, or those of all scorings.
 
     Attributes:
-        token_ids: [n, 1 + as many as anyone asks for, or more] int32, the token, then the most
-            likely ones, the likeliest first.
-        logprobs: float32, theirs.
-        ranks: [n] int32, of the tokens: how many are at least as likely.
+        lines: [n, 1 + 2 * width] int32: the token's rank, that is how many are at least as likely,
+            then pairs of a token id and the bits of its logprob: the token's, then those of the
+            most likely ones, the likeliest first. The width is 1 + as many as anyone asks for, or
+            more; so the beginning of a line is one for who asks for fewer.
     """
 
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    ranks: np.ndarray
+    lines: np.ndarray
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        return self.lines[:, 1::2]
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        return self.lines[:, 2::2].view(np.float32)
+
+    @property
+    def ranks(self) -> np.ndarray:
+        return self.lines[:, 0]
 
 
 @dataclass(frozen=True, slots=True)

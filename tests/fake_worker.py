@@ -64,6 +64,15 @@ def expected_rank(digest: int) -> int:
     return digest % 2**20
 
 
+def logprob_lines(lines: Iterable[tuple[int, list[int], list[float]]]) -> np.ndarray:
+    """As of StepLogprobs, of ranks, token ids and logprobs."""
+    packed = []
+    for rank, token_ids, logprobs in lines:
+        bits = np.array(logprobs, np.float32).view(np.int32)
+        packed.append([rank, *chain.from_iterable(zip(token_ids, bits, strict=True))])
+    return np.array(packed, np.int32)
+
+
 @dataclass
 class Row:
     start: RowStart
@@ -231,11 +240,8 @@ class FakeWorker:
         asking = [q for q in queries if q.samples and q.row.start.params.logprobs is not None]
         if not asking:
             return None
-        return StepLogprobs(
-            np.array([[q.row.last_token, *range(20)] for q in asking], np.int32),
-            np.array([[-q.end] * 21 for q in asking], np.float32),
-            np.array([q.end for q in asking], np.int32),
-        )
+        lines = [(q.end, [q.row.last_token, *range(20)], [-q.end] * 21) for q in asking]
+        return StepLogprobs(logprob_lines(lines))
 
     def _scores(self, step: StepInput, queries: list[Query]) -> StepLogprobs | None:
         """Ranks that say what is before each token."""
@@ -254,11 +260,8 @@ class FakeWorker:
             ]
         if not lines:
             return None
-        return StepLogprobs(
-            np.array([[token, *range(width - 1)] for token, _ in lines], np.int32),
-            np.array([[-rank] * width for _, rank in lines], np.float32),
-            np.array([rank for _, rank in lines], np.int32),
-        )
+        whole = [(rank, [token, *range(width - 1)], [-rank] * width) for token, rank in lines]
+        return StepLogprobs(logprob_lines(whole))
 
     def _read(self, query: Query) -> list[int]:
         """The row's tokens up to the end of its query."""

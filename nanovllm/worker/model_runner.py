@@ -100,14 +100,17 @@ class ModelRunner:
             output = self.graphs.run(size, arrays, self.decode)
         else:
             output = self.decode(size, self.uploader.upload(arrays))
-        rows, positions = step.decode_rows, step.decode_positions + 1
-        if self.sampler.is_plain(rows, positions):
+        if self.sampler.all_plain:
             return None
-        # Warpers, changed logits and log-probabilities: other draws in place of the first.
-        logits = output.logits[:num_decodes]
-        token_ids = self.sampler.sample(logits, rows, positions)
-        self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
-        return self.sampler.logprobs.read(logits, token_ids, rows)
+        rows, positions = step.decode_rows, step.decode_positions + 1
+        logits, drawn = output.logits[:num_decodes], output.rows[:num_decodes]
+        if not self.sampler.is_plain(rows, positions):
+            # Warpers and changed logits: other draws in place of the first.
+            token_ids = self.sampler.sample(logits, rows, positions)
+            self.inputs.keep_sampled(drawn, token_ids, output.turn)
+        if not self.sampler.logprobs.asks[rows].any():
+            return None
+        return self.sampler.logprobs.read(logits, self.inputs.last_tokens[drawn], rows)
 
     def decode(
         self, size: int, attention_tensors: dict[str, torch.Tensor], kv: KVCache | None = None
