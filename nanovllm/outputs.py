@@ -1,6 +1,7 @@
 """What generate and step give back. Fields carry vLLM's names."""
 
 import math
+import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,23 +28,31 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     Args:
         num_top: most likely tokens for each generated one.
         decode: a token's text.
+
+    Attributes:
+        lines: as of StepLogprobs, of `size` each, one after another.
     """
 
     def __init__(self, num_top: int, decode: Callable[[list[int]], str] | None = None):
-        self.width = 1 + num_top
+        self.size = 1 + 2 * (1 + num_top)
         self.decode = decode
-        self.lines = array("i")  # as of StepLogprobs
+        self.lines = array("i")
 
     def extend(self, lines: np.ndarray) -> None:
         """Those of more tokens, as of StepLogprobs. A small vocabulary has narrower ones."""
-        self.width = min(self.width, lines.shape[1] // 2)
-        self.lines.frombytes(lines[:, : self._size].tobytes())
+        self.size = min(self.size, lines.shape[1])
+        self.lines.frombytes(lines[:, : self.size].tobytes())
 
     def copy(self, decode: Callable[[list[int]], str] | None) -> "SampleLogprobs":
         """As they are now, to be read with texts."""
         result = SampleLogprobs(self.width - 1, decode)
         result.lines = self.lines[:]
         return result
+
+    @property
+    def width(self) -> int:
+        """Tokens of a line."""
+        return self.size // 2
 
     @property
     def token_ids(self) -> "array[int]":
@@ -57,25 +66,20 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     @property
     def ranks(self) -> "array[int]":
         """One for each token."""
-        return self.lines[:: self._size]
-
-    @property
-    def _size(self) -> int:
-        """Of a line."""
-        return 1 + 2 * self.width
+        return self.lines[:: self.size]
 
     def _pairs(self) -> "array[int]":
         pairs = self.lines[:]
-        del pairs[:: self._size]
+        del pairs[:: self.size]
         return pairs
 
     @property
     def cumulative(self) -> float:
         """The sum over the generated tokens."""
-        return math.fsum(array("f", self.lines[2 :: self._size].tobytes()))
+        return math.fsum(array("f", self.lines[2 :: self.size].tobytes()))
 
     def __len__(self) -> int:
-        return len(self.lines) // self._size
+        return len(self.lines) // self.size
 
     @overload
     def __getitem__(self, index: int) -> dict[int, Logprob]: ...
@@ -84,15 +88,13 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        first = range(len(self))[index] * self._size
-        line = self.lines[first : first + self._size]
-        ranks = (line[0], *range(1, self.width))
+        width, first = self.width, range(len(self))[index] * self.size
+        line = struct.unpack_from("i" + "if" * width, self.lines, first * self.lines.itemsize)
+        ranks = (line[0], *range(1, width))
         # A generated token that is among the most likely ones keeps its place, and takes that rank.
         return {
             token_id: Logprob(logprob, rank, self.decode([token_id]) if self.decode else None)
-            for token_id, logprob, rank in zip(
-                line[1::2], array("f", line[2::2].tobytes()), ranks, strict=True
-            )
+            for token_id, logprob, rank in zip(line[1::2], line[2::2], ranks, strict=True)
         }
 
     def __repr__(self) -> str:
