@@ -20,6 +20,32 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LogprobLines:
+    """Log-probabilities of tokens by the model's own logits, a line for each.
+
+    Attributes:
+        data: [n, 1 + 2 * width] int32: the token's rank, then pairs of a token id and the bits of
+            its logprob: the token's, then those of the most likely ones, the likeliest first. The
+            width is 1 + as many as anyone asks for, or more: a line begins with that of who asks
+            for fewer.
+    """
+
+    data: np.ndarray
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        return self.data[:, 1::2]
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        return self.data[:, 2::2].view(np.float32)
+
+    @property
+    def ranks(self) -> np.ndarray:
+        return self.data[:, 0]
+
+
 class SampleLogprobs(Sequence[dict[int, Logprob]]):
     """Log-probabilities of generated tokens (or a prompt's): for each a dict of token id ->
     Logprob, the token itself first, then the most likely ones. They lie in arrays, and a dict is
@@ -30,23 +56,23 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         decode: a token's text.
 
     Attributes:
-        lines: as of StepLogprobs, of `size` each, one after another.
+        data: as of LogprobLines, `size` numbers for each token.
     """
 
     def __init__(self, num_top: int, decode: Callable[[list[int]], str] | None = None):
         self.size = 1 + 2 * (1 + num_top)
         self.decode = decode
-        self.lines = array("i")
+        self.data = array("i")
 
     def extend(self, lines: np.ndarray) -> None:
-        """Those of more tokens, as of StepLogprobs. A small vocabulary has narrower ones."""
+        """More of them, as of LogprobLines. A small vocabulary has narrower ones."""
         self.size = min(self.size, lines.shape[1])
-        self.lines.frombytes(lines[:, : self.size].tobytes())
+        self.data.frombytes(lines[:, : self.size].tobytes())
 
     def copy(self, decode: Callable[[list[int]], str] | None) -> "SampleLogprobs":
         """As they are now, to be read with texts."""
         result = SampleLogprobs(self.width - 1, decode)
-        result.lines = self.lines[:]
+        result.data = self.data[:]
         return result
 
     @property
@@ -55,31 +81,17 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         return self.size // 2
 
     @property
-    def token_ids(self) -> "array[int]":
-        """`width` for each token."""
-        return self._pairs()[::2]
-
-    @property
-    def logprobs(self) -> "array[float]":
-        return array("f", self._pairs()[1::2].tobytes())
-
-    @property
-    def ranks(self) -> "array[int]":
-        """One for each token."""
-        return self.lines[:: self.size]
-
-    def _pairs(self) -> "array[int]":
-        pairs = self.lines[:]
-        del pairs[:: self.size]
-        return pairs
+    def lines(self) -> LogprobLines:
+        """As they are now."""
+        return LogprobLines(np.array(self.data, np.int32).reshape(-1, self.size))
 
     @property
     def cumulative(self) -> float:
         """The sum over the generated tokens."""
-        return math.fsum(array("f", self.lines[2 :: self.size].tobytes()))
+        return math.fsum(array("f", self.data[2 :: self.size].tobytes()))
 
     def __len__(self) -> int:
-        return len(self.lines) // self.size
+        return len(self.data) // self.size
 
     @overload
     def __getitem__(self, index: int) -> dict[int, Logprob]: ...
@@ -89,7 +101,7 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         width, first = self.width, range(len(self))[index] * self.size
-        line = struct.unpack_from("i" + "if" * width, self.lines, first * self.lines.itemsize)
+        line = struct.unpack_from("i" + "if" * width, self.data, first * self.data.itemsize)
         ranks = (line[0], *range(1, width))
         # A generated token that is among the most likely ones keeps its place, and takes that rank.
         return {

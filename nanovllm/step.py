@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -137,41 +138,14 @@ class StepInput:
 
 
 @dataclass(frozen=True, slots=True)
-class StepLogprobs:
-    """Log-probabilities of tokens by the model's own logits: one line for each sampled sequence
-    that asks, in their order, or those of all scorings.
-
-    Attributes:
-        lines: [n, 1 + 2 * width] int32: the token's rank, that is how many are at least as likely,
-            then pairs of a token id and the bits of its logprob: the token's, then those of the
-            most likely ones, the likeliest first. The width is 1 + as many as anyone asks for, or
-            more; so the beginning of a line is one for who asks for fewer.
-    """
-
-    lines: np.ndarray
-
-    @property
-    def token_ids(self) -> np.ndarray:
-        return self.lines[:, 1::2]
-
-    @property
-    def logprobs(self) -> np.ndarray:
-        return self.lines[:, 2::2].view(np.float32)
-
-    @property
-    def ranks(self) -> np.ndarray:
-        return self.lines[:, 0]
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutput:
     """The sampled tokens of a step: those of the decodes, then those of the chunks that sample; and
-    what is said of them, if anyone asks, and of the tokens of the step's scorings. Those at the
-    places in `errors` could not be drawn."""
+    the log-probabilities of those whose sequences ask, in their order, and of the tokens of the
+    step's scorings. Those at the places in `errors` could not be drawn."""
 
     token_ids: list[int]
-    logprobs: StepLogprobs | None = None
-    scores: StepLogprobs | None = None
+    logprobs: LogprobLines | None = None
+    scores: LogprobLines | None = None
     errors: dict[int, Exception] = field(default_factory=dict)
 
 

@@ -13,7 +13,8 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
-from nanovllm.step import Executor, PendingStep, StepLogprobs, StepOutput
+from nanovllm.outputs import LogprobLines
+from nanovllm.step import Executor, PendingStep, StepOutput
 
 
 class Engine:
@@ -237,10 +238,10 @@ class Engine:
             seq.check_stop()
 
 
-def _keep_scores(step: ScheduledStep, scores: StepLogprobs) -> None:
+def _keep_scores(step: ScheduledStep, scores: LogprobLines) -> None:
     """Append the lines of each scoring to its sequence's."""
     last = 0
     for seq, scoring in zip(step.scored, step.input.scorings, strict=True):
         first, last = last, last + len(scoring.token_ids)
         assert seq.scores is not None
-        seq.scores.extend(scores.lines[first:last])
+        seq.scores.extend(scores.data[first:last])

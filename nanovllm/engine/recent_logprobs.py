@@ -8,7 +8,8 @@ looked at while it runs.
 import numpy as np
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.step import StepInput, StepLogprobs
+from nanovllm.outputs import LogprobLines
+from nanovllm.step import StepInput
 
 NUM_LINES = 64  # of a row; it has at most 11 KB of them
 
@@ -23,25 +24,25 @@ class RecentLogprobs:
 
     Attributes:
         width: tokens of the widest line that anyone has asked for.
-        lines: [rows * NUM_LINES, as for StepLogprobs], no wider than that.
+        lines: [rows * NUM_LINES, as for LogprobLines], no wider than that.
     """
 
     def __init__(self, num_rows: int):
         self.width = 0
         self.lines = np.empty((num_rows * NUM_LINES, 0), np.int32)
 
-    def put(self, step: StepInput, sampled: list[Sequence], new: StepLogprobs) -> None:
+    def put(self, step: StepInput, sampled: list[Sequence], new: LogprobLines) -> None:
         """A step's, before its tokens are appended to the sequences that it sampled."""
         samples = step.samples
         rows, positions = step.rows[samples], (step.positions + step.query_lens)[samples]
-        if len(new.lines) < len(sampled):
+        if len(new.data) < len(sampled):
             asking = [i for i, seq in enumerate(sampled) if seq.logprobs is not None]
             sampled = [sampled[i] for i in asking]
             rows, positions = rows[asking], positions[asking]
         places = positions % NUM_LINES
         for i in np.flatnonzero(places == 0).tolist():
             self.take(sampled[i])  # its lines will be written over from here on
-        lines = new.lines[:, : 1 + 2 * self.width]
+        lines = new.data[:, : 1 + 2 * self.width]
         if missing := lines.shape[1] - self.lines.shape[1]:
             self.lines = np.pad(self.lines, ((0, 0), (0, missing)))
         self.lines[rows * NUM_LINES + places] = lines

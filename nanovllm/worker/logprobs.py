@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from nanovllm import ops
+from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.step import StepInput, StepLogprobs
+from nanovllm.step import StepInput
 from nanovllm.worker.upload import RING, Uploader
 
 NORMALIZED_LOGITS = 2**25  # there is a float32 copy of so many at a time
@@ -46,7 +47,7 @@ class LogprobsReader:
 
     def read(
         self, logits: torch.Tensor, token_ids: torch.Tensor, rows: np.ndarray
-    ) -> StepLogprobs | None:
+    ) -> LogprobLines | None:
         """Those of a step, in memory that the device writes to; they stay there for some steps.
         None: no row asks.
 
@@ -73,7 +74,7 @@ class LogprobsReader:
         step: StepInput,
         hidden: torch.Tensor,
         lm_head: Callable[[torch.Tensor], torch.Tensor],
-    ) -> StepLogprobs:
+    ) -> LogprobLines:
         """Those of the step's scorings, in memory of their own that the device writes to.
 
         Args:
@@ -105,7 +106,7 @@ class LogprobsReader:
         host: torch.Tensor,
         logits: Iterable[torch.Tensor],
         token_ids: torch.Tensor,
-    ) -> StepLogprobs:
+    ) -> LogprobLines:
         """Lines into memory of the host, part by part.
 
         Args:
@@ -119,4 +120,4 @@ class LogprobsReader:
             ids, logprobs, ranks = ops.top_logprobs(of_part, tokens, host.shape[1] // 2 - 1)
             part[:, 0], part[:, 1::2], part[:, 2::2] = ranks, ids, logprobs.view(torch.int32)
         host.copy_(lines, non_blocking=True)
-        return StepLogprobs(host.numpy())
+        return LogprobLines(host.numpy())

@@ -12,7 +12,8 @@ import torch
 from nanovllm import ops
 from nanovllm.batch import KVCache
 from nanovllm.models.decoder import CausalLM
-from nanovllm.step import StepInput, StepLogprobs
+from nanovllm.outputs import LogprobLines
+from nanovllm.step import StepInput
 from nanovllm.worker.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
@@ -29,8 +30,8 @@ class Sampled(NamedTuple):
     """
 
     token_ids: np.ndarray
-    logprobs: StepLogprobs | None
-    scores: StepLogprobs | None
+    logprobs: LogprobLines | None
+    scores: LogprobLines | None
     errors: dict[int, Exception]
 
 
@@ -80,8 +81,8 @@ class ModelRunner:
     def _sampled(
         self,
         rows: np.ndarray,
-        logprobs: StepLogprobs | None,
-        scores: StepLogprobs | None = None,
+        logprobs: LogprobLines | None,
+        scores: LogprobLines | None = None,
     ) -> Sampled:
         token_ids = self.inputs.sampled(len(rows))
         return Sampled(token_ids, logprobs, scores, self.sampler.host.drawn(rows, token_ids))
@@ -92,7 +93,7 @@ class ModelRunner:
             return None
         return self.graphs.padded_size(step.num_decodes)
 
-    def _run_decodes(self, step: StepInput) -> StepLogprobs | None:
+    def _run_decodes(self, step: StepInput) -> LogprobLines | None:
         num_decodes = step.num_decodes
         size = self.graph_size(step) or num_decodes
         arrays = self.inputs.begin_decode(step, size)

@@ -117,9 +117,9 @@ def test_a_token_among_the_most_likely_takes_their_rank():
     assert found[0] == {5: Logprob(-1, 2), 4: Logprob(-1, 1)}
     assert found[1] == {8: Logprob(-3, 7), 4: Logprob(-1, 1), 5: Logprob(-1.5, 2)}
     assert found.cumulative == -4
-    assert len(found) == 2 and found.ranks.tolist() == [2, 7]
-    assert found.token_ids.tolist() == [5, 4, 5, 8, 4, 5]
-    assert found.logprobs.tolist() == [-1, -1, -1, -3, -1, -1.5]
+    assert len(found) == 2 and found.lines.ranks.tolist() == [2, 7]
+    assert found.lines.token_ids.tolist() == [[5, 4, 5], [8, 4, 5]]
+    assert found.lines.logprobs.tolist() == [[-1, -1, -1], [-3, -1, -1.5]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
