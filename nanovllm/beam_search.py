@@ -93,7 +93,8 @@ class Search:
         eos_weight = (length - 1) ** params.length_penalty  # an EOS doesn't count, as in vLLM
         found: list[tuple[float, float, int, int, bool]] = []
         for i, (beam, line) in enumerate(zip(self.beams, lines, strict=True)):
-            for token, logprob in dict(zip(line.token_ids, line.logprobs, strict=True)).items():
+            [token_ids], [logprobs] = line.lines.token_ids.tolist(), line.lines.logprobs.tolist()
+            for token, logprob in dict(zip(token_ids, logprobs, strict=True)).items():
                 cum_logprob = beam.cum_logprob + logprob
                 is_eos = token in self.eos_token_ids
                 score = cum_logprob / (eos_weight if is_eos else weight)

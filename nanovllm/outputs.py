@@ -1,6 +1,7 @@
 """What generate and step give back. Fields carry vLLM's names."""
 
 import math
+import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,32 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LogprobLines:
+    """Log-probabilities of tokens by the model's own logits, a line for each.
+
+    Attributes:
+        data: [n, 1 + 2 * width] int32: the token's rank, then pairs of a token id and the bits of
+            its logprob: the token's, then those of the most likely ones, the likeliest first. The
+            width is 1 + as many as anyone asks for, or more: a line begins with that of who asks
+            for fewer.
+    """
+
+    data: np.ndarray
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        return self.data[:, 1::2]
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        return self.data[:, 2::2].view(np.float32)
+
+    @property
+    def ranks(self) -> np.ndarray:
+        return self.data[:, 0]
+
+
 class SampleLogprobs(Sequence[dict[int, Logprob]]):
     """Log-probabilities of generated tokens (or a prompt's): for each a dict of token id ->
     Logprob, the token itself first, then the most likely ones. They lie in arrays, and a dict is
@@ -27,46 +54,44 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     Args:
         num_top: most likely tokens for each generated one.
         decode: a token's text.
+
+    Attributes:
+        data: as of LogprobLines, `size` numbers for each token.
     """
 
     def __init__(self, num_top: int, decode: Callable[[list[int]], str] | None = None):
-        self.width = 1 + num_top
+        self.size = 1 + 2 * (1 + num_top)
         self.decode = decode
-        self.token_ids, self.logprobs, self.ranks = array("i"), array("f"), array("i")
+        self.data = array("i")
 
-    def append(self, token_ids: np.ndarray, logprobs: np.ndarray, rank: int) -> None:
-        """One token's: [1 + num_top or more] int32 and float32, and the rank of the first. A small
-        vocabulary has fewer."""
-        self.width = min(self.width, len(token_ids))
-        self.token_ids.frombytes(token_ids[: self.width].tobytes())
-        self.logprobs.frombytes(logprobs[: self.width].tobytes())
-        self.ranks.append(rank)
-
-    def extend(self, token_ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> None:
-        """Those of several tokens: [n, 1 + num_top or more] and [n]."""
-        self.width = min(self.width, token_ids.shape[1])
-        self.token_ids.frombytes(token_ids[:, : self.width].tobytes())
-        self.logprobs.frombytes(logprobs[:, : self.width].tobytes())
-        self.ranks.frombytes(ranks.tobytes())
-
-    def truncate(self, length: int) -> None:
-        del self.token_ids[length * self.width :], self.logprobs[length * self.width :]
-        del self.ranks[length:]
+    def extend(self, lines: np.ndarray) -> None:
+        """More of them, as of LogprobLines. A small vocabulary has narrower ones."""
+        self.size = min(self.size, lines.shape[1])
+        self.data.frombytes(lines[:, : self.size].tobytes())
 
     def copy(self, decode: Callable[[list[int]], str] | None) -> "SampleLogprobs":
         """As they are now, to be read with texts."""
         result = SampleLogprobs(self.width - 1, decode)
-        result.token_ids, result.logprobs = self.token_ids[:], self.logprobs[:]
-        result.ranks = self.ranks[:]
+        result.data = self.data[:]
         return result
+
+    @property
+    def width(self) -> int:
+        """Tokens of a line."""
+        return self.size // 2
+
+    @property
+    def lines(self) -> LogprobLines:
+        """As they are now."""
+        return LogprobLines(np.array(self.data, np.int32).reshape(-1, self.size))
 
     @property
     def cumulative(self) -> float:
         """The sum over the generated tokens."""
-        return math.fsum(self.logprobs[:: self.width])
+        return math.fsum(array("f", self.data[2 :: self.size].tobytes()))
 
     def __len__(self) -> int:
-        return len(self.ranks)
+        return len(self.data) // self.size
 
     @overload
     def __getitem__(self, index: int) -> dict[int, Logprob]: ...
@@ -75,15 +100,13 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        first = range(len(self))[index] * self.width
-        line = slice(first, first + self.width)
-        ranks = (self.ranks[index], *range(1, self.width))
+        width, first = self.width, range(len(self))[index] * self.size
+        line = struct.unpack_from("i" + "if" * width, self.data, first * self.data.itemsize)
+        ranks = (line[0], *range(1, width))
         # A generated token that is among the most likely ones keeps its place, and takes that rank.
         return {
             token_id: Logprob(logprob, rank, self.decode([token_id]) if self.decode else None)
-            for token_id, logprob, rank in zip(
-                self.token_ids[line], self.logprobs[line], ranks, strict=True
-            )
+            for token_id, logprob, rank in zip(line[1::2], line[2::2], ranks, strict=True)
         }
 
     def __repr__(self) -> str:

@@ -187,18 +187,19 @@ class Requests:
             prompt=seq.prompt,
             prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
             prompt_logprobs=prompt_logprobs,
-            outputs=[self._completion(sample, delta) for sample in samples],
+            outputs=[self._completion(engine, sample, delta) for sample in samples],
             finished=finished,
             metrics=metrics,
             num_cached_tokens=first.num_cached_tokens or 0,
         )
 
-    def _completion(self, seq: Sequence, delta: bool) -> CompletionOutput:
+    def _completion(self, engine: Engine, seq: Sequence, delta: bool) -> CompletionOutput:
         text = self.detokenizer.text(seq) if self.detokenizer else ""
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
         cumulative = None
-        if seq.logprobs is not None:  # as they are now
+        if seq.logprobs is not None:
+            engine.scheduler.logprobs.take(seq)
             logprobs = seq.logprobs.copy(self._token_text(seq))
             cumulative = seq.logprobs.cumulative
         if delta:

@@ -96,11 +96,11 @@ def _windows(token_ids: list[int], length: int) -> Iterator[Scored]:
 
 def read(lines: SampleLogprobs) -> Loglikelihood:
     """Of one sequence's lines, which have the most likely token beside each."""
-    token_ids, width = lines.token_ids, lines.width
+    token_ids, logprobs = lines.lines.token_ids, lines.lines.logprobs
     return Loglikelihood(
-        token_ids[::width].tolist(),
-        lines.logprobs[::width].tolist(),
-        is_greedy=token_ids[::width] == token_ids[1::width],
+        token_ids[:, 0].tolist(),
+        logprobs[:, 0].tolist(),
+        is_greedy=bool((token_ids[:, 0] == token_ids[:, 1]).all()),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -137,31 +138,14 @@ class StepInput:
 
 
 @dataclass(frozen=True, slots=True)
-class StepLogprobs:
-    """Log-probabilities of tokens by the model's own logits: one for each sampled sequence that
-    asks, in their order, or those of all scorings.
-
-    Attributes:
-        token_ids: [n, 1 + as many as anyone asks for, or more] int32, the token, then the most
-            likely ones, the likeliest first.
-        logprobs: float32, theirs.
-        ranks: [n] int32, of the tokens: how many are at least as likely.
-    """
-
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    ranks: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutput:
     """The sampled tokens of a step: those of the decodes, then those of the chunks that sample; and
-    what is said of them, if anyone asks, and of the tokens of the step's scorings. Those at the
-    places in `errors` could not be drawn."""
+    the log-probabilities of those whose sequences ask, in their order, and of the tokens of the
+    step's scorings. Those at the places in `errors` could not be drawn."""
 
     token_ids: list[int]
-    logprobs: StepLogprobs | None = None
-    scores: StepLogprobs | None = None
+    logprobs: LogprobLines | None = None
+    scores: LogprobLines | None = None
     errors: dict[int, Exception] = field(default_factory=dict)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart, StepInput, StepLogprobs, StepOutput
+from nanovllm.step import RowStart, StepInput, StepOutput
 
 VOCAB = 16
 EOS = (0,)
@@ -62,6 +63,15 @@ def expected_tokens(
 def expected_rank(digest: int) -> int:
     """Of a scored token after a context."""
     return digest % 2**20
+
+
+def logprob_lines(lines: Iterable[tuple[int, list[int], list[float]]]) -> np.ndarray:
+    """As of LogprobLines, of ranks, token ids and logprobs."""
+    packed = []
+    for rank, token_ids, logprobs in lines:
+        bits = np.array(logprobs, np.float32).view(np.int32)
+        packed.append([rank, *chain.from_iterable(zip(token_ids, bits, strict=True))])
+    return np.array(packed, np.int32)
 
 
 @dataclass
@@ -226,18 +236,15 @@ class FakeWorker:
                     row.history.append(row.last_token)
         return output
 
-    def _logprobs(self, queries: list[Query]) -> StepLogprobs | None:
+    def _logprobs(self, queries: list[Query]) -> LogprobLines | None:
         """What says to which token of which sequence it belongs."""
         asking = [q for q in queries if q.samples and q.row.start.params.logprobs is not None]
         if not asking:
             return None
-        return StepLogprobs(
-            np.array([[q.row.last_token, *range(20)] for q in asking], np.int32),
-            np.array([[-q.end] * 21 for q in asking], np.float32),
-            np.array([q.end for q in asking], np.int32),
-        )
+        lines = [(q.end, [q.row.last_token, *range(20)], [-q.end] * 21) for q in asking]
+        return LogprobLines(logprob_lines(lines))
 
-    def _scores(self, step: StepInput, queries: list[Query]) -> StepLogprobs | None:
+    def _scores(self, step: StepInput, queries: list[Query]) -> LogprobLines | None:
         """Ranks that say what is before each token."""
         lines, width = [], 1 + max((scoring.num_top for scoring in step.scorings), default=0)
         for scoring in step.scorings:
@@ -254,11 +261,8 @@ class FakeWorker:
             ]
         if not lines:
             return None
-        return StepLogprobs(
-            np.array([[token, *range(width - 1)] for token, _ in lines], np.int32),
-            np.array([[-rank] * width for _, rank in lines], np.float32),
-            np.array([rank for _, rank in lines], np.int32),
-        )
+        whole = [(rank, [token, *range(width - 1)], [-rank] * width) for token, rank in lines]
+        return LogprobLines(logprob_lines(whole))
 
     def _read(self, query: Query) -> list[int]:
         """The row's tokens up to the end of its query."""
@@ -367,17 +371,17 @@ def assert_right(
             assert (seq.output_token_ids, seq.finish_reason) == (tokens, reason)
         if seq.logprobs is not None:
             positions = range(seq.num_prompt_tokens, len(seq.token_ids))
-            width = 1 + seq.params.logprobs
-            assert seq.logprobs.token_ids[::width].tolist() == seq.output_token_ids
-            assert seq.logprobs.logprobs[::width].tolist() == [-p for p in positions]
-            assert seq.logprobs.ranks.tolist() == list(positions)
+            lines, width = seq.logprobs.lines, 1 + seq.params.logprobs
+            assert lines.token_ids[:, 0].tolist() == seq.output_token_ids
+            assert lines.logprobs.tolist() == [[-p] * width for p in positions]
+            assert lines.ranks.tolist() == list(positions)
         if seq.scores is not None:
-            num, width = len(seq.scores), seq.scores.width
+            num, width, lines = len(seq.scores), seq.scores.width, seq.scores.lines
             assert num == len(seq.targets) or seq.finish_reason in cut
-            assert seq.scores.token_ids[::width].tolist() == seq.targets[:num].tolist()
+            assert lines.token_ids[:, 0].tolist() == seq.targets[:num].tolist()
             ranks = [expected_rank(h) for h in context_hashes(prompt)[seq.score_from :][:num]]
-            assert seq.scores.ranks.tolist() == ranks
-            assert seq.scores.logprobs.tolist() == [-rank for rank in ranks for _ in range(width)]
+            assert lines.ranks.tolist() == ranks
+            assert lines.logprobs.tolist() == [[-rank] * width for rank in ranks]
 
 
 def num_computed(engine: Engine, seq: Sequence) -> int:

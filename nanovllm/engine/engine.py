@@ -13,7 +13,8 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import EngineMetrics
-from nanovllm.step import Executor, PendingStep, StepLogprobs, StepOutput
+from nanovllm.outputs import LogprobLines
+from nanovllm.step import Executor, PendingStep, StepOutput
 
 
 class Engine:
@@ -163,10 +164,7 @@ class Engine:
         for seq in unfinished:
             if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
                 self._check_stop(seq)  # the exception may have come between a token and its check
-            if seq.logprobs is not None:  # which come before their tokens
-                seq.logprobs.truncate(len(seq.token_ids) - seq.num_prompt_tokens)
-            if seq.scores is not None:
-                seq.scores.truncate(len(seq.scores))  # what was not kept whole
+            self.scheduler.logprobs.take(seq)
             if seq.finished and seq.finish_reason != "abort":
                 seq.metrics.finished_time = time.monotonic()
                 self.advanced[seq] = None
@@ -195,7 +193,7 @@ class Engine:
                     sample.error, sample.finish_reason = error, "error"
                     finished.append(sample)
         if output.logprobs is not None:
-            _keep_logprobs(step.sampled, output.logprobs)
+            self.scheduler.logprobs.put(step.input, step.sampled, output.logprobs)
         if output.scores is not None:
             _keep_scores(step, output.scores)
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
@@ -240,21 +238,10 @@ class Engine:
             seq.check_stop()
 
 
-def _keep_logprobs(sampled: list[Sequence], logprobs: StepLogprobs) -> None:
-    """Append the lines of those that ask, but not what ran past an end."""
-    asking = (seq for seq in sampled if seq.logprobs is not None)
-    lines = zip(logprobs.token_ids, logprobs.logprobs, logprobs.ranks.tolist(), strict=True)
-    for seq, line in zip(asking, lines, strict=True):
-        if seq.logprobs is not None and not seq.finished:
-            seq.logprobs.append(*line)
-
-
-def _keep_scores(step: ScheduledStep, scores: StepLogprobs) -> None:
+def _keep_scores(step: ScheduledStep, scores: LogprobLines) -> None:
     """Append the lines of each scoring to its sequence's."""
     last = 0
     for seq, scoring in zip(step.scored, step.input.scorings, strict=True):
         first, last = last, last + len(scoring.token_ids)
         assert seq.scores is not None
-        seq.scores.extend(
-            scores.token_ids[first:last], scores.logprobs[first:last], scores.ranks[first:last]
-        )
+        seq.scores.extend(scores.data[first:last])

@@ -18,6 +18,7 @@ import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.forecast import expected_steps, peak_pages
+from nanovllm.engine.recent_logprobs import RecentLogprobs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import StepMetrics
 from nanovllm.outputs import SampleLogprobs
@@ -60,6 +61,7 @@ class Scheduler:
             submitted so far.
         decodes: [rows] whether the next step computes one token more: the prompt is computed, and
             the last token isn't in flight.
+        logprobs: [rows] those that sequences have not taken yet.
         empty_slots: in the pages of running sequences.
         pages_to_come: those that running sequences would still take up to their max_len.
         mean_output: tokens of the last sequences that might have stopped early.
@@ -82,6 +84,7 @@ class Scheduler:
         self.num_shared = np.zeros(max_num_seqs, np.int64)
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         self.decodes = np.zeros(max_num_seqs, bool)
+        self.logprobs = RecentLogprobs(max_num_seqs)
         self.mean_output = float(MEAN_OUTPUT)
         self._clear()
 
@@ -209,6 +212,7 @@ class Scheduler:
         self.waiting.appendleft(victim)
 
     def _release(self, seq: Sequence) -> None:
+        self.logprobs.take(seq)
         self._register(seq)  # pages whose last token was read since it was scheduled
         self.empty_slots -= self._num_empty(seq)
         self.pages_to_come -= self._num_to_come(seq)
@@ -235,6 +239,8 @@ class Scheduler:
         self.running[seq] = None
         seq.row = row = heappop(self.free_rows)
         seq.prefill_end = len(seq.token_ids)
+        if seq.logprobs is not None:
+            self.logprobs.width = max(self.logprobs.width, seq.logprobs.width)
         # With every token cached the last one is computed again, for its logits; its page is
         # shared, so it isn't stored.
         num_cached_tokens = len(hits) * pages.block_size

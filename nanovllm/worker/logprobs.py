@@ -4,14 +4,15 @@ host.
 sampler.py hands it the rows that begin, model_runner.py each step's logits and tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
 from nanovllm import ops
+from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.step import StepInput, StepLogprobs
+from nanovllm.step import StepInput
 from nanovllm.worker.upload import RING, Uploader
 
 NORMALIZED_LOGITS = 2**25  # there is a float32 copy of so many at a time
@@ -38,14 +39,15 @@ class LogprobsReader:
         self.uploader = uploader
         self.asks = np.zeros(num_rows, bool)
         self.num_top = min(MAX_LOGPROBS, vocab_size)
-        self.num_rows = max(1, NORMALIZED_LOGITS // vocab_size)
+        # By eights, so that parts of aligned logits are: kernels would be compiled once more.
+        self.num_rows = max(1, NORMALIZED_LOGITS // vocab_size // 8 * 8)
         # Of each turn. Made when somebody asks.
         self.memory = torch.empty(0)
         self.turn = 0
 
     def read(
         self, logits: torch.Tensor, token_ids: torch.Tensor, rows: np.ndarray
-    ) -> StepLogprobs | None:
+    ) -> LogprobLines | None:
         """Those of a step, in memory that the device writes to; they stay there for some steps.
         None: no row asks.
 
@@ -57,19 +59,22 @@ class LogprobsReader:
         asking = np.flatnonzero(self.asks[rows])
         if not asking.size:
             return None
-        index = self.uploader.upload({"index": asking})["index"]
         if not self.memory.numel():
             self.memory = self._host_memory(RING, len(self.asks), num_top=self.num_top)
         self.turn = (self.turn + 1) % RING
         host = self.memory[self.turn, : len(asking)]
-        return self._write(host, logits.__getitem__, index, token_ids[index])
+        if len(asking) == len(rows):  # no copy of all logits
+            return self._write(host, logits.split(self.num_rows), token_ids)
+        index = self.uploader.upload({"index": asking})["index"]
+        parts = (logits[part] for part in index.split(self.num_rows))
+        return self._write(host, parts, token_ids[index])
 
     def score(
         self,
         step: StepInput,
         hidden: torch.Tensor,
         lm_head: Callable[[torch.Tensor], torch.Tensor],
-    ) -> StepLogprobs:
+    ) -> LogprobLines:
         """Those of the step's scorings, in memory of their own that the device writes to.
 
         Args:
@@ -88,34 +93,31 @@ class LogprobsReader:
         num_top = min(max(scoring.num_top for scoring in scorings), self.num_top)
         # A pool that knows of the copies under way takes it back.
         host = self._host_memory(len(index), num_top=num_top)
-        return self._write(host, lambda part: lm_head(hidden[part]), new["index"], new["token_ids"])
+        parts = (lm_head(hidden[part]) for part in new["index"].split(self.num_rows))
+        return self._write(host, parts, new["token_ids"])
 
     def _host_memory(self, *shape: int, num_top: int) -> torch.Tensor:
-        """Lines of token ids, bits of logprobs and a rank; page-locked for a GPU."""
+        """For lines; page-locked for a GPU."""
         pin = self.uploader.device.type == "cuda"
-        return torch.empty(*shape, 2 * (1 + num_top) + 1, dtype=torch.int32, pin_memory=pin)
+        return torch.empty(*shape, 1 + 2 * (1 + num_top), dtype=torch.int32, pin_memory=pin)
 
     def _write(
         self,
         host: torch.Tensor,
-        logits_of: Callable[[torch.Tensor], torch.Tensor],
-        index: torch.Tensor,
+        logits: Iterable[torch.Tensor],
         token_ids: torch.Tensor,
-    ) -> StepLogprobs:
+    ) -> LogprobLines:
         """Lines into memory of the host, part by part.
 
         Args:
-            host: [n, 2 * width + 1] int32.
-            logits_of: some of the logits, [parts of n, vocab].
-            index: [n], what logits_of takes.
+            host: [n, 1 + 2 * width] int32.
+            logits: [num_rows, vocab] of each part.
             token_ids: [n].
         """
-        width = host.shape[1] // 2
-        parts = (tensor.split(self.num_rows) for tensor in (host, index, token_ids))
-        for lines, where, tokens in zip(*parts, strict=True):
-            ids, logprobs, ranks = ops.top_logprobs(logits_of(where), tokens, width - 1)
-            packed = (ids.int(), logprobs.view(torch.int32), ranks[:, None].int())
-            lines.copy_(torch.cat(packed, 1), non_blocking=True)
-        lines = host.numpy()
-        values = lines[:, width : 2 * width].view(np.float32)
-        return StepLogprobs(lines[:, :width], values, lines[:, 2 * width])
+        lines = torch.empty(host.shape, dtype=torch.int32, device=token_ids.device)
+        parts = (tensor.split(self.num_rows) for tensor in (lines, token_ids))
+        for part, tokens, of_part in zip(*parts, logits, strict=True):
+            ids, logprobs, ranks = ops.top_logprobs(of_part, tokens, host.shape[1] // 2 - 1)
+            part[:, 0], part[:, 1::2], part[:, 2::2] = ranks, ids, logprobs.view(torch.int32)
+        host.copy_(lines, non_blocking=True)
+        return LogprobLines(host.numpy())

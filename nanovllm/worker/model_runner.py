@@ -12,7 +12,8 @@ import torch
 from nanovllm import ops
 from nanovllm.batch import KVCache
 from nanovllm.models.decoder import CausalLM
-from nanovllm.step import StepInput, StepLogprobs
+from nanovllm.outputs import LogprobLines
+from nanovllm.step import StepInput
 from nanovllm.worker.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
@@ -29,8 +30,8 @@ class Sampled(NamedTuple):
     """
 
     token_ids: np.ndarray
-    logprobs: StepLogprobs | None
-    scores: StepLogprobs | None
+    logprobs: LogprobLines | None
+    scores: LogprobLines | None
     errors: dict[int, Exception]
 
 
@@ -80,8 +81,8 @@ class ModelRunner:
     def _sampled(
         self,
         rows: np.ndarray,
-        logprobs: StepLogprobs | None,
-        scores: StepLogprobs | None = None,
+        logprobs: LogprobLines | None,
+        scores: LogprobLines | None = None,
     ) -> Sampled:
         token_ids = self.inputs.sampled(len(rows))
         return Sampled(token_ids, logprobs, scores, self.sampler.host.drawn(rows, token_ids))
@@ -92,7 +93,7 @@ class ModelRunner:
             return None
         return self.graphs.padded_size(step.num_decodes)
 
-    def _run_decodes(self, step: StepInput) -> StepLogprobs | None:
+    def _run_decodes(self, step: StepInput) -> LogprobLines | None:
         num_decodes = step.num_decodes
         size = self.graph_size(step) or num_decodes
         arrays = self.inputs.begin_decode(step, size)
@@ -100,14 +101,17 @@ class ModelRunner:
             output = self.graphs.run(size, arrays, self.decode)
         else:
             output = self.decode(size, self.uploader.upload(arrays))
-        rows, positions = step.decode_rows, step.decode_positions + 1
-        if self.sampler.is_plain(rows, positions):
+        if self.sampler.all_plain:
             return None
-        # Warpers, changed logits and log-probabilities: other draws in place of the first.
-        logits = output.logits[:num_decodes]
-        token_ids = self.sampler.sample(logits, rows, positions)
-        self.inputs.keep_sampled(output.rows[:num_decodes], token_ids, output.turn)
-        return self.sampler.logprobs.read(logits, token_ids, rows)
+        rows, positions = step.decode_rows, step.decode_positions + 1
+        logits, drawn = output.logits[:num_decodes], output.rows[:num_decodes]
+        if not self.sampler.is_plain(rows, positions):
+            # Warpers and changed logits: other draws in place of the first.
+            token_ids = self.sampler.sample(logits, rows, positions)
+            self.inputs.keep_sampled(drawn, token_ids, output.turn)
+        if not self.sampler.logprobs.asks[rows].any():
+            return None
+        return self.sampler.logprobs.read(logits, self.inputs.last_tokens[drawn], rows)
 
     def decode(
         self, size: int, attention_tensors: dict[str, torch.Tensor], kv: KVCache | None = None

@@ -37,7 +37,8 @@ class Sampler:
         self.top_p = np.ones(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
         self.warps = np.zeros(num_rows, bool)  # draws by more than temperature
-        self.all_plain = True  # of all rows, as they were last started
+        # Of all rows, as they were last started; and nobody asks for log-probabilities.
+        self.all_plain = True
         self.seed = np.zeros(num_rows, np.uint64)
         # The same on a GPU, for the draws of ops.begin_decode.
         self.device_state = {
@@ -84,12 +85,9 @@ class Sampler:
         self.logprobs.asks[row] = params.logprobs is not None
 
     def is_plain(self, rows: np.ndarray, positions: np.ndarray) -> bool:
-        """Whether temperature and noise are all that the rows' draws depend on, and all that is
-        asked of them is a token."""
+        """Whether temperature and noise are all that the rows' draws depend on."""
         return self.all_plain or not (
-            self.warps[rows].any()
-            or self.processors.asking(rows, positions).any()
-            or self.logprobs.asks[rows].any()
+            self.warps[rows].any() or self.processors.asking(rows, positions).any()
         )
 
     def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:

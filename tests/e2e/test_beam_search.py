@@ -10,6 +10,7 @@ divided by (vLLM doesn't count a last EOS even where it is ignored), the two are
 import pytest
 import torch
 from conftest import TINY
+from fake_worker import logprob_lines
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, BeamSearchParams, Logprob, SamplingParams
@@ -211,10 +212,7 @@ def test_a_search_stops_when_nothing_can_change(llm, oracle, question, penalty):
 def line(*candidates):
     """A round's candidates of a beam: (token, log-probability), the drawn one first."""
     found = SampleLogprobs(len(candidates) - 1)
-    for token, logprob in candidates:
-        found.token_ids.append(token)
-        found.logprobs.append(logprob)
-    found.ranks.append(1)
+    found.extend(logprob_lines([(1, *zip(*candidates, strict=True))]))
     return found
 
 

@@ -20,7 +20,7 @@ from fake_worker import (
     take_step,
 )
 
-import nanovllm.engine.engine
+import nanovllm.engine
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
 from nanovllm.metrics import Observations
@@ -578,20 +578,49 @@ def test_a_batch_that_fits_or_has_too_few_pages_keeps_its_order(options):
 def test_an_interrupt_between_logprobs_and_tokens_repeats_neither(monkeypatch):
     engine = make_engine(depth=2)
     seqs = [make_sequence([1, 2, i], str(i), logprobs=i % 3, max_tokens=9) for i in range(4)]
-    keep, calls = nanovllm.engine.engine._keep_logprobs, []
+    put, calls = engine.scheduler.logprobs.put, []
 
-    def interrupted(sampled, logprobs):
-        calls.append(keep(sampled, logprobs))
+    def interrupted(*step):
+        calls.append(put(*step))
         if len(calls) in (1, 4):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("nanovllm.engine.engine._keep_logprobs", interrupted)
+    monkeypatch.setattr(engine.scheduler.logprobs, "put", interrupted)
     for seq in seqs:
         engine.add(seq)
     while engine.has_unfinished:
         with suppress(KeyboardInterrupt):
             take_step(engine)
     assert_right(*seqs)
+
+
+@both_depths
+def test_logprobs_looked_at_while_they_come_are_the_first_of_all(monkeypatch, depth):
+    """However few lines there is room for, and whoever else asks, is preempted or aborted."""
+    monkeypatch.setattr("nanovllm.engine.recent_logprobs.NUM_LINES", 4)
+    engine = make_engine(depth=depth, **PREEMPTING)
+    recent, seen = engine.scheduler.logprobs, {}
+    widths = (2, None, 20, 0, 5, 2, None, 1)
+    seqs = [
+        make_sequence([i] * (2 + i), str(i), logprobs=width, max_tokens=30, stop_token_ids=[NEVER])
+        for i, width in enumerate(widths)
+    ]
+    for seq in seqs:
+        engine.add(seq)
+    while engine.has_unfinished:
+        for seq in take_step(engine):
+            if seq.logprobs is not None and seq is not seqs[0]:  # that one nobody looks at
+                recent.take(seq)
+                lines = list(seq.logprobs)
+                assert len(lines) == len(seq.output_token_ids) and seen.get(seq, []) == lines[:-1]
+                seen[seq] = lines
+        if len(seqs[2].output_token_ids) == 9:
+            engine.abort(seqs[2:3])
+        check_invariants(engine)
+    assert_right(*seqs)
+    assert len(seqs[2].logprobs) == 9 and engine.metrics.preemptions > 0
+    assert recent.lines.shape[1] == 1 + 2 * 21
+    assert all(seen[seq] == list(seq.logprobs) for seq in seen)
 
 
 # A request that fails every time
@@ -832,15 +861,13 @@ def test_an_interrupt_amid_scores_repeats_and_loses_none(monkeypatch, depth):
     seqs = sequences([1] * 9, [2] * 14, max_tokens=3, prompt_logprobs=1)
     extend, calls = SampleLogprobs.extend, []
 
-    def interrupted(lines, token_ids, logprobs, ranks):
-        calls.append(lines)
-        if len(calls) == 2:
-            extend(lines, token_ids, logprobs, ranks)
-            raise KeyboardInterrupt
+    def interrupted(scores, lines):
+        calls.append(scores)
         if len(calls) == 4:
-            lines.token_ids.frombytes(token_ids[:, :2].tobytes())
             raise KeyboardInterrupt
-        extend(lines, token_ids, logprobs, ranks)
+        extend(scores, lines)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(SampleLogprobs, "extend", interrupted)
     for seq in seqs:

@@ -100,6 +100,14 @@ SCHEDULES = st.lists(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_lines():
+    """So that sequences take their log-probabilities many times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanovllm.engine.recent_logprobs.NUM_LINES", 3)
+        yield
+
+
 class Run:
     """Carries a schedule out, and checks everything that holds between steps."""
 
@@ -158,7 +166,7 @@ class Run:
                 min_tokens=min(min_tokens, max_tokens or min_tokens),
                 ignore_eos=ignore_eos,
                 stop_token_ids=stop_token_ids,
-                logprobs=2 if seed else None,
+                logprobs=length % 4 if seed else None,
                 presence_penalty=seed,  # the worker gets the tokens so far
                 **scores,
             )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from fake_worker import logprob_lines
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, Logprob, SamplingParams
@@ -111,13 +112,14 @@ def test_ranks_count_all_that_are_as_likely():
 
 def test_a_token_among_the_most_likely_takes_their_rank():
     found = SampleLogprobs(2)
-    found.append(np.array([5, 4, 5, 9], np.int32), np.array([-1, -1, -1, -2], np.float32), 2)
-    found.append(np.array([8, 4, 5, 9], np.int32), np.array([-3, -1, -1.5, -2], np.float32), 7)
+    lines = [(2, [5, 4, 5, 9], [-1, -1, -1, -2]), (7, [8, 4, 5, 9], [-3, -1, -1.5, -2])]
+    found.extend(logprob_lines(lines))
     assert found[0] == {5: Logprob(-1, 2), 4: Logprob(-1, 1)}
     assert found[1] == {8: Logprob(-3, 7), 4: Logprob(-1, 1), 5: Logprob(-1.5, 2)}
     assert found.cumulative == -4
-    found.truncate(1)
-    assert len(found) == 1 and found.cumulative == -1
+    assert len(found) == 2 and found.lines.ranks.tolist() == [2, 7]
+    assert found.lines.token_ids.tolist() == [[5, 4, 5], [8, 4, 5]]
+    assert found.lines.logprobs.tolist() == [[-1, -1, -1], [-3, -1, -1.5]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -228,6 +228,7 @@ def test_plain_rows_are_known_by_what_they_ask_for():
     assert not is_plain(temperature=1.0, min_p=0.1)
     assert not is_plain(temperature=1.0, min_len=9)
     assert is_plain(temperature=1.0, min_len=9, stop_token_ids=())
+    assert is_plain(temperature=1.0, logprobs=5)  # of the logits that it was drawn from
 
     sampler = make_sampler([SamplingParams(temperature=1.0, top_k=1)])
     sampler.start_rows([])

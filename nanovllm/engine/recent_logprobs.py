@@ -1,0 +1,58 @@
+"""Log-probabilities on their way from steps to sequences: a step's lines go into columns over all
+rows at once, and from there to each sequence many at a time.
+
+The engine puts them in; the scheduler takes them out for who leaves a row, requests.py for who is
+looked at while it runs.
+"""
+
+import numpy as np
+
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import LogprobLines
+from nanovllm.step import StepInput
+
+NUM_LINES = 64  # of a row; it has at most 11 KB of them
+
+
+class RecentLogprobs:
+    """The lines of each row's last positions, that of position p at p % NUM_LINES. They are taken
+    up to the last known token. So what a step drew past an end, or before an exception, stays
+    behind, and the row's next sequence writes over it.
+
+    Args:
+        num_rows: rows that there are.
+
+    Attributes:
+        width: tokens of the widest line that anyone has asked for.
+        lines: [rows * NUM_LINES, as for LogprobLines], no wider than that.
+    """
+
+    def __init__(self, num_rows: int):
+        self.width = 0
+        self.lines = np.empty((num_rows * NUM_LINES, 0), np.int32)
+
+    def put(self, step: StepInput, sampled: list[Sequence], new: LogprobLines) -> None:
+        """A step's, before its tokens are appended to the sequences that it sampled."""
+        samples = step.samples
+        rows, positions = step.rows[samples], (step.positions + step.query_lens)[samples]
+        if len(new.data) < len(sampled):
+            asking = [i for i, seq in enumerate(sampled) if seq.logprobs is not None]
+            sampled = [sampled[i] for i in asking]
+            rows, positions = rows[asking], positions[asking]
+        places = positions % NUM_LINES
+        for i in np.flatnonzero(places == 0).tolist():
+            self.take(sampled[i])  # its lines will be written over from here on
+        lines = new.data[:, : 1 + 2 * self.width]
+        if missing := lines.shape[1] - self.lines.shape[1]:
+            self.lines = np.pad(self.lines, ((0, 0), (0, missing)))
+        self.lines[rows * NUM_LINES + places] = lines
+
+    def take(self, seq: Sequence) -> None:
+        """Hand a sequence those of its known tokens, if it asks for any."""
+        if seq.logprobs is None or seq.row < 0:
+            return
+        first = seq.num_prompt_tokens + len(seq.logprobs)
+        start = seq.row * NUM_LINES + first % NUM_LINES
+        num_lines = len(seq.token_ids) - first
+        if num_lines:
+            seq.logprobs.extend(self.lines[start : start + num_lines])
