@@ -51,6 +51,24 @@ class ForwardBatch:
         return self.num_decodes == len(self.rows)
 
 
+@dataclass(slots=True)
+class Residual:
+    """What layers add to.
+
+    Attributes:
+        total: [T, hidden], changed in place.
+        parts: [n, T, hidden] float32, still to be added: a product that was divided over its inputs
+            leaves them to the norm after it, which reads the total anyway. None: nothing is.
+    """
+
+    total: torch.Tensor
+    parts: torch.Tensor | None = None
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.total.is_cuda
+
+
 @dataclass(frozen=True, slots=True)
 class Rotary:
     """What query and key heads go through between projection and attention: RMSNorm, if the model

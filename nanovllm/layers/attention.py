@@ -1,10 +1,9 @@
 """Grouped-query self-attention over the paged KV cache."""
 
-import torch
 from torch import nn
 
 from nanovllm import ops
-from nanovllm.batch import ForwardBatch, KVLayer, Rotary
+from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rope import Rope
@@ -41,12 +40,10 @@ class Attention(nn.Module):
         self.eps = config.rms_norm_eps
         self.scale = config.head_dim**-0.5
 
-    def forward(
-        self, x: torch.Tensor, norm: RMSNorm, batch: ForwardBatch, kv: KVLayer
-    ) -> torch.Tensor:
-        """x + attention(norm(x)), in place."""
+    def forward(self, x: Residual, norm: RMSNorm, batch: ForwardBatch, kv: KVLayer) -> None:
+        """x += attention(norm(x))."""
         qkv = self.qkv_proj(x, norm)  # [T, (H + 2K) * D]
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         rotary = Rotary(norms, self.eps, self.rope.table)
         out = ops.attention(qkv, rotary, kv, batch, self.scale)  # [T, H, D]
-        return self.o_proj(out.flatten(1), residual=x)
+        self.o_proj.add_to(x, out.flatten(1))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm import ops
+from nanovllm.batch import Residual
 from nanovllm.layers.norm import RMSNorm
 
 
@@ -26,16 +27,19 @@ class Linear(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Residual,
         norm: RMSNorm | None = None,
         gated: bool = False,
-        residual: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The product, with what stands before and after it: of norm(x), as silu(gate) * up, added
-        to `residual` in place, or put into `out`."""
+        """The product, with what stands before and after it: of norm(x), as silu(gate) * up, or put
+        into `out`."""
         parts = None if norm is None else (norm.weight, norm.eps)
-        return ops.linear(x, self.weight, self.bias, parts, gated, residual, out)
+        return ops.linear(x, self.weight, self.bias, parts, gated, out)
+
+    def add_to(self, residual: Residual, x: torch.Tensor) -> None:
+        """Add the product of x."""
+        ops.add_linear(residual, x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

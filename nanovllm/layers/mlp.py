@@ -1,8 +1,8 @@
 """The gated feed-forward layer of Llama-like models (SwiGLU, Shazeer 2020)."""
 
-import torch
 from torch import nn
 
+from nanovllm.batch import Residual
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.model_config import ModelConfig
@@ -22,6 +22,6 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, size, size, bias=bias)
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        """x + MLP(norm(x)), in place."""
-        return self.down_proj(self.gate_up_proj(x, norm, gated=True), residual=x)
+    def forward(self, x: Residual, norm: RMSNorm) -> None:
+        """x += MLP(norm(x))."""
+        self.down_proj.add_to(x, self.gate_up_proj(x, norm, gated=True))

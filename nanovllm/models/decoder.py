@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from nanovllm.batch import ForwardBatch, KVCache, KVLayer
+from nanovllm import ops
+from nanovllm.batch import ForwardBatch, KVCache, KVLayer, Residual
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import Embedding, Linear
 from nanovllm.layers.norm import RMSNorm
@@ -18,8 +19,8 @@ from nanovllm.model_config import ModelConfig
 
 
 class DecoderLayer(nn.Module):
-    """A pre-norm layer: x + attention(norm(x)), then x + MLP(norm(x)). Both add to x in place, and
-    get their norm to fuse it with their first product.
+    """A pre-norm layer: x += attention(norm(x)), then x += MLP(norm(x)). Both get their norm, to
+    fuse it with their first product.
     """
 
     def __init__(self, config: ModelConfig, self_attn: Attention, mlp: nn.Module):
@@ -29,9 +30,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(self, x: torch.Tensor, batch: ForwardBatch, kv: KVLayer) -> torch.Tensor:
-        x = self.self_attn(x, self.input_layernorm, batch, kv)
-        return self.mlp(x, self.post_attention_layernorm)
+    def forward(self, x: Residual, batch: ForwardBatch, kv: KVLayer) -> None:
+        self.self_attn(x, self.input_layernorm, batch, kv)
+        self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -44,10 +45,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
-        x = self.embed_tokens(batch.token_ids)  # [T, hidden], new memory, which layers add to
+        x = Residual(self.embed_tokens(batch.token_ids))  # [T, hidden], new memory
         for layer, pages in zip(self.layers, kv.layers, strict=False):
-            x = layer(x, batch, pages)
-        return x
+            layer(x, batch, pages)
+        return ops.summed(x)
 
 
 class CausalLM(nn.Module):

@@ -14,10 +14,11 @@ from nanovllm.ops import reference, reference_sampling
 from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
-    from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
+    from nanovllm.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
     from nanovllm.model_config import ModelConfig
 
 __all__ = [
+    "add_linear",
     "attention",
     "begin_decode",
     "copy_pinned",
@@ -30,6 +31,7 @@ __all__ = [
     "qk_norm_rope_store",
     "rms_norm",
     "sample",
+    "summed",
     "top_logprobs",
 ]
 
@@ -41,7 +43,7 @@ def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
     the kernels, which is not imported before."""
 
     @functools.wraps(op)
-    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(x: "torch.Tensor | Residual", *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
         module = import_module(f"nanovllm.ops.{kernels}")
@@ -52,6 +54,8 @@ def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
 
 rms_norm = _by_device(reference.rms_norm)
 linear = _by_device(reference.linear, "triton_linear")
+add_linear = _by_device(reference.add_linear, "triton_linear")
+summed = _by_device(reference.summed)
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference_sampling.sample, "triton_sampling")
 top_logprobs = _by_device(reference_sampling.top_logprobs, "triton_sampling")

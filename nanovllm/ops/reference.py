@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
+from nanovllm.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
 from nanovllm.ops.cpu import matmul
 
 # Decodes attend in groups, padded to a common length. A group of several gathers at most so many
@@ -34,12 +34,11 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def linear(
-    x: torch.Tensor,
+    x: torch.Tensor | Residual,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
-    residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias, with what stands before and after it in a layer.
@@ -50,19 +49,38 @@ def linear(
         bias: [out] or None.
         norm: weight and eps of an RMSNorm that x goes through first.
         gated: the weight is gate and up, [2 * out, in]: the result is silu_and_mul of the product.
-        residual: [T, out], what the result is added to, in place; not x itself.
         out: [T, out], where the product is put, if nothing follows it.
 
-    Returns: [T, out]; residual or out if there is one.
+    Returns: [T, out]; out if it is there.
     """
+    if isinstance(x, Residual):
+        x = summed(x)
     if norm is not None:
         x = rms_norm(x, *norm)
     y = matmul(x, weight, bias)
     if gated:
         y = silu_and_mul(y)
-    if out is not None:
-        return out.copy_(y)
-    return y if residual is None else residual.add_(y)
+    return y if out is None else out.copy_(y)
+
+
+def add_linear(
+    residual: Residual, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """Add x @ weight.T + bias.
+
+    Args:
+        residual: of [T, out], not x itself.
+        x: [T, in].
+        weight: [out, in], plain or packed.
+        bias: [out] or None.
+    """
+    residual.total.add_(matmul(x, weight, bias))
+
+
+def summed(residual: Residual) -> torch.Tensor:
+    """[T, hidden], with all that was added."""
+    assert residual.parts is None
+    return residual.total
 
 
 def apply_rope(x_THD: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Matrix products on a GPU, with what stands before and after them fused where it can be.
 
 With few rows of input a product is as fast as its weight is read: gemv_kernel streams it once,
-normalises the input on the way in, and gates or adds on the way out. More rows go to cuBLAS, which
-adds in its epilogue; the norm and the gate are kernels of their own then.
+normalises the input on the way in, and gates or adds on the way out. With more the norm and the
+gate are kernels of their own. Up to some number, products that are added are divided over their
+inputs, so that they have work for the whole GPU, and the norm adds the parts; the rest is
+cuBLAS's.
 """
 
 import torch
@@ -11,8 +13,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import gemv_config, max_gemv_rows
-from nanovllm.ops.triton_ops import pdl_options, rms_norm, silu_and_mul
+from nanovllm.batch import Residual
+from nanovllm.ops.kernel_configs import (
+    MAX_PARTS,
+    MIN_PART,
+    PARTIAL_PROGRAMS,
+    gemv_config,
+    max_gemv_rows,
+    max_partial_rows,
+    partial_linear_config,
+)
+from nanovllm.ops.triton_ops import pdl_options, rms_norm, silu_and_mul, summed
 
 
 @triton.jit
@@ -80,40 +91,113 @@ def gemv_kernel(
     tl.store(out_ptrs, total, mask=out_ok)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def partial_linear_kernel(
+    parts, x, weight, num_rows, N, K, K_PER_PART,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program computes BLOCK_N outputs of every row from one part of the inputs. The weight is
+    the left operand, as tensor cores want 64 rows of that and 8 of the other.
+
+    Args:
+        parts: [parts, num_rows, N] float32.
+        x: [num_rows, K]; ROWS is num_rows or more.
+        weight: [N, K].
+        K_PER_PART: a multiple of BLOCK_K.
+        EVEN: whether blocks and parts divide the weight.
+    """
+    part = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, ROWS)
+    ks = part * K_PER_PART + tl.arange(0, BLOCK_K)
+    w_ptrs = weight + n[:, None] * K + ks[None, :]
+    x_ptrs = x + rows[None, :] * K + ks[:, None]
+    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for k in tl.range(0, K_PER_PART, BLOCK_K, num_stages=STAGES):
+        if EVEN:
+            w = tl.load(w_ptrs + k)
+            values = tl.load(x_ptrs + k, mask=rows[None, :] < num_rows, other=0.0)
+        else:
+            ok = ks + k < K
+            w = tl.load(w_ptrs + k, mask=(n < N)[:, None] & ok[None, :], other=0.0)
+            x_ok = ok[:, None] & (rows < num_rows)[None, :]
+            values = tl.load(x_ptrs + k, mask=x_ok, other=0.0)
+        total = tl.dot(w, values, total)
+    out_ptrs = parts + part * num_rows * N + rows[:, None] * N + n[None, :]
+    tl.store(out_ptrs, tl.trans(total), mask=(rows < num_rows)[:, None] & (n < N)[None, :])
+
+
 def linear(
-    x: torch.Tensor,
+    x: torch.Tensor | Residual,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
-    residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As reference.linear."""
-    assert out is None or (bias is None and residual is None and not gated)
-    if 0 < len(x) <= max_gemv_rows(weight.numel()):
-        return _gemv(x, weight, bias, norm, gated, residual, out)
-    if norm is not None:
+    assert out is None or (bias is None and not gated)
+    is_few = 0 < len(x.total if isinstance(x, Residual) else x) <= max_gemv_rows(weight.numel())
+    if norm is not None and not is_few:
         x = rms_norm(x, *norm)
+    if isinstance(x, Residual):
+        x = summed(x)
+    if is_few:
+        return _gemv(x, weight, bias, norm, gated, out)
     if out is not None:
         return torch.mm(x, weight.T, out=out)
-    if residual is not None and bias is None and not gated:
-        return residual.addmm_(x, weight.T)
     y = F.linear(x, weight, bias)
-    if gated:
-        y = silu_and_mul(y)
-    return y if residual is None else residual.add_(y)
+    return silu_and_mul(y) if gated else y
+
+
+def add_linear(
+    residual: Residual, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """As reference.add_linear; a product of some rows leaves its parts to the norm that follows."""
+    total, num_rows, num_weights = summed(residual), len(x), weight.numel()
+    if 0 < num_rows <= max_gemv_rows(num_weights):
+        _gemv(x, weight, bias, residual=total)
+    elif bias is None and x.element_size() == 2 and 0 < num_rows <= max_partial_rows(num_weights):
+        residual.parts = _partial_linear(x, weight)
+    elif bias is None:
+        total.addmm_(x, weight.T)
+    else:
+        total.add_(F.linear(x, weight, bias))
+
+
+def _partial_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T as a sum: [parts, T, out] float32."""
+    assert x.is_contiguous() and weight.is_contiguous() and weight.numel() < 2**31
+    num_rows, (num_out, size) = len(x), weight.shape
+    config = partial_linear_config(num_rows)
+    num_blocks = triton.cdiv(num_out, config.block_n)
+    num_parts = max(1, min(MAX_PARTS, PARTIAL_PROGRAMS // num_blocks, size // MIN_PART))
+    per_part = triton.cdiv(triton.cdiv(size, num_parts), config.block_k) * config.block_k
+    num_parts = triton.cdiv(size, per_part)
+    parts = torch.empty(num_parts, num_rows, num_out, dtype=torch.float32, device=x.device)
+    partial_linear_kernel[(num_blocks, num_parts)](
+        parts, x, weight, num_rows, num_out, size, per_part, ROWS=config.rows,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.num_stages,
+        EVEN=num_out % config.block_n == 0 and per_part * num_parts == size,
+        num_warps=config.num_warps, **pdl_options(x.device),
+    )  # fmt: skip
+    return parts
 
 
 def _gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    norm: tuple[torch.Tensor, float] | None,
-    gated: bool,
-    residual: torch.Tensor | None,
-    out: torch.Tensor | None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+    out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """With few rows: the product, in `out` if it is there, or added to a residual."""
     assert x.is_contiguous() and weight.is_contiguous()
     num_rows, size = x.shape
     num_out = len(weight) // 2 if gated else len(weight)

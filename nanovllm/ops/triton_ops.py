@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.batch import ForwardBatch, KVLayer, Rotary
+from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
 from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK
 
 # In Triton 3.4 the functions are there, but do not compile.
@@ -45,33 +45,62 @@ def copy(out: torch.Tensor, source: torch.Tensor) -> None:
         copy_kernel[(triton.cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
-    out, x, weight, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    out, x, weight, eps, parts, num_rows,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * SIZE
+    """A program takes a row of x, to which it adds the row's NUM_PARTS parts first; and, if `out`
+    is there, normalises it."""
+    row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     ok = dims < SIZE
-    w = tl.load(weight + dims, mask=ok, other=0.0)
+    if out is not None:
+        w = tl.load(weight + dims, mask=ok, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    value = tl.load(x + row + dims, mask=ok, other=0.0)
+    value = tl.load(x + row * SIZE + dims, mask=ok, other=0.0)
     x32 = value.to(tl.float32)
-    normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
-    tl.store(out + row + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
+    if NUM_PARTS:
+        for part in tl.static_range(NUM_PARTS):
+            x32 += tl.load(parts + (part * num_rows + row) * SIZE + dims, mask=ok, other=0.0)
+        value = x32.to(value.dtype)
+        tl.store(x + row * SIZE + dims, value, mask=ok)
+        x32 = value.to(tl.float32)
+    if out is not None:
+        normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
+        tl.store(out + row * SIZE + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    out = torch.empty_like(x)
+def rms_norm(x: torch.Tensor | Residual, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As reference.rms_norm; of a residual, which has nothing left to be added then."""
+    residual = x if isinstance(x, Residual) else Residual(x)
+    out = torch.empty_like(residual.total)
+    _rms_norm(out, residual, weight, eps)
+    return out
+
+
+def summed(residual: Residual) -> torch.Tensor:
+    """As reference.summed."""
+    if residual.parts is not None:
+        _rms_norm(None, residual, None, 0.0)
+    return residual.total
+
+
+def _rms_norm(
+    out: torch.Tensor | None, residual: Residual, weight: torch.Tensor | None, eps: float
+) -> None:
+    x, parts = residual.total, residual.parts
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
-    if x.numel():
-        rms_norm_kernel[(x.numel() // size,)](
-            out, x, weight, eps, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 512)),
-            **pdl_options(x.device),
+    num_rows, num_parts = x.numel() // size, 0 if parts is None else len(parts)
+    if num_rows:
+        rms_norm_kernel[(num_rows,)](
+            out, x, weight, eps, parts, num_rows, SIZE=size, BLOCK=block, NUM_PARTS=num_parts,
+            num_warps=min(16, max(1, block // 512)), **pdl_options(x.device),
         )  # fmt: skip
-    return out
+    residual.parts = None
 
 
 @triton.jit

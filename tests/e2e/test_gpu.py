@@ -102,7 +102,7 @@ def test_the_memory_that_is_measured_serves_full_batches(setting):
         assert generate(llm, prompts, greedy()) == expected
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("chunk", [7, 50, 1000])
 def test_bfloat16_logits_are_close_to_transformers(setting, chunk):
     folder, prompts, _ = setting
     token_ids = prompts[3] + prompts[10]

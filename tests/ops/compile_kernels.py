@@ -32,7 +32,7 @@ def record_launches() -> dict[str, tuple]:
     """Run every wrapper on small CPU tensors, with launches noted down instead of made."""
     from kernel_calls import paged_case
 
-    from nanovllm.batch import ForwardBatch, KVLayer, Rotary
+    from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
     from nanovllm.ops import triton_linear, triton_ops, triton_rows, triton_sampling
     from nanovllm.worker.inputs import _decode_inputs
 
@@ -85,6 +85,11 @@ def record_launches() -> dict[str, tuple]:
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
         triton_ops.rms_norm(x, x[0], 1e-6)
+        label = f"{dtype}, with parts"
+        triton_ops.rms_norm(Residual(x, torch.zeros(3, 2, 4096)), x[0], 1e-6)
+        label = f"{dtype}, parts alone"
+        triton_ops.summed(Residual(x, torch.zeros(3, 2, 4096)))
+        label = str(dtype)
         triton_ops.silu_and_mul(x)
         triton_ops.copy(x[0], x[1])
         weight = torch.zeros(64, 4096, dtype=dtype)
@@ -93,7 +98,13 @@ def record_launches() -> dict[str, tuple]:
             label = f"{dtype}, {rows} rows"
             triton_linear.linear(few, weight, norm=(x[0], 1e-6), gated=True)
             label += ", added"
-            triton_linear.linear(few, weight, residual=few[:, :64].contiguous())
+            triton_linear.add_linear(Residual(few[:, :64].contiguous()), few, weight)
+        for rows in (5, 50, 100) if dtype == torch.bfloat16 else ():
+            some = torch.zeros(rows, 4096, dtype=dtype)
+            for num_out in (64, 60):
+                label = f"{dtype}, {rows} rows of {num_out}"
+                residual = Residual(torch.zeros(rows, num_out, dtype=dtype))
+                triton_linear.add_linear(residual, some, weight[:num_out])
         label = str(dtype)
         kv = KVLayer(*torch.zeros(2, 4, 16, 8, 128, dtype=dtype))
         batch = ForwardBatch(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm import ops
-from nanovllm.batch import ForwardBatch, KVLayer, Rotary
+from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
 from nanovllm.layers.rope import Rope
 from nanovllm.model_config import RopeConfig
 from nanovllm.ops import reference
@@ -162,11 +162,21 @@ def test_rms_norm():
 
 def test_linear_with_all_that_stands_around_it():
     x, weight, bias = torch.randn(5, 48), torch.randn(22, 48) / 7, torch.randn(22)
-    norm_weight, residual = torch.randn(48), torch.randn(5, 11)
+    norm_weight, out = torch.randn(48), torch.empty(5, 11)
     exact = x.double()
     exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm_weight
     gate, up = (exact @ weight.double().T + bias).chunk(2, -1)
-    exact = gate / (1 + (-gate).exp()) * up + residual
-    out = ops.linear(x, weight, bias, (norm_weight, 1e-5), gated=True, residual=residual)
-    torch.testing.assert_close(out, exact.float())
-    assert out is residual
+    exact = gate / (1 + (-gate).exp()) * up
+    result = ops.linear(Residual(x), weight, bias, (norm_weight, 1e-5), gated=True, out=out)
+    torch.testing.assert_close(result, exact.float())
+    assert result is out
+
+
+def test_a_product_is_added_in_place():
+    x, weight, bias = torch.randn(5, 48), torch.randn(11, 48) / 7, torch.randn(11)
+    residual = Residual(torch.randn(5, 11))
+    exact = residual.total.double() + x.double() @ weight.double().T + bias
+    total = residual.total
+    ops.add_linear(residual, x, weight, bias)
+    assert ops.summed(residual) is total
+    torch.testing.assert_close(total, exact.float())
