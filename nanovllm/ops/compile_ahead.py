@@ -1,8 +1,7 @@
 """Compiles Triton kernels before their first launch, all of them at the same time.
 
 The worker has a step's launches noted while there are no weights yet. Compiling takes a second a
-kernel and more. Most of that is in LLVM and ptxas, which don't hold Python's lock, so threads will
-do; processes leave the lock to the worker altogether.
+kernel and more, most of it in LLVM and ptxas, which don't hold Python's lock: threads will do.
 """
 
 import logging
@@ -11,14 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from triton import knobs
-from triton.runtime import driver
-
-from nanovllm.ops.compile_processes import CompileProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +26,9 @@ class KernelCompiler:
 
     Args:
         device: a GPU.
-        processes: that do it for them; None: they do it.
     """
 
-    def __init__(self, device: torch.device, processes: CompileProcesses | None = None):
-        self.processes = processes
+    def __init__(self, device: torch.device):
         self.pool = ThreadPoolExecutor(
             os.cpu_count(), "nanovllm-compile", torch.cuda.set_device, (device,)
         )
@@ -59,8 +53,7 @@ class KernelCompiler:
             kernel, compile = launch["fn"].jit_function, launch["compile"]
             if (kernel, launch["key"]) not in self.noted:
                 self.noted.add((kernel, launch["key"]))
-                data = compile["specialization_data"]
-                futures.append(self.pool.submit(_compile, kernel, data, self.processes))
+                futures.append(self.pool.submit(_compile, kernel, compile["specialization_data"]))
             return True
 
         knobs.runtime.jit_cache_hook = hook
@@ -74,16 +67,10 @@ class KernelCompiler:
         self.pool.shutdown(wait=False, cancel_futures=cancel)
 
 
-def _compile(
-    kernel: Any, specialization_data: str, processes: CompileProcesses | None = None
-) -> None:
+def _compile(kernel: Any, specialization_data: str) -> None:
     start = time.perf_counter()
     try:
-        if processes is not None:
-            with suppress(RuntimeError):  # then it is done here, where errors are told
-                target = driver.active.get_current_target()
-                processes.compile(kernel, specialization_data, target)
-        kernel.preload(specialization_data)  # reads what is in the cache
+        kernel.preload(specialization_data)
     except Exception:
         # The launch compiles it once more, and its error says who wanted it.
         logger.debug("%s is not compiled ahead", kernel.__name__, exc_info=True)

@@ -4,7 +4,6 @@ executor.py makes one. What it has made ready, model_runner.py runs steps on.
 """
 
 import logging
-import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from nanovllm.models.weights import (
     pack_weights,
     weight_bytes,
 )
-from nanovllm.ops import compile_processes
-from nanovllm.ops.compile_processes import CompileProcesses
 from nanovllm.worker import trial
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
@@ -46,7 +43,6 @@ from nanovllm.worker.upload import Uploader
 
 logger = logging.getLogger(__name__)
 
-MAX_PROCESSES = 16  # that compile
 PARTS = ("weights", "kv_cache")  # vLLM's tags of what sleeps
 
 
@@ -87,10 +83,7 @@ class Worker:
         self.dtype = platform.resolve_dtype(config.dtype, model_config.dtype, device)
         check_model_len(config.max_model_len, model_config.max_position_embeddings)
         laps = Laps()
-        self.compile_processes = None
         if self.is_gpu:  # while the driver starts
-            if compile_processes.may_fork():
-                self.compile_processes = CompileProcesses(min(MAX_PROCESSES, os.cpu_count() or 1))
             Thread(target=import_module, args=("triton",)).start()
         self.memory = GPUMemory(device, config.gpu_memory_utilization) if self.is_gpu else None
         # A model without memory is cheap; this one is only asked how large its weights are.
@@ -262,8 +255,7 @@ class Worker:
             return
         from nanovllm.ops.compile_ahead import KernelCompiler
 
-        compiler = KernelCompiler(self.device, self.compile_processes)
-        self.compile_processes = None
+        compiler = KernelCompiler(self.device)
         try:
             kv, inputs = self._make_trial_cache()
             runner = ModelRunner(model, kv.first_layer, inputs, self.sampler)

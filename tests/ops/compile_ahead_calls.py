@@ -1,8 +1,5 @@
 """Launch kernels with a driver that has no GPU, first for a KernelCompiler, then again; prints
-which were not compiled by then.
-
-python compile_ahead_calls.py [PROCESSES [dead]]: in so many processes, or where those have ended.
-"""
+which were not compiled by then."""
 
 import os
 import sys
@@ -14,11 +11,9 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 
 from nanovllm.ops import triton_linear, triton_ops, triton_sampling  # noqa: E402
 from nanovllm.ops.compile_ahead import KernelCompiler  # noqa: E402
-from nanovllm.ops.compile_processes import CompileProcesses  # noqa: E402
 
 
 class Driver:
@@ -43,17 +38,7 @@ def launch():
 
 triton.runtime.driver.set_active(Driver())
 torch.cuda.set_device = lambda device: None
-processes = None
-if len(sys.argv) > 1:
-    processes = CompileProcesses(int(sys.argv[1]))
-    if sys.argv[2:]:
-        connections = [processes.idle.get() for _ in range(int(sys.argv[1]))]
-        for connection in connections:
-            connection.send_bytes(b"nothing that can be read")
-            processes.idle.put(connection)
-    else:
-        CUDABackend.make_cubin = None  # nobody compiles but they, who have their own
-compiler = KernelCompiler(torch.device("cuda", 0), processes)
+compiler = KernelCompiler(torch.device("cuda", 0))
 with compiler.instead_of_launches() as compiling:
     launch()
 compiler.close(cancel=False)
