@@ -420,8 +420,9 @@ def collect_kernel(
     filled = 0
     for start in range(0, num_chosen * GROUP, BLOCK):
         tokens = _tokens_of(chosen, num_chosen, start, VOCAB, BLOCK, GROUP)
-        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("-inf"))
-        kept = (_is_kept(values, tokens, lowest, last, row) & (tokens < VOCAB)).to(tl.int32)
+        values = tl.load(logits + tokens, mask=tokens < VOCAB, other=float("nan"))
+        is_number = values == values  # NaN has no place in an order
+        kept = (_is_kept(values, tokens, lowest, last, row) & is_number).to(tl.int32)
         slots = filled + tl.cumsum(kept, 0) - 1
         tl.store(few + slots, values, mask=(kept > 0) & (slots < NUM))
         tl.store(few_ids + slots, tokens, mask=(kept > 0) & (slots < NUM))

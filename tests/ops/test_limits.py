@@ -155,3 +155,23 @@ def test_the_most_likely_tokens(device, dtype, vocab, constants, num_top, set_co
         logprobs[small].double(), exact.gather(1, ids)[small], rtol=1e-5, atol=1e-4
     )
     assert torch.equal(ranks, (logits >= logits.gather(1, token_ids[:, None])).sum(-1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_nan", [1, 30, 60])
+def test_nan_among_the_logits_leaves_no_place_unwritten(device, num_nan, monkeypatch):
+    """What memory held before would be taken for tokens, and decoded."""
+    empty = torch.empty
+
+    def unwritten(*args, **kwargs):
+        return empty(*args, **kwargs).fill_(-1)
+
+    logits = torch.randn(4, 60, device=device)
+    logits[:, :num_nan] = torch.nan
+    token_ids = torch.arange(4, device=device)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_sampling.torch, "empty", unwritten)
+        ids, _, _ = triton_sampling.top_logprobs(logits, token_ids, 5)
+    assert ((ids >= 0) & (ids < 60)).all()
+    numbers = logits.nan_to_num(-torch.inf).topk(5).indices
+    assert num_nan == 60 or torch.equal(ids[:, 1:], numbers)
