@@ -46,29 +46,28 @@ def check_attention(query_lens, context_lens, heads, kv_heads, head_dim, *args, 
     return batch
 
 
-INTERPRETED_CASES = pairwise(
-    shape=[
-        (4, 2, 32, (1, 1, 1), (5, 300, 130)),
-        (6, 2, 20, (1, 9, 20), (270, 9, 60)),
-        (14, 2, 16, (1, 40), (257, 100)),
-        (3, 3, 80, (1, 1, 70), (1, 129, 70)),
-    ],
-    block_size=[16, 64, 256, 5],
-    num_sms=[1, 60],
-)
-
-
 @interpreted
-@pytest.mark.parametrize("case", INTERPRETED_CASES, ids=str)
-def test_attention_interpreted(case):
-    heads, kv_heads, head_dim, query_lens, context_lens = case["shape"]
+@pytest.mark.parametrize("block_size", [16, 64, 256, 5])
+@pytest.mark.parametrize("num_sms", [1, 60])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, query_lens, context_lens",
+    [
+        (4, 2, 32, [1, 1, 1], [5, 300, 130]),
+        (6, 2, 20, [1, 9, 20], [270, 9, 60]),
+        (14, 2, 16, [1, 40], [257, 100]),
+        (3, 3, 80, [1, 1, 70], [1, 129, 70]),
+    ],
+)
+def test_attention_interpreted(
+    heads, kv_heads, head_dim, query_lens, context_lens, num_sms, block_size
+):
     batch = check_attention(
-        query_lens, context_lens, heads, kv_heads, head_dim, case["block_size"], torch.float32, CPU,
-        num_sms=case["num_sms"],
+        query_lens, context_lens, heads, kv_heads, head_dim, block_size, torch.float32, CPU,
+        num_sms=num_sms,
     )  # fmt: skip
     arrays = batch.attention_arrays
     items = arrays["few_items" if "few_items" in arrays else "short_items"]
-    if case["num_sms"] == 60 and max(context_lens) > 200:
+    if num_sms == 60 and max(context_lens) > 200:
         assert (items[:, 6] >= 0).any()
 
 
@@ -97,19 +96,15 @@ def shared_cases():
 SHARED_CASES = shared_cases()
 
 
-INTERPRETED_SHARED = pairwise(
-    heads=[(4, 2, 32), (14, 2, 20), (24, 1, 16)], lens=list(SHARED_CASES), num_sms=[1, 60]
-)
-
-
 @interpreted
-@pytest.mark.parametrize("case", INTERPRETED_SHARED, ids=str)
-def test_shared_prefixes_interpreted(case):
-    heads, kv_heads, head_dim = case["heads"]
-    query_lens, context_lens, groups = SHARED_CASES[case["lens"]]
+@pytest.mark.parametrize("num_sms", [1, 60])
+@pytest.mark.parametrize("case", SHARED_CASES)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 32), (14, 2, 20), (24, 1, 16)])
+def test_shared_prefixes_interpreted(heads, kv_heads, head_dim, case, num_sms):
+    query_lens, context_lens, groups = SHARED_CASES[case]
     batch = check_attention(
         query_lens, context_lens, heads, kv_heads, head_dim, 16, torch.float32, CPU,
-        num_sms=case["num_sms"], groups=groups,
+        num_sms=num_sms, groups=groups,
     )  # fmt: skip
     if heads == 4:
         shared = batch.attention_arrays["shared_tokens"].tolist()
@@ -220,19 +215,19 @@ def check_projected(
             torch.testing.assert_close(cache[kept], before[kept], rtol=0, atol=0, equal_nan=True)
 
 
-INTERPRETED_PROJECTED = pairwise(
-    heads=[(4, 2, 32, 16), (14, 2, 20, 64), (3, 3, 80, 5), (24, 1, 16, 256)],
-    num_sms=[1, 60],
-    norm=[False, True],
-)
-
-
 @interpreted
-@pytest.mark.parametrize("case", INTERPRETED_PROJECTED, ids=str)
-def test_decodes_from_the_projection_interpreted(case):
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("num_sms", [1, 60])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, block_size",
+    [(4, 2, 32, 16), (14, 2, 20, 64), (3, 3, 80, 5), (24, 1, 16, 256)],
+)
+def test_decodes_from_the_projection_interpreted(
+    heads, kv_heads, head_dim, block_size, num_sms, norm
+):
     check_projected(
-        [1, 2, 129, 300, 64, 65], *case["heads"], torch.float32, CPU, case["norm"],
-        num_sms=case["num_sms"],
+        [1, 2, 129, 300, 64, 65], heads, kv_heads, head_dim, block_size, torch.float32, CPU, norm,
+        num_sms=num_sms,
     )  # fmt: skip
 
 
