@@ -58,7 +58,7 @@ add_linear = _by_device(reference.add_linear, "triton_linear")
 summed = _by_device(reference.summed)
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference_sampling.sample, "triton_sampling")
-top_logprobs = _by_device(reference_sampling.top_logprobs, "triton_sampling")
+top_logprobs = _by_device(reference_sampling.top_logprobs, "triton_limits")
 keep_sampled = _by_device(reference.keep_sampled, "triton_rows")
 
 

@@ -33,7 +33,7 @@ def record_launches() -> dict[str, tuple]:
     from kernel_calls import paged_case
 
     from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
-    from nanovllm.ops import triton_linear, triton_ops, triton_rows, triton_sampling
+    from nanovllm.ops import triton_limits, triton_linear, triton_ops, triton_rows, triton_sampling
     from nanovllm.worker.inputs import _decode_inputs
 
     launches: dict[str, tuple] = {}
@@ -121,7 +121,7 @@ def record_launches() -> dict[str, tuple]:
         label += ", limited"
         triton_sampling.sample(logits, *draws, top_p=torch.ones(2))
         label = f"{dtype}, the most likely"
-        triton_sampling.top_logprobs(logits, torch.zeros(2).long(), 20)
+        triton_limits.top_logprobs(logits, torch.zeros(2).long(), 20)
     label = "of rows"
     state = {
         "block_tables": torch.zeros(9, 4, dtype=torch.int32), "temperature": torch.zeros(9),

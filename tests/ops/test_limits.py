@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.ops import triton_sampling
+from nanovllm.ops import triton_blocks, triton_limits, triton_sampling
 from nanovllm.worker.sampler import noise_keys
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
@@ -36,8 +36,8 @@ NUM_ROWS = 18
 def set_constants(monkeypatch):
     def set_to(constants):
         if constants is not None:
-            monkeypatch.setattr(triton_sampling, "GROUP", constants[0])
-            monkeypatch.setattr(triton_sampling, "CANDIDATES", constants[1])
+            monkeypatch.setattr(triton_blocks, "GROUP", constants[0])
+            monkeypatch.setattr(triton_limits, "CANDIDATES", constants[1])
 
     return set_to
 
@@ -101,7 +101,7 @@ def test_what_is_kept(device, dtype, vocab, constants, set_constants):
         temperature = torch.from_numpy(rng.choice([0.3, 1.0, 2.0], NUM_ROWS)).float().to(device)
         top_k = torch.from_numpy(drawn["top_k"]).to(device)
         top_p, min_p = (torch.from_numpy(drawn[n]).float().to(device) for n in ("top_p", "min_p"))
-        limits = triton_sampling.find_limits(logits, temperature, top_k, top_p, min_p)
+        limits = triton_limits.find_limits(logits, temperature, top_k, top_p, min_p)
         kept = kept_by(logits, *limits)
         for row in range(NUM_ROWS):
             of_row = (x[row].item() for x in (temperature, top_k, top_p, min_p))
@@ -119,8 +119,8 @@ def test_rows_that_ask_for_nothing_keep_all(device):
     logits = make_logits(60, torch.float32, device)
     one = torch.ones(NUM_ROWS, device=device)
     top_k = torch.full((NUM_ROWS,), 60, device=device)
-    assert kept_by(logits, *triton_sampling.find_limits(logits, one, top_k, one, one * 0)).all()
-    greedy = triton_sampling.find_limits(logits, one * 0, top_k * 0 + 1, one * 0.5, one)
+    assert kept_by(logits, *triton_limits.find_limits(logits, one, top_k, one, one * 0)).all()
+    greedy = triton_limits.find_limits(logits, one * 0, top_k * 0 + 1, one * 0.5, one)
     assert kept_by(logits, *greedy).all()
 
 
@@ -143,7 +143,7 @@ def test_the_most_likely_tokens(device, dtype, vocab, constants, num_top, set_co
     logits = make_logits(vocab, dtype, device)
     token_ids = torch.randint(vocab, (NUM_ROWS,), device=device)
     token_ids[8:10] = logits[8:10].argmax(-1)
-    ids, logprobs, ranks = triton_sampling.top_logprobs(logits, token_ids, num_top)
+    ids, logprobs, ranks = triton_limits.top_logprobs(logits, token_ids, num_top)
     assert torch.equal(ids[:, 0], token_ids)
     ordered = logits.double().sort(dim=-1, descending=True, stable=True)
     assert torch.equal(ids[:, 1:], ordered.indices[:, :num_top])
@@ -170,8 +170,8 @@ def test_nan_among_the_logits_leaves_no_place_unwritten(device, num_nan, monkeyp
     logits[:, :num_nan] = torch.nan
     token_ids = torch.arange(4, device=device)
     with monkeypatch.context() as patch:
-        patch.setattr(triton_sampling.torch, "empty", unwritten)
-        ids, _, _ = triton_sampling.top_logprobs(logits, token_ids, 5)
+        patch.setattr(triton_limits.torch, "empty", unwritten)
+        ids, _, _ = triton_limits.top_logprobs(logits, token_ids, 5)
     assert ((ids >= 0) & (ids < 60)).all()
     numbers = logits.nan_to_num(-torch.inf).topk(5).indices
     assert num_nan == 60 or torch.equal(ids[:, 1:], numbers)

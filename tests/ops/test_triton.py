@@ -366,6 +366,7 @@ def test_a_product_is_added(device, dtype, size, num_out, has_bias):
         assert rows == 0 or relative_error(total, exact) < tolerance(dtype)
 
 
+@interpreted
 def test_what_is_left_is_added_once():
     """A sum that is read, or added to, without a norm between."""
     total, weight = torch.zeros(20, 64).half(), torch.ones(64, 64).half()
