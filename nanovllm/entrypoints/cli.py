@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     batch = commands.add_parser("run-batch", help="answer a file of requests in OpenAI's format")
-    batch.add_argument("-i", "--input-file", type=Path, required=True, help="a request a line")
+    source = batch.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", type=Path, nargs="?", metavar="INPUT", help="a request a line")
+    source.add_argument("-i", "--input-file", type=Path, help="the same, by vLLM's name")
     batch.add_argument(
         "-o",
         "--output-file",
@@ -171,8 +173,8 @@ def run_batch_file(args: argparse.Namespace) -> int:
     from nanovllm.entrypoints.run_batch import BatchFileError, run_batch
 
     try:
-        names = args.served_model_name
-        done = run_batch(lambda: load(args), args.input_file, args.output_file, names)
+        source, names = args.file or args.input_file, args.served_model_name
+        done = run_batch(lambda: load(args), source, args.output_file, names)
     except (BatchFileError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(done, file=sys.stderr)

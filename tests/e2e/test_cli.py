@@ -114,6 +114,7 @@ def test_an_error_does_not_end_the_conversation(run, llm, capsys):
         (("generate", "--prompt", "a", "--top-p", "2"), "error: top_p must be in (0, 1]"),
         (("generate", "--prompt", "a", "--max-num-seqs", "0"), "error: max_num_seqs must be"),
         (("chat", "--chat-template", "missing"), "error: chat_template 'missing' is no file"),
+        (("run-batch", "missing.jsonl", "-o", "o"), "error: [Errno 2] No such file"),
         (("run-batch", "-i", "missing.jsonl", "-o", "o"), "error: [Errno 2] No such file"),
     ],
 )
@@ -152,6 +153,13 @@ def test_options_have_their_types(monkeypatch):
     }
     with pytest.raises(SystemExit):
         parse([*line.split(), "--hf-overrides", "{"])
+
+
+@pytest.mark.parametrize("files", [(), ("a", "-i", "b")], ids=str)
+def test_run_batch_takes_one_input_file(files, capsys):
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args(["run-batch", *files, "-o", "o", "--model", "m"])
+    assert "--input-file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_help_comes_without_torch():
