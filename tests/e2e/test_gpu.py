@@ -264,7 +264,8 @@ def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
         assert generate(llm, prompts, greedy()) == expected
 
 
-def test_full_batches_compile_nothing(tiny, monkeypatch):
+@pytest.mark.parametrize("options", [dict(), dict(max_num_seqs=4, dtype="bfloat16")], ids=str)
+def test_full_batches_compile_nothing(tiny, monkeypatch, options):
     from triton import knobs
 
     compiled = []
@@ -273,9 +274,10 @@ def test_full_batches_compile_nothing(tiny, monkeypatch):
         if not launch["is_manual_warmup"]:
             compiled.append(launch["repr"])
 
-    with load(tiny) as llm:
+    with load(tiny, **options) as llm:
         monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
-        generate(llm, [[5] * 40], greedy())
+        for num_tokens in (10, 40, 100):
+            generate(llm, [[5] * num_tokens], greedy())
         generate(llm, [[6] * 20] * 8, greedy())
         assert compiled == []
 
