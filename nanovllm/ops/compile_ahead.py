@@ -1,13 +1,17 @@
 """Compiles Triton kernels before their first launch, all of them at the same time.
 
 The worker has a step's launches noted while there are no weights yet. Compiling takes a second a
-kernel and more, most of it in LLVM and ptxas, which don't hold Python's lock: threads will do.
+kernel and more, most of it in LLVM and ptxas, which don't hold Python's lock: threads will do. Some
+versions of Triton also have a C compiler make a launcher for each signature, which takes as long as
+a small kernel.
 """
 
+import copy
 import logging
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +19,10 @@ from typing import Any
 
 import torch
 from triton import knobs
+from triton.runtime import driver
+
+from nanovllm.ops.kernel_configs import COPY_BLOCK
+from nanovllm.ops.triton_ops import copy_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +30,20 @@ _HOOK = threading.Lock()  # Triton has one for the whole process
 
 
 class KernelCompiler:
-    """Threads that compile for one GPU.
+    """Threads that compile for one GPU. Making it takes a second: what every launch needs, and the
+    kernel that the trial itself can't do without, as torch reads what it copies.
 
     Args:
         device: a GPU.
     """
 
     def __init__(self, device: torch.device):
+        self.noted: set[tuple[Any, str]] = set()
+        self.launchers: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.pool = ThreadPoolExecutor(
             os.cpu_count(), "nanovllm-compile", torch.cuda.set_device, (device,)
         )
-        self.noted: set[tuple[Any, str]] = set()
+        self.pool.submit(self._compile_copy).result()
 
     @contextmanager
     def instead_of_launches(self) -> Iterator[list[Future[None]]]:
@@ -53,7 +64,8 @@ class KernelCompiler:
             kernel, compile = launch["fn"].jit_function, launch["compile"]
             if (kernel, launch["key"]) not in self.noted:
                 self.noted.add((kernel, launch["key"]))
-                futures.append(self.pool.submit(_compile, kernel, compile["specialization_data"]))
+                data = compile["specialization_data"]
+                futures.append(self.pool.submit(self._compile, kernel, data))
             return True
 
         knobs.runtime.jit_cache_hook = hook
@@ -66,12 +78,28 @@ class KernelCompiler:
         """Take no more; what has been handed over is still compiled, unless it is cancelled."""
         self.pool.shutdown(wait=False, cancel_futures=cancel)
 
+    def _compile(self, kernel: Any, specialization_data: str) -> None:
+        start = time.perf_counter()
+        try:
+            # First a copy: launches find what the kernel itself has, and one without a launcher
+            # would have the worker wait for the C compiler.
+            unseen = copy.copy(kernel)
+            unseen.device_caches = defaultdict(unseen.create_binder)
+            self._make_launcher(unseen.preload(specialization_data))
+            kernel.preload(specialization_data)  # from the cache on the disk
+        except Exception:
+            # The launch compiles it once more, and its error says who wanted it.
+            logger.debug("%s is not compiled ahead", kernel.__name__, exc_info=True)
+        logger.debug("compiled %s in %.2f s", kernel.__name__, time.perf_counter() - start)
 
-def _compile(kernel: Any, specialization_data: str) -> None:
-    start = time.perf_counter()
-    try:
-        kernel.preload(specialization_data)
-    except Exception:
-        # The launch compiles it once more, and its error says who wanted it.
-        logger.debug("%s is not compiled ahead", kernel.__name__, exc_info=True)
-    logger.debug("compiled %s in %.2f s", kernel.__name__, time.perf_counter() - start)
+    def _compile_copy(self) -> None:
+        words = torch.int32, torch.int32, 1
+        try:
+            self._make_launcher(copy_kernel.warmup(*words, BLOCK=COPY_BLOCK, grid=(1,)))
+        except Exception:
+            logger.debug("copies are not compiled ahead", exc_info=True)
+
+    def _make_launcher(self, compiled: Any) -> None:
+        """It stays on the disk too, for all kernels of a signature: the first makes it."""
+        with self.launchers[str(compiled.src.signature)]:
+            driver.active.launcher_cls(compiled.src, compiled.metadata)

@@ -5,10 +5,9 @@ executor.py makes one. What it has made ready, model_runner.py runs steps on.
 
 import logging
 from collections.abc import Collection, Iterator
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from importlib import import_module
-from threading import Thread
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -40,6 +39,9 @@ from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
+
+if TYPE_CHECKING:
+    from nanovllm.ops.compile_ahead import KernelCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class Worker:
         check_model_len(config.max_model_len, model_config.max_position_embeddings)
         laps = Laps()
         if self.is_gpu:  # while the driver starts
-            Thread(target=import_module, args=("triton",)).start()
+            self.compiler = ThreadPoolExecutor(1).submit(_make_compiler, device)
         self.memory = GPUMemory(device, config.gpu_memory_utilization) if self.is_gpu else None
         # A model without memory is cheap; this one is only asked how large its weights are.
         self.weight_bytes = weight_bytes(build_model(model_config, 1, self.dtype), device)
@@ -253,9 +255,7 @@ class Worker:
         if not self.is_gpu:
             yield
             return
-        from nanovllm.ops.compile_ahead import KernelCompiler
-
-        compiler = KernelCompiler(self.device)
+        compiler = self.compiler.result()
         try:
             kv, inputs = self._make_trial_cache()
             runner = ModelRunner(model, kv.first_layer, inputs, self.sampler)
@@ -304,3 +304,9 @@ class Worker:
             self.model_config.max_position_embeddings,
             **({"remedy": "gpu_memory_utilization"} if by_share else {}),
         )
+
+
+def _make_compiler(device: torch.device) -> "KernelCompiler":
+    from nanovllm.ops.compile_ahead import KernelCompiler
+
+    return KernelCompiler(device)

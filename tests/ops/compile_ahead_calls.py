@@ -1,8 +1,9 @@
-"""Launch kernels with a driver that has no GPU, first for a KernelCompiler, then again; prints
-which were not compiled by then."""
+"""Launch kernels with a driver that has no GPU, for a KernelCompiler until all are compiled, then
+again. Prints what was launched before its launcher was made, and what was not compiled by then."""
 
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -15,6 +16,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from nanovllm.ops import triton_linear, triton_ops, triton_sampling  # noqa: E402
 from nanovllm.ops.compile_ahead import KernelCompiler  # noqa: E402
 
+launchers, early = [], set()
+
 
 class Driver:
     def get_current_device(self):
@@ -26,6 +29,17 @@ class Driver:
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
+    def launcher_cls(self, source, metadata):
+        """Takes its time if it is the first."""
+        if source.signature not in launchers:
+            time.sleep(0.3)
+        launchers.append(source.signature)
+
+
+def run(kernel, *_):
+    if kernel.src.signature not in launchers:
+        early.add(kernel.name)
+
 
 def launch():
     x, weight = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
@@ -36,13 +50,20 @@ def launch():
     triton_sampling.sample(torch.zeros(2, 200), torch.ones(2), torch.zeros(2, 2).long())
 
 
+# A kernel that is there would be launched, which this driver can't.
+Kernel = triton.compiler.CompiledKernel
+Kernel.run, Kernel.launch_metadata = run, lambda *_: None
+Kernel._init_handles = lambda self: setattr(self, "run", lambda *_: None)
 triton.runtime.driver.set_active(Driver())
 torch.cuda.set_device = lambda device: None
 compiler = KernelCompiler(torch.device("cuda", 0))
+triton_ops.copy(*torch.zeros(2, 16))
 with compiler.instead_of_launches() as compiling:
     launch()
+    while not all(future.done() for future in compiling):
+        launch()
 compiler.close(cancel=False)
-assert [future.result(timeout=300) for future in compiling] == [None] * 5
+assert [future.result() for future in compiling] == [None] * 5
 again = []
 
 
@@ -51,10 +72,8 @@ def note(fn, **_):
     return True
 
 
-# A kernel that is there would be launched, which this driver can't.
-Kernel = triton.compiler.CompiledKernel
-Kernel.run = Kernel.launch_metadata = lambda *_: None
-Kernel._init_handles = lambda self: setattr(self, "run", lambda *_: None)
 triton.knobs.runtime.jit_cache_hook = note
 launch()
+triton_ops.copy(*torch.zeros(2, 16))
+print(sorted(early))
 print(again)
