@@ -3,7 +3,8 @@ anything runs."""
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -210,4 +211,6 @@ def _copy(params: SamplingParams) -> SamplingParams:
     """The caller may go on changing its own; what it set after construction is checked here."""
     if not isinstance(params, SamplingParams):
         raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
-    return replace(params)  # which constructs it anew
+    copied = copy(params)
+    copied.__post_init__()
+    return copied

@@ -5,6 +5,7 @@ have is prompts.py's business, the text the detokenizer's.
 """
 
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from copy import copy
@@ -103,7 +104,7 @@ class Requests:
             samples = [
                 Sequence(
                     own_id,
-                    prompt.token_ids,
+                    prompt.token_ids[:] if index else prompt.token_ids,
                     others if index else p,
                     seed=_sequence_seed(p.seed, self.seed, number, index),
                     max_model_len=self.max_model_len,
@@ -125,7 +126,7 @@ class Requests:
             seqs.append(
                 Sequence(
                     _free_id(engine, self.num_made),
-                    token_ids[:-1],
+                    array("I", token_ids[:-1]),
                     scoring.PARAMS,
                     seed=0,
                     max_model_len=self.max_model_len + 1,
@@ -185,7 +186,7 @@ class Requests:
         return RequestOutput(
             request_id=seq.request_id,
             prompt=seq.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens].tolist(),
+            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
             prompt_logprobs=prompt_logprobs,
             outputs=[self._completion(engine, sample, delta) for sample in samples],
             finished=finished,

@@ -8,7 +8,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
@@ -230,20 +230,10 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:  # as in vLLM
                 setattr(self, name, 1)
-        for name, (kind, is_fine, wanted) in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
-                continue
-            value = _as_number(name, value, kind)
-            if not is_fine(value):
-                raise ValueError(f"{name} must {wanted}, got {value}")
-            setattr(self, name, value)
-        for name, (types, wanted) in _TYPES.items():
-            if not isinstance(getattr(self, name), types):
-                raise TypeError(f"{name} must be {wanted}, got {getattr(self, name)!r:.80}")
-        for name in UNSUPPORTED:
-            if getattr(self, name) != getattr(SamplingParams, name):  # the default
-                raise ValueError(f"{name} is not supported: leave it out")
+        # Thousands may be made before a batch starts, and nearly all values are the defaults.
+        for name, value in vars(self).items():
+            if value is not _DEFAULTS.get(name, value):
+                setattr(self, name, _checked(name, value))
         if self.seed == -1:  # as in vLLM
             self.seed = None
         if self.n > 1 and self.is_greedy:
@@ -363,6 +353,25 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+
+_DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.init}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value of SamplingParams by itself, numbers as Python's own."""
+    if name in UNSUPPORTED and value != _DEFAULTS[name]:
+        raise ValueError(f"{name} is not supported: leave it out")
+    if name in _TYPES:
+        types, wanted = _TYPES[name]
+        if not isinstance(value, types):
+            raise TypeError(f"{name} must be {wanted}, got {value!r:.80}")
+    if name in _NUMBERS and not (value is None and name in _MAY_BE_NONE):
+        kind, is_fine, wanted = _NUMBERS[name]
+        value = _as_number(name, value, kind)
+        if not is_fine(value):
+            raise ValueError(f"{name} must {wanted}, got {value}")
+    return value
 
 
 @dataclass

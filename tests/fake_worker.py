@@ -6,6 +6,7 @@ context as read through the row's block table, so a page that is mixed up, share
 early is noticed at once or changes the tokens. `expected_tokens` says what they must be.
 """
 
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
@@ -322,7 +323,7 @@ def make_sequence(
     params = {"ignore_eos": True, **params}
     return Sequence(
         request_id,
-        prompt,
+        array("I", prompt),
         SamplingParams(**params),
         seed=seed,
         max_model_len=max_model_len,

@@ -12,6 +12,7 @@ least; "with ends" is the worker's where a list serves one step, as when sequenc
 
 import sys
 import time
+from array import array
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
     )
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=NUM_STEPS + 64)
     for i in range(num_seqs):
-        prompt = [(i * 7919 + j) % 1000 for j in range(100 + i % BLOCK_SIZE)]
+        prompt = array("I", [(i * 7919 + j) % 1000 for j in range(100 + i % BLOCK_SIZE)])
         engine.add(Sequence(str(i), prompt, params, seed=i, max_model_len=4096))
     for _ in range(20):
         engine.step()

@@ -63,15 +63,13 @@ class BlockManager:
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def num_held(self, blocks: "array[int]") -> int:
-        """How many of these pages sequences hold."""
-        return int(np.count_nonzero(self.ref_counts[np.array(blocks)])) if blocks else 0
-
-    def owners_of(self, blocks: "array[int]") -> list[Sequence]:
-        """The owner of each of these pages that has one."""
+    def holders(self, blocks: "array[int]") -> tuple[int, list[Sequence]]:
+        """How many of these pages sequences hold, and the owner of each that has one."""
         pages = np.array(blocks)
-        held_once = pages[self.ref_counts[pages] == 1].tolist()
-        return [owner for block in held_once if (owner := self.owners[block])]
+        counts = self.ref_counts[pages]
+        held_once = pages[counts == 1].tolist()
+        owners = [owner for block in held_once if (owner := self.owners[block])]
+        return int(np.count_nonzero(counts)), owners
 
     def allocate(self, seq: Sequence, hits: "array[int]") -> None:
         """Give a sequence the pages for all its known tokens. As many must be free.
@@ -82,11 +80,11 @@ class BlockManager:
         if hits:
             pages = np.array(hits)
             counts = self.ref_counts[pages]
-            for block in pages[counts == 0].tolist():
-                self.owners[block] = seq
-                del self.free_blocks[block]
-            for block in pages[counts == 1].tolist():
-                self.owners[block] = None
+            for block in pages[counts < 2].tolist():
+                is_free = block in self.free_blocks
+                self.owners[block] = seq if is_free else None
+                if is_free:
+                    del self.free_blocks[block]
             self.ref_counts[pages] = counts + 1
         seq.block_table = hits[:]
         for _ in range(self.num_pages(len(seq.token_ids)) - len(hits)):
@@ -109,8 +107,8 @@ class BlockManager:
         num_full = min(num_computed, len(seq.token_ids)) // self.block_size
         while seq.num_registered < num_full:
             block = seq.block_table[seq.num_registered]
-            key = self._hash(seq, seq.num_registered)
-            content = (key, seq.cached_parent, self._tokens(seq, seq.num_registered))
+            key, tokens = self._page(seq, seq.num_registered)
+            content = (key, seq.cached_parent, tokens)
             holder = self.cached.get(key)
             if holder is None or self.contents[holder] != content:
                 if holder is not None:  # a collision, or its parent is gone: the newest stays
@@ -164,26 +162,23 @@ class BlockManager:
         hits = last.hits[: num_equal if last.num_forgotten == self.num_forgotten else 0]
         parent = self.serials[hits[-1]] if hits else 0
         for i in range(len(hits), len(seq.token_ids) // self.block_size):
-            key = self._hash(seq, i)
+            key, page_tokens = self._page(seq, i)
             block = self.cached.get(key)
-            if block is None or self.contents[block] != (key, parent, self._tokens(seq, i)):
+            if block is None or self.contents[block] != (key, parent, page_tokens):
                 break
             hits.append(block)
             parent = self.serials[block]
         self.last_lookup = Lookup(tokens, seq.block_hashes, hits, self.num_forgotten)
         return hits
 
-    def _hash(self, seq: Sequence, index: int) -> int:
-        """The chained hash of a full page."""
-        hashes = seq.block_hashes
-        while len(hashes) <= index:
-            tokens = self._tokens(seq, len(hashes))
-            hashes.append(xxh3_64_intdigest(tokens, seed=hashes[-1] if hashes else 0))
-        return hashes[index]
-
-    def _tokens(self, seq: Sequence, index: int) -> bytes:
-        start = index * self.block_size
-        return seq.token_ids[start : start + self.block_size].tobytes()
+    def _page(self, seq: Sequence, index: int) -> tuple[int, bytes]:
+        """The chained hash of a full page, and its tokens."""
+        hashes, size = seq.block_hashes, self.block_size
+        for i in range(min(len(hashes), index), index + 1):
+            tokens = seq.token_ids[i * size : (i + 1) * size].tobytes()
+            if i == len(hashes):
+                hashes.append(xxh3_64_intdigest(tokens, seed=hashes[-1] if hashes else 0))
+        return hashes[index], tokens
 
 
 def _num_equal(a: bytes, b: bytes) -> int:
@@ -191,4 +186,5 @@ def _num_equal(a: bytes, b: bytes) -> int:
     a_tokens, b_tokens = np.frombuffer(a, np.uint32), np.frombuffer(b, np.uint32)
     n = min(len(a_tokens), len(b_tokens))
     differ = a_tokens[:n] != b_tokens[:n]
-    return int(differ.argmax()) if differ.any() else n
+    first = int(differ.argmax()) if n else 0
+    return first if n and differ[first] else n

@@ -228,12 +228,12 @@ class Scheduler:
         hits = array("i") if seq.params.skip_reading_prefix_cache else pages.find_prefix(seq)
         if seq.scores is not None:
             hits = hits[: seq.num_cacheable // pages.block_size]
-        num_shared = pages.num_held(hits)
-        if not self._has_pages(seq, hits, num_shared, budget):
+        num_shared, owners = pages.holders(hits)
+        num_left = len(seq.token_ids) - len(hits) * pages.block_size - budget
+        if not self._has_pages(seq, num_shared, owners, num_left):
             return False
-        if num_shared:
-            for owner in pages.owners_of(hits):
-                self.num_shared[owner.row] += 1
+        for owner in owners:
+            self.num_shared[owner.row] += 1
         pages.allocate(seq, hits)
         self.waiting.popleft()
         self.running[seq] = None
@@ -269,9 +269,17 @@ class Scheduler:
         )
         return True
 
-    def _has_pages(self, seq: Sequence, hits: "array[int]", num_shared: int, budget: int) -> bool:
+    def _has_pages(
+        self, seq: Sequence, num_shared: int, owners: list[Sequence], num_left: int
+    ) -> bool:
         """Whether a waiting sequence can run beside those that do, and nobody need be preempted
-        until they end, as far as that can be known (docs/decisions/0010)."""
+        until they end, as far as that can be known (docs/decisions/0010).
+
+        Args:
+            num_shared: pages that others hold.
+            owners: of those that have one.
+            num_left: tokens of its prompt that later steps compute.
+        """
         pages = self.block_manager
         num_new = pages.num_pages(len(seq.token_ids)) - num_shared
         if num_new > pages.num_free:
@@ -280,7 +288,7 @@ class Scheduler:
             return True  # even if nobody gives any back
         rows = np.flatnonzero(self.max_len)
         num_owned = -(-self.num_computed[rows] // pages.block_size) - self.num_shared[rows]
-        for owner in pages.owners_of(hits):
+        for owner in owners:
             num_owned[rows == owner.row] -= 1
         # Pages without an owner stay for those who share them.
         num_staying = pages.num_blocks - pages.num_free - int(num_owned.sum())
@@ -294,7 +302,6 @@ class Scheduler:
             int(self.mean_output),
         )
         # While its prompt is computed in chunks, the others go on.
-        num_left = len(seq.token_ids) - len(hits) * pages.block_size - budget
         num_steps[-1] += -(-max(num_left, 0) // (self.max_num_batched_tokens - len(rows)))
         peak = peak_pages(num_tokens, num_steps, np.append(num_owned, num_new), pages.block_size)
         return num_staying + peak <= pages.num_blocks or not self.running

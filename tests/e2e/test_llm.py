@@ -3,12 +3,14 @@
 import gc
 import json
 import logging
+import pickle
 import re
 import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import pairwise
 from random import Random
 
@@ -94,7 +96,9 @@ def test_outputs_come_in_the_order_of_the_prompts(llm):
 def test_an_output_has_vllms_fields_and_nano_vllms_keys(llm, ids):
     [out] = llm.generate(TEXT, greedy(), use_tqdm=False)
     assert isinstance(out, RequestOutput) and isinstance(out.request_id, str)
+    assert pickle.loads(pickle.dumps(out)) == out  # before its prompt's tokens are read
     assert (out.prompt, out.prompt_token_ids, out.prompt_logprobs) == (TEXT, ids, None)
+    assert asdict(out)["prompt_token_ids"] is not out.prompt_token_ids is out.prompt_token_ids
     assert out.finished and isinstance(out.num_cached_tokens, int)
     times = out.metrics
     assert times.arrival_time <= times.first_token_time <= times.finished_time

@@ -108,9 +108,9 @@ def test_hits_that_nobody_holds_are_free_pages():
     free = list(manager.free_blocks)
     seq = make_sequence([1, 2, 3, 4, 5])
     hits = manager.find_prefix(seq)  # and finding them changes nothing
-    assert (len(hits), manager.num_held(hits), list(manager.free_blocks)) == (2, 0, free)
+    assert (len(hits), manager.holders(hits)[0], list(manager.free_blocks)) == (2, 0, free)
     assert allocate(manager, seq) == 4
-    assert (manager.num_held(hits), manager.num_free) == (2, 0)
+    assert (manager.holders(hits)[0], manager.num_free) == (2, 0)
 
 
 def test_hits_that_others_hold_take_no_free_page():
