@@ -241,6 +241,13 @@ def test_what_is_not_supported_is_refused():
         SamplingParams(skip_reading_prefix_cache=1)
 
 
+def test_lists_are_there_to_be_added_to():
+    params = SamplingParams()
+    assert (params.stop, params.stop_token_ids, params.bad_words) == ([], [], [])
+    params.stop_token_ids.append(7)
+    assert SamplingParams() == SamplingParams(stop_token_ids=None, bad_words=None) != params
+
+
 def test_params_from_json():
     params = SamplingParams.from_optional(temperature=None, max_tokens=None, top_k=None,
                                           logit_bias={"5": 200, "6": -1000})  # fmt: skip
