@@ -103,11 +103,16 @@ def _content(prompt: Any, name: str, vocab_size: int) -> str | TokenizedPrompt:
     prompt = plain(prompt)
     if not isinstance(prompt, str):
         return TokenizedPrompt(_token_ids(prompt, name, vocab_size))
+    check_unicode(prompt, name)
+    return prompt
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Tokenizers would not say which text it was. Raises ValueError for half a surrogate pair."""
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not valid Unicode: {error}") from None
-    return prompt
 
 
 def _token_ids(value: Any, name: str, vocab_size: int) -> "array[int]":
@@ -194,6 +199,7 @@ def _bad_words_token_ids(words: list[str], tokenizer: Any, vocab_size: int) -> l
     another first one, in the middle of it; as in vLLM."""
     result = []
     for word in words:
+        check_unicode(word, f"bad_words: {word!r}")
         plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
         spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         if not plain:
