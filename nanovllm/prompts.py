@@ -5,11 +5,27 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
+
+
+class TextPrompt(TypedDict):
+    """A text as a prompt; vLLM's name for such a dictionary, as the next one's."""
+
+    prompt: str
+
+
+class _MayHaveText(TypedDict, total=False):
+    prompt: str
+
+
+class TokensPrompt(_MayHaveText):
+    """Token ids as a prompt, and their text if it is known."""
+
+    prompt_token_ids: list[int]
 
 
 @dataclass(frozen=True)
