@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
+    from nanovllm.prompts import TextPrompt, TokensPrompt
     from nanovllm.sampling_params import (
         BeamSearchParams,
         RequestOutputKind,
@@ -28,6 +29,8 @@ _MODULES = {
     "RequestOutputKind": "nanovllm.sampling_params",
     "SamplingParams": "nanovllm.sampling_params",
     "StructuredOutputsParams": "nanovllm.sampling_params",
+    "TextPrompt": "nanovllm.prompts",
+    "TokensPrompt": "nanovllm.prompts",
 }
 __all__ = [
     "LLM",
@@ -42,6 +45,8 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 __version__ = "0.1.0"
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanovllm import prompts
+
 
 def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A prompt for each conversation: its text, and that text's tokens.
@@ -24,8 +26,15 @@ def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[di
             "continue_final_message=True goes on with the last message, add_generation_prompt=True "
             "(the default) begins a new one: set add_generation_prompt=False"
         )
-    if not options["chat_template"] and not tokenizer.chat_template:
+    given, own = options["chat_template"], tokenizer.chat_template
+    if not given and not own:
         raise ValueError("the tokenizer has no chat template: give one as chat_template=")
+    # Rendered, a text without any would be the prompt, whatever the messages are.
+    if given and "{" not in str(given) and not (isinstance(own, dict) and given in own):
+        raise ValueError(
+            f"chat_template {given!r:.80} is no Jinja template, nor the name of one of the "
+            f"tokenizer's: that has {{{{ or {{% in it; a file's name is the constructor's to read"
+        )
     if not _is_list(messages):
         raise TypeError(f"messages must be a list of messages or of those, got {messages!r:.80}")
     if messages and not _is_list(messages[0]):
@@ -38,6 +47,7 @@ def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[di
         # A template is a program of the checkpoint's: what it raises depends on what it does.
         except Exception as error:
             raise ValueError(f"the chat template refuses conversation {i}: {error}") from error
+        prompts.check_unicode(text, f"conversation {i}")
         texts.append(text)
     # The template has written the special tokens.
     tokenized = tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {}

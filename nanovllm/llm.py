@@ -7,7 +7,7 @@ shared_engine.py has the engine, which threads share.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from nanovllm.worker.worker import PARTS
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[int] | dict[str, Any]
+Prompt = str | list[int] | Mapping[str, Any]  # TextPrompt or TokensPrompt
 Prompts = Prompt | SequenceOf[Prompt]
 Message = dict[str, Any]
 Conversations = SequenceOf[Message] | SequenceOf[SequenceOf[Message]]

@@ -6,11 +6,27 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
+
+
+class TextPrompt(TypedDict):
+    """A text as a prompt; vLLM's name for such a dictionary, as the next one's."""
+
+    prompt: str
+
+
+class _MayHaveText(TypedDict, total=False):
+    prompt: str
+
+
+class TokensPrompt(_MayHaveText):
+    """Token ids as a prompt, and their text if it is known."""
+
+    prompt_token_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -104,11 +120,16 @@ def _content(prompt: Any, name: str, vocab_size: int) -> str | TokenizedPrompt:
     prompt = plain(prompt)
     if not isinstance(prompt, str):
         return TokenizedPrompt(_token_ids(prompt, name, vocab_size))
+    check_unicode(prompt, name)
+    return prompt
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Tokenizers would not say which text it was. Raises ValueError for half a surrogate pair."""
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not valid Unicode: {error}") from None
-    return prompt
 
 
 def _token_ids(value: Any, name: str, vocab_size: int) -> "array[int]":
@@ -195,6 +216,7 @@ def _bad_words_token_ids(words: list[str], tokenizer: Any, vocab_size: int) -> l
     another first one, in the middle of it; as in vLLM."""
     result = []
     for word in words:
+        check_unicode(word, f"bad_words: {word!r}")
         plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
         spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         if not plain:

@@ -270,8 +270,9 @@ class SamplingParams:
         return copy.deepcopy(self)
 
     def _check_token_ids(self) -> None:
-        if self.stop_token_ids is not None:
-            self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
+        # A list, also where none was given, as in vLLM; so are stop and bad_words.
+        ids = [] if self.stop_token_ids is None else self.stop_token_ids
+        self.stop_token_ids = _as_token_ids("stop_token_ids", ids)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise TypeError(
@@ -289,7 +290,6 @@ class SamplingParams:
             self.allowed_token_ids = ids
 
     def _check_texts(self) -> None:
-        # A list, as in vLLM.
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         stop = [] if stop is None else stop
         if not isinstance(stop, (list, tuple)) or any(not isinstance(s, str) for s in stop):
@@ -299,13 +299,12 @@ class SamplingParams:
         if stop and not self.detokenize:
             raise ValueError("stop is searched for in the text: it needs detokenize=True")
         self.stop = list(stop)
-        if self.bad_words is not None:
-            words = self.bad_words
-            if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
-                raise TypeError(f"bad_words must be a list of strings, got {words!r:.80}")
-            if not all(words):
-                raise ValueError(f"bad_words must not have an empty string, got {words!r:.80}")
-            self.bad_words = list(dict.fromkeys(words))
+        words = [] if self.bad_words is None else self.bad_words
+        if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
+            raise TypeError(f"bad_words must be a list of strings, got {words!r:.80}")
+        if not all(words):
+            raise ValueError(f"bad_words must not have an empty string, got {words!r:.80}")
+        self.bad_words = list(dict.fromkeys(words))
 
     def _check_constraints(self) -> None:
         if self.logits_processors is not None:

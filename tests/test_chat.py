@@ -95,6 +95,7 @@ CONTENT = "message 0 of conversation 0: content must be a text, or a list of tex
         ([message(None, tool_calls=["f"])], ValueError, "has a broken tool call 'f'"),
         ([[message()], [message(role="nobody")]], ValueError,
          "the chat template refuses conversation 1: 'no such role'"),
+        ([[message()], [message("\ud800")]], ValueError, "conversation 1 is not valid Unicode"),
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_is_named(messages, error, text):
@@ -113,4 +114,12 @@ def test_a_template_is_needed():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template: give one as chat_template="):
         chat.render([message()], tokenizer, OPTIONS)
-    assert chat.render([message()], tokenizer, OPTIONS | {"chat_template": "x"})
+    assert chat.render([message()], tokenizer, OPTIONS | {"chat_template": "{{ x }}"})
+
+
+def test_a_template_that_would_ignore_the_messages_is_refused():
+    tokenizer = Tokenizer()
+    with pytest.raises(ValueError, match=r"chat_template 'chatml.jinja' is no Jinja template"):
+        chat.render([message()], tokenizer, OPTIONS | {"chat_template": "chatml.jinja"})
+    tokenizer.chat_template = {"default": "{{ a }}", "tool_use": "{{ b }}"}  # transformers takes it
+    assert chat.render([message()], tokenizer, OPTIONS | {"chat_template": "tool_use"})

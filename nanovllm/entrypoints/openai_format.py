@@ -128,7 +128,9 @@ def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
         del left["tool_choice"]
     options = {name: left.pop(name) for name in TEMPLATE & left.keys()}
     values = {name: left.pop(name) for name in TEMPLATE_VALUES & left.keys()}
-    values |= left.pop("chat_template_kwargs", {})
+    if not isinstance(kwargs := left.pop("chat_template_kwargs", {}), dict):
+        raise TypeError(f"chat_template_kwargs must be a JSON object, got {kwargs!r:.80}")
+    values |= kwargs
     return llm.render_chat(messages, chat_template_kwargs=values, **options)
 
 
@@ -149,8 +151,9 @@ def _structured_outputs(left: dict[str, Any]) -> Any:
     """Of response_format and vLLM's structured_outputs; None: any text will do."""
     form, values = left.pop("response_format", None), left.pop("structured_outputs", None)
     form = {"type": "text"} if form is None else form
-    if not isinstance(form, dict):
-        raise TypeError(f"response_format must be a JSON object, got {form!r:.80}")
+    for name, value in (("response_format", form), ("structured_outputs", values)):
+        if not isinstance(value, dict | None):
+            raise TypeError(f"{name} must be a JSON object, got {value!r:.80}")
     kind = form.get("type")
     if kind == "json_object":
         values = {**(values or {}), "json_object": True}

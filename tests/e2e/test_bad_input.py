@@ -155,6 +155,7 @@ def changed(**values):
         ([GREEDY, changed(temperature=float("nan"))], ValueError, "temperature must be in [0, 2]"),
         ([GREEDY, changed(min_tokens=99)], ValueError, "min_tokens must be at most max_tokens=16"),
         (changed(seed=2**64), ValueError, "seed must fit in 64 bits"),
+        (changed(bad_words=["a", "\ud800"]), ValueError, r"bad_words: '\ud800' is not valid"),
     ],
 )
 def test_bad_parameters_are_refused_and_nothing_runs(unharmed, params, error, message):

@@ -239,6 +239,9 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         (line("form", response_format="json"), "response_format must be a JSON object"),
         (line("form 2", response_format={"type": "xml"}), "response_format {'type': 'xml'} is not"),
         (line("form 3", response_format={"type": "json_schema"}), "response_format has no json_s"),
+        (line("grammar", structured_outputs=5), "structured_outputs must be a JSON object, got 5"),
+        (line("template", CHAT, messages=WHO, chat_template_kwargs=[5]),
+         "chat_template_kwargs must be a JSON object, got [5]"),
         (line("thought", thinking_token_budget=5), "not supported: thinking_token_budget"),
     ]  # fmt: skip
     records = run([line("good 0"), *(entry for entry, _ in bad), line("good 1")])

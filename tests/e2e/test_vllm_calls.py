@@ -10,7 +10,14 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams
+from nanovllm import (
+    LLM,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    TextPrompt,
+    TokensPrompt,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,6 +246,25 @@ def test_what_is_not_supported_is_refused():
     assert SamplingParams(extra_args=None, routed_experts_prompt_start=0) == SamplingParams()
     with pytest.raises(TypeError, match="skip_reading_prefix_cache must be a bool, got 1"):
         SamplingParams(skip_reading_prefix_cache=1)
+
+
+def test_prompts_have_vllms_types(llm):
+    ids = llm.get_tokenizer().encode(TEXT)
+    given: list[TextPrompt | TokensPrompt] = [
+        TextPrompt(prompt=TEXT),
+        TokensPrompt(prompt_token_ids=ids),
+        TokensPrompt(prompt_token_ids=ids, prompt="its text"),
+    ]
+    outputs = llm.generate(given, greedy(), use_tqdm=False)
+    assert [o.prompt for o in outputs] == [TEXT, None, "its text"]
+    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids == ids
+
+
+def test_lists_are_there_to_be_added_to():
+    params = SamplingParams()
+    assert (params.stop, params.stop_token_ids, params.bad_words) == ([], [], [])
+    params.stop_token_ids.append(7)
+    assert SamplingParams() == SamplingParams(stop_token_ids=None, bad_words=None) != params
 
 
 def test_params_from_json():
