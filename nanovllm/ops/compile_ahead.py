@@ -21,13 +21,17 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from nanovllm.ops.kernel_configs import COPY_BLOCK
+from nanovllm.ops.triton_ops import copy_kernel
+
 logger = logging.getLogger(__name__)
 
 _HOOK = threading.Lock()  # Triton has one for the whole process
 
 
 class KernelCompiler:
-    """Threads that compile for one GPU. To make it takes as long as Triton takes to get ready.
+    """Threads that compile for one GPU. Making it takes a second: what every launch needs, and the
+    kernel that the trial itself can't do without, as torch reads what it copies.
 
     Args:
         device: a GPU.
@@ -39,7 +43,7 @@ class KernelCompiler:
         self.pool = ThreadPoolExecutor(
             os.cpu_count(), "nanovllm-compile", torch.cuda.set_device, (device,)
         )
-        self.driver = driver.active  # asked for the first time, Triton has C compiled
+        self.pool.submit(self._compile_copy).result()
 
     @contextmanager
     def instead_of_launches(self) -> Iterator[list[Future[None]]]:
@@ -88,7 +92,14 @@ class KernelCompiler:
             logger.debug("%s is not compiled ahead", kernel.__name__, exc_info=True)
         logger.debug("compiled %s in %.2f s", kernel.__name__, time.perf_counter() - start)
 
+    def _compile_copy(self) -> None:
+        words = torch.int32, torch.int32, 1
+        try:
+            self._make_launcher(copy_kernel.warmup(*words, BLOCK=COPY_BLOCK, grid=(1,)))
+        except Exception:
+            logger.debug("copies are not compiled ahead", exc_info=True)
+
     def _make_launcher(self, compiled: Any) -> None:
         """It stays on the disk too, for all kernels of a signature: the first makes it."""
         with self.launchers[str(compiled.src.signature)]:
-            self.driver.launcher_cls(compiled.src, compiled.metadata)
+            driver.active.launcher_cls(compiled.src, compiled.metadata)
