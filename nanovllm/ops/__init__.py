@@ -21,6 +21,7 @@ __all__ = [
     "add_linear",
     "attention",
     "begin_decode",
+    "copy_pinned",
     "default_block_size",
     "keep_sampled",
     "linear",
@@ -84,6 +85,13 @@ def begin_decode(*args: Any) -> None:
     from nanovllm.ops import triton_rows
 
     triton_rows.begin_decode(*args)
+
+
+def copy_pinned(out: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between a GPU and page-locked memory, without waiting; a multiple of four bytes."""
+    from nanovllm.ops import triton_ops
+
+    triton_ops.copy(out, source)
 
 
 def default_block_size(attention_backend: str | None) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
-from nanovllm.ops.kernel_configs import HEADS_PER_PROGRAM, SILU_BLOCK
+from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK
 
 # In Triton 3.4 the functions are there, but do not compile.
 TRITON_HAS_PDL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
@@ -28,6 +28,21 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
     return {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def copy_kernel(out, source, num_words, BLOCK: tl.constexpr):
+    words = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + words, tl.load(source + words, mask=words < num_words), mask=words < num_words)
+
+
+def copy(out: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between a GPU and page-locked memory, of a multiple of four bytes; nobody waits for it.
+    A copy engine would not wait either, but be waited for by the kernels around it."""
+    words = out.view(torch.int32), source.view(torch.int32)
+    num_words = len(words[0])
+    if num_words:
+        copy_kernel[(triton.cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

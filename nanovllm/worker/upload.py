@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from nanovllm import ops
+
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are aligned so
 RING = 16  # turns until page-locked memory is used again: more than two steps take
 ROOM = 2**20  # bytes of a buffer at first: growing takes long, and may wait for the device
@@ -54,7 +56,7 @@ class Uploader:
         host = self.buffers[self.turn][:size]
         pack(arrays, offsets, host.numpy())
         try:
-            out.copy_(host, non_blocking=True)
+            ops.copy_pinned(out, host)
         finally:  # after an interrupt too: it may have been launched
             self.read[self.turn].record()
 

@@ -91,6 +91,7 @@ def record_launches() -> dict[str, tuple]:
         triton_ops.summed(Residual(x, torch.zeros(3, 2, 4096)))
         label = str(dtype)
         triton_ops.silu_and_mul(x)
+        triton_ops.copy(x[0], x[1])
         weight = torch.zeros(64, 4096, dtype=dtype)
         for rows in (1, 4):
             few = torch.zeros(rows, 4096, dtype=dtype)

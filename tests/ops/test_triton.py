@@ -273,6 +273,21 @@ def test_norms_and_silu(device, dtype, shape):
     assert relative_error(out, gate * gate.sigmoid() * up) < tolerance(dtype)
 
 
+# Copies
+
+
+@on_gpu
+@pytest.mark.parametrize("num_bytes", [4, 400, 16 * 1001])
+def test_copies_of_pinned_memory(num_bytes):
+    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8).pin_memory()
+    on_gpu = torch.zeros(num_bytes, dtype=torch.uint8, device=CUDA)
+    back = torch.zeros(num_bytes, dtype=torch.uint8).pin_memory()
+    triton_ops.copy(on_gpu, source)
+    triton_ops.copy(back, on_gpu)
+    torch.cuda.synchronize()
+    assert torch.equal(back, source)
+
+
 # Products
 
 
