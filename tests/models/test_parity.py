@@ -1,5 +1,5 @@
-"""Every family against transformers on the same weights, in float32: logits within 1e-4, and the
-same greedy tokens."""
+"""Every family against transformers on the same weights: logits as near to those of float64 as
+transformers' own float32 comes, and the same greedy tokens."""
 
 import random
 from pathlib import Path
@@ -57,6 +57,14 @@ def random_prompts(num, vocab, low=1, high=60, seed=0):
     return [[rng.randrange(vocab) for _ in range(rng.randint(low, high))] for _ in range(num)]
 
 
+def assert_logits_as_near(logits, folder, token_ids):
+    """Some random models magnify rounding: how much, transformers shows."""
+    theirs = oracle_logits(load_oracle(folder), token_ids)
+    exact = oracle_logits(load_oracle(folder).double(), token_ids)
+    allowed = 1e-5 + 2 * (theirs - exact).abs().max().item()
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=allowed)
+
+
 def assert_greedy_equal(llm, oracle, prompts, num_tokens=12):
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -71,12 +79,7 @@ def test_family_equals_transformers(tmp_path, case):
     prompts = random_prompts(4, 128)
     token_ids = random_prompts(1, 128, 90, 100)[0]
     for chunk in (100, 7):
-        torch.testing.assert_close(
-            engine_logits(llm, token_ids, chunk),
-            oracle_logits(oracle, token_ids),
-            rtol=0,
-            atol=1e-4,
-        )
+        assert_logits_as_near(engine_logits(llm, token_ids, chunk), folder, token_ids)
     assert_greedy_equal(llm, oracle, prompts)
 
 
@@ -84,12 +87,7 @@ def test_the_model_in_the_box_equals_transformers():
     token_ids = random_prompts(1, 2560, 150, 150)[0]
     with small_llm(TINY) as llm:
         for chunk in (150, 64):
-            torch.testing.assert_close(
-                engine_logits(llm, token_ids, chunk),
-                oracle_logits(load_oracle(TINY), token_ids),
-                rtol=0,
-                atol=1e-4,
-            )
+            assert_logits_as_near(engine_logits(llm, token_ids, chunk), TINY, token_ids)
 
 
 def test_rope_in_the_form_of_older_configs(tmp_path):
