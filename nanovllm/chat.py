@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanovllm import prompts
+from nanovllm.prompts import check_unicode
 
 
 def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[di
         # A template is a program of the checkpoint's: what it raises depends on what it does.
         except Exception as error:
             raise ValueError(f"the chat template refuses conversation {i}: {error}") from error
-        prompts.check_unicode(text, f"conversation {i}")
+        check_unicode(text, f"conversation {i}")
         texts.append(text)
     # The template has written the special tokens.
     tokenized = tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {}

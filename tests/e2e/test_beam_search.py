@@ -58,9 +58,22 @@ def reference(oracle, prompt, params, eos):
     return sorted(ended + beams, key=score, reverse=True)[: params.beam_width]
 
 
-def tokens_of(outputs):
-    """They alone are the same whatever is computed together: sums may differ in their last bit."""
-    return [[sequence.tokens for sequence in output.sequences] for output in outputs]
+def assert_same(outputs, want):
+    """Sums may differ in their last bits, by what else was computed with them."""
+    for output, other in zip(outputs, want, strict=True):
+        for sequence, expected in zip(output.sequences, other.sequences, strict=True):
+            same_sum = pytest.approx(expected.cum_logprob, abs=1e-4)
+            assert (sequence.tokens, sequence.cum_logprob) == (expected.tokens, same_sum)
+            assert (sequence.text, sequence.finish_reason, sequence.stop_reason) == (
+                expected.text, expected.finish_reason, expected.stop_reason,
+            )  # fmt: skip
+            for line, wanted in zip(sequence.logprobs, expected.logprobs, strict=True):
+                assert {t: (c.rank, c.decoded_token) for t, c in line.items()} == {
+                    t: (c.rank, c.decoded_token) for t, c in wanted.items()
+                }
+                assert [c.logprob for c in line.values()] == pytest.approx(
+                    [c.logprob for c in wanted.values()], abs=1e-4
+                )
 
 
 def check(outputs, expected):
@@ -248,7 +261,7 @@ def test_others_requests_go_on_meanwhile(llm):
     want = llm.beam_search(PROMPTS, BeamSearchParams(3, 6))
     llm.add_request(TEXT, greedy, "mine")
     llm.step()
-    assert tokens_of(llm.beam_search(PROMPTS, BeamSearchParams(3, 6))) == tokens_of(want)
+    assert_same(llm.beam_search(PROMPTS, BeamSearchParams(3, 6)), want)
     [*_, last] = iter(lambda: llm.step()[0] if not llm.is_finished() else None, None)
     assert last["token_ids"] == expected["token_ids"]
 
@@ -269,7 +282,7 @@ def test_what_breaks_in_leaves_nothing(llm, monkeypatch, error):
         with pytest.raises(error, match="worker"):
             llm.beam_search(PROMPTS, BeamSearchParams(3, 6))
     assert llm.is_finished()
-    assert tokens_of(llm.beam_search(PROMPTS, BeamSearchParams(3, 6))) == tokens_of(want)
+    assert_same(llm.beam_search(PROMPTS, BeamSearchParams(3, 6)), want)
 
 
 def test_the_bar_counts_tokens(llm, capsys):
