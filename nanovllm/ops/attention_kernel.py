@@ -208,7 +208,7 @@ def paged_attention_kernel(
         scale_log2: softmax scale * log2(e).
         HAS_PREFIXES: there are decodes whose first keys are shared, and have been attended to.
     """
-    if PDL:
+    if PDL and shared_tokens is None:
         gdc_launch_dependents()
     unit = tl.program_id(0)
     item = items + (unit // NUM_KV_HEADS) * WIDTH
@@ -273,8 +273,12 @@ def paged_attention_kernel(
                   PAD_D, True)  # fmt: skip
         v = _load(v_head + slots[:, None] + dims[None, :], keys_ok[:, None], dims_ok[None, :],
                   PAD_D, True)  # fmt: skip
-    if PDL:
+    if PDL and not HAS_PREFIXES:
         gdc_wait()  # so far it read what was there before the first kernel of the step
+    if PDL and shared_tokens is not None:
+        # Now all is there but this launch's results, which the next one, of everybody's own keys,
+        # needs last.
+        gdc_launch_dependents()
 
     if PROJECTED:
         projected = q + token.to(tl.int64) * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
@@ -351,6 +355,8 @@ def paged_attention_kernel(
                 slot = -1
     if slot < 0:
         if HAS_PREFIXES:
+            if PDL:
+                gdc_wait()  # for the shared keys' results
             m, total, acc = _merge(
                 m, total, acc, partial, stats, prefix_row, prefix_parts,
                 prefix_tokens * (NUM_KV_HEADS * GROUP), rows, row_ok, dims, BLOCK_D, 2,

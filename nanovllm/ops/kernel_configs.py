@@ -52,11 +52,16 @@ def _by_name(**values: tuple[int, ...]) -> dict[str, AttentionConfig]:
 # By itemsize and the bytes of a head's key, padded to a power of two; the names are
 # attention_configs'. float32 is multiplied without tensor cores, from registers: small tiles.
 ATTENTION = {
-    (2, 128): _by_name(short=(16, 64, 2, 3, 6, 128), long=(128, 64, 4, 3, 4, 256)),
+    (2, 128): _by_name(
+        short=(16, 128, 4, 3, 2, 128),
+        few=(16, 128, 4, 1, 1, 128),
+        crowd=(16, 32, 1, 5, 8, 128),
+        long=(128, 64, 4, 3, 4, 256),
+    ),
     (2, 256): _by_name(
-        short=(16, 64, 4, 3, 4, 128),
-        few=(16, 64, 8, 3, 1, 64),
-        crowd=(16, 32, 2, 3, 8, 128),
+        short=(16, 64, 4, 3, 2, 64),
+        few=(16, 64, 8, 1, 1, 64),
+        crowd=(16, 16, 1, 5, 8, 128),
         long=(128, 64, 4, 3, 4, 256),
         shared=(64, 64, 4, 3, 2, 256),
     ),
@@ -66,7 +71,7 @@ ATTENTION = {
     (4, 1024): _by_name(short=(16, 16, 4, 2, 6, 128), long=(32, 16, 4, 2, 4, 256)),
 }
 CROWD_PROGRAMS_PER_SM = 15  # or more
-FEW_PROGRAMS_PER_SM = 1 / 8  # or fewer
+FEW_PROGRAMS_PER_SM = 1 / 2  # or fewer
 SHARED_PROGRAMS_PER_SM = 2
 # Decodes come right from the projection to attention where it has no more programs than run at a
 # time: with more, they wait for the norms and RoPE of others longer than a kernel for them takes.
@@ -79,8 +84,8 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
     - shared: keys that decodes share, which are read by as many programs as fit at a time: every
       further part is one more partial result for each decode. The others merge its results.
     - short: short queries, decodes above all.
-    - few: those of so few sequences that latency is all: parts of a single block, and all warps on
-      it.
+    - few: those of so few sequences that latency is all: parts of a single block, all warps on it,
+      and no pipeline, so that keys go right to registers.
     - crowd: those of so many that each multiprocessor gets 15 programs or more. In smaller blocks
       many programs hide each other's waiting, and short contexts fill whole blocks.
     - long: chunks.

@@ -45,7 +45,7 @@ class TritonAttention(Attention):
     """
 
     name = "TRITON_ATTN"
-    steps_per_list = 16  # the last parts grow by fewer keys
+    steps_per_list = 64  # the last parts grow by fewer keys
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 executor.py makes one. What it has made ready, model_runner.py runs steps on.
 """
 
+import gc
 import logging
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -266,6 +267,9 @@ class Worker:
             self.attention = self._make_attention()
             laps.end("trial without kernels")
             yield
+            # A full collection takes a tenth of a second, in which a GPU runs out of work: now, not
+            # in one of the first batches.
+            gc.collect()
             wait(compiling)
             laps.end(f"{len(compiling)} kernels")
         except BaseException:

@@ -57,8 +57,9 @@ def record_launches() -> dict[str, tuple]:
         (128, torch.bfloat16, 5),
     ]:
         # One, some and long queries.
-        for query_lens in ([1], [1] * 9, [200]) if block_size == 16 else ([1],):
-            label = f"head_dim {head_dim} {dtype} pages of {block_size}, queries {query_lens}"
+        for query_lens in ([1], [1] * 50, [200]) if block_size == 16 else ([1],):
+            queries = f"{len(query_lens)} queries of {query_lens[0]}"
+            label = f"head_dim {head_dim} {dtype} pages of {block_size}, {queries}"
             lens = [300] * len(query_lens)
             q, kv, batch = paged_case(query_lens, lens, 4, 2, head_dim, block_size, dtype, cpu)
             batch.attention.attend(q, kv, batch, 1.0)

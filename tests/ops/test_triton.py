@@ -25,6 +25,7 @@ from nanovllm.model_config import RopeConfig
 from nanovllm.ops import reference, reference_sampling, triton_linear, triton_ops, triton_sampling
 from nanovllm.ops.kernel_configs import max_partial_rows
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits
+from nanovllm.ops.triton_attention import TritonAttention
 from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -168,8 +169,9 @@ def check_projected(
     """attend_projected; and again with the same list of work when all sequences are longer."""
     context_lens = np.array(context_lens)
     ones, scale = np.ones_like(context_lens), head_dim**-0.5
+    oldest = TritonAttention.steps_per_list - 1
     _, kv, batch = paged_case(
-        ones, context_lens + 9, heads, kv_heads, head_dim, block_size, dtype, device, **kwargs
+        ones, context_lens + oldest, heads, kv_heads, head_dim, block_size, dtype, device, **kwargs
     )
     rows, tables = batch.rows.cpu().numpy(), batch.block_tables.cpu().numpy()
     query_start = np.arange(len(rows) + 1)
@@ -178,10 +180,10 @@ def check_projected(
         tables, rows, query_start, ones, context_lens, len(rows), None
     )
     arrays = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
-    table = Rope(RopeConfig(10000.0), head_dim, int(context_lens.max()) + 9).table.to(device)
+    table = Rope(RopeConfig(10000.0), head_dim, int(context_lens.max()) + oldest).table.to(device)
     weights = torch.randn(2, head_dim, device=device).to(dtype).unbind() if norm else None
     exact_weights = tuple(w.double() for w in weights) if weights else None
-    for longer in (0, 9):
+    for longer in (0, oldest):
         positions = context_lens + longer - 1
         slots = tables[rows, positions // block_size].astype(np.int64) * block_size
         slots = torch.from_numpy(slots + positions % block_size).to(device)
