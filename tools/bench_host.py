@@ -6,8 +6,9 @@ python tools/bench_host.py [SEQUENCES ...]
 is what ModelRunner does on the host before it launches a CUDA graph, without the launches: rows and
 positions into page-locked memory and, when it is due, the attention's work list, packed for the
 upload. Contexts are 100 to 500 tokens, sampled with temperature; the overlapping engine (depth 2).
-Each number is the mean over the block of 16 steps (so each sequence opens one page) that took
-least; "with ends" is the worker's where a list serves one step, as when sequences end in each.
+Each number is the mean over the block of 64 steps (so one work list serves it, and each sequence
+opens four pages) that took least; "with ends" is the worker's where a list serves one step, as when
+sequences end in each.
 """
 
 import sys
@@ -120,7 +121,8 @@ def run(engine: Engine) -> list[float]:
 
 
 def best_microseconds(seconds: list[float]) -> float:
-    blocks = np.array(seconds[: len(seconds) // 16 * 16]).reshape(-1, 16)
+    block = TritonAttention.steps_per_list
+    blocks = np.array(seconds[: len(seconds) // block * block]).reshape(-1, block)
     return float(blocks.mean(axis=1).min() * 1e6)
 
 
