@@ -73,14 +73,16 @@ def test_a_list_of_work_serves_while_the_decodes_are_the_same():
         return inputs.begin_decode(decode_step(rows, positions), size)
 
     first = begin(rows, positions)
-    for i in range(1, 16):
+    served = inputs.attention.steps_per_list
+    for i in range(1, served):
         assert begin(rows, positions + i) is first
-    later = begin(rows, positions + 16)
-    assert later is not first and begin(rows, positions + 17) is later
-    assert begin(rows[:2], positions[:2] + 18) is not later
-    fewer = begin(rows[:2], positions[:2] + 19)
-    assert begin(rows[:2], positions[:2] + 20) is fewer
-    other_size = begin(rows[:2], positions[:2] + 21, size=4)
+    positions += served
+    later = begin(rows, positions)
+    assert later is not first and begin(rows, positions + 1) is later
+    assert begin(rows[:2], positions[:2] + 2) is not later
+    fewer = begin(rows[:2], positions[:2] + 3)
+    assert begin(rows[:2], positions[:2] + 4) is fewer
+    other_size = begin(rows[:2], positions[:2] + 5, size=4)
     assert other_size is not fewer
     # Row 3 ends, another sequence takes it.
     inputs.build(
@@ -89,7 +91,7 @@ def test_a_list_of_work_serves_while_the_decodes_are_the_same():
             chunks=[Chunk(3, 0, [1, 2], samples=True)],
         )
     )
-    assert begin(rows[:2], np.array([2, 722]), size=4) is not other_size
+    assert begin(rows[:2], np.array([2, positions[1] + 6]), size=4) is not other_size
 
 
 @pytest.mark.gpu
