@@ -142,8 +142,8 @@ class Attention(Protocol):
             rows, query_lens, context_lens: [S] of the step's sequences.
             query_start: [S + 1].
             num_decodes: as in ForwardBatch.
-            graph_size: None, or there are decodes alone, and so many of them with padding: shapes
-                depend on it alone, as a CUDA graph needs.
+            graph_size: None, or there are decodes alone, and so many of them with padding: the
+                names of the arrays and it decide about all shapes, as a CUDA graph needs.
         """
         ...
 

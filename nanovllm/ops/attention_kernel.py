@@ -206,7 +206,8 @@ def paged_attention_kernel(
         stats: [slots * H, 2] float32, maximum and sum of the softmax.
         arrivals: [slots, K] int32, zeros before and after.
         scale_log2: softmax scale * log2(e).
-        HAS_PREFIXES: there are decodes whose first keys are shared, and have been attended to.
+        HAS_PREFIXES: there are decodes whose first keys are shared; the launch before attends to
+            them, meanwhile.
     """
     if PDL and shared_tokens is None:
         gdc_launch_dependents()
@@ -310,7 +311,8 @@ def paged_attention_kernel(
         )  # fmt: skip
         key_start += BLOCK_N
     else:
-        q_tile = tl.load(q + out_offsets, mask=q_ok, other=0.0)
+        # .cg: with HAS_PREFIXES it may come before this launch's own wait.
+        q_tile = tl.load(q + out_offsets, mask=q_ok, other=0.0, cache_modifier=".cg")
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -71,7 +71,7 @@ ATTENTION = {
     (4, 1024): _by_name(short=(16, 16, 4, 2, 6, 128), long=(32, 16, 4, 2, 4, 256)),
 }
 CROWD_PROGRAMS_PER_SM = 15  # or more
-FEW_PROGRAMS_PER_SM = 1 / 2  # or fewer
+FEW_PROGRAMS_PER_SM, FEW_KEYS_PER_SM = 1 / 2, 256  # or fewer, of sequences and all their keys
 SHARED_PROGRAMS_PER_SM = 2
 # Decodes come right from the projection to attention where it has no more programs than run at a
 # time: with more, they wait for the norms and RoPE of others longer than a kernel for them takes.
@@ -84,8 +84,8 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
     - shared: keys that decodes share, which are read by as many programs as fit at a time: every
       further part is one more partial result for each decode. The others merge its results.
     - short: short queries, decodes above all.
-    - few: those of so few sequences that latency is all: parts of a single block, all warps on it,
-      and no pipeline, so that keys go right to registers.
+    - few: those of so few sequences, with so few keys, that latency is all: parts of a block or
+      some, all warps on it, and for 16 bits no pipeline, so that keys go right to registers.
     - crowd: those of so many that each multiprocessor gets 15 programs or more. In smaller blocks
       many programs hide each other's waiting, and short contexts fill whole blocks.
     - long: chunks.

@@ -10,6 +10,7 @@ from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.attention_kernel import paged_attention_kernel
 from nanovllm.ops.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
+    FEW_KEYS_PER_SM,
     FEW_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
     PROJECTED_PROGRAMS_PER_SM,
@@ -88,7 +89,8 @@ class TritonAttention(Attention):
         num_decodes: int,
         graph_size: int | None,
     ) -> dict[str, np.ndarray]:
-        """The step's work lists. A graph's has room for all that its decodes may need."""
+        """The step's work lists. A graph's has room for all that its decodes may need; which lists
+        there are depends on their keys too, and each choice has a graph of its own."""
         shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, graph_size)
         arrays = {"list_age": np.zeros(1, np.int32), **shared}
         short = query_lens <= self._tile_tokens(self.configs["short"])
@@ -96,7 +98,12 @@ class TritonAttention(Attention):
         is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
         # Beside chunks nobody waits for few decodes; that would be one kernel more.
         is_decode = num_decodes == len(rows)
-        is_few = is_decode and num_short * self.num_kv_heads <= FEW_PROGRAMS_PER_SM * self.num_sms
+        num_keys = int(context_lens.sum())
+        is_few = (
+            is_decode
+            and num_short * self.num_kv_heads <= FEW_PROGRAMS_PER_SM * self.num_sms
+            and num_keys * self.num_kv_heads <= FEW_KEYS_PER_SM * self.num_sms
+        )
         short_name = "crowd" if is_crowd else "few" if is_few else "short"
         for name, seqs in ((short_name, short), ("long", ~short)):
             if not seqs.any():
@@ -181,7 +188,9 @@ class TritonAttention(Attention):
         norm_weights = rotary.norm_weights if rotary else None
         q_weight, k_weight = norm_weights or (q, q)
         arrays = batch.attention_arrays
-        for name, config in self.configs.items():  # shared keys first
+        # Shared keys first, and nothing between them and everybody's own: that launch begins when
+        # all before this one is there, and waits for this one's results alone.
+        for name, config in self.configs.items():
             items = arrays.get(f"{name}_items")
             if items is None:
                 continue

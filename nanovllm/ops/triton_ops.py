@@ -21,7 +21,8 @@ TRITON_HAS_PDL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch options for programmatic dependent launch, which Hopper and newer GPUs have: a kernel
     starts while the one before it ends, and waits for its results with gdc_wait. Before the wait
-    it may read only what was there before the step's first kernel: weights, inputs, older keys."""
+    it may read only what was there before the step's first kernel: weights, inputs, older keys.
+    (Attention to everybody's own keys after that to shared ones is the exception.)"""
     has_pdl = (
         TRITON_HAS_PDL
         and device.type == "cuda"

@@ -64,7 +64,7 @@ class Captured:
 
 class DecodeGraphs:
     """The graphs of one model, cache and row state: one for each size, and one more for each size
-    at which decodes turn out to share a prefix.
+    at which decodes turn out to share a prefix, or a few to have long contexts.
 
     Args:
         sizes: batch sizes, ascending.

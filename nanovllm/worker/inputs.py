@@ -84,7 +84,7 @@ class InputBuilder:
 
     def begin_decode(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
         """Put the inputs of a step of decodes on the GPU, padded to a size; decode_batch is made of
-        them. What its attention needs is still to be uploaded, and shapes depend on the size alone.
+        them. What its attention needs is still to be uploaded; size and names decide about shapes.
 
         Returns: the same arrays as for the step before, if they still serve.
         """

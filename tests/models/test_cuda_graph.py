@@ -47,22 +47,37 @@ def decode_step(rows, positions, pages=None):
 
 
 @pytest.mark.parametrize("size", [1, 8, 40])
-def test_a_graphs_arrays_have_the_shapes_of_its_size(size):
+def test_a_graphs_arrays_have_the_shapes_of_its_size_and_their_names(size):
     inputs = make_inputs(40, 300)
     rng = np.random.default_rng(0)
-    shapes = {False: set(), True: set()}
+    shapes = {}
     for num_decodes in {1, (size + 1) // 2, size}:
-        for longest in (2, 400, 4000):
+        for longest in (2, 400, 4000, 4700):
             # Tables of zeros: all rows share all of their pages, if that counts.
             for inputs.attention.min_gain_bytes in (0, 1 << 60):
                 rows = rng.permutation(40)[:num_decodes]
                 inputs.steps_listed = 0
                 step = decode_step(rows, rng.integers(1, longest, num_decodes))
                 arrays = inputs.begin_decode(step, size)
-                shares = "shared_items" in arrays
-                shapes[shares].add(tuple((name, a.shape, a.dtype) for name, a in arrays.items()))
-    assert len(shapes[False]) == 1
-    assert len(shapes[True]) == (size > 2)
+                kinds = tuple((a.shape, a.dtype) for a in arrays.values())
+                shapes.setdefault(tuple(arrays), set()).add(kinds)
+    assert all(len(kinds) == 1 for kinds in shapes.values())
+    assert any("shared_items" in names for names in shapes) == (size > 2)
+
+
+@pytest.mark.parametrize(
+    "num_decodes, num_keys, layout",
+    [
+        *[(1, 1, "few"), (1, 4224, "few"), (1, 4225, "short"), (8, 500, "few"), (8, 600, "short")],
+        *[(9, 10, "short"), (247, 900, "short"), (248, 10, "crowd"), (1024, 900, "crowd")],
+    ],
+)
+def test_the_layout_of_attention_follows_from_decodes_and_keys(num_decodes, num_keys, layout):
+    inputs = make_inputs(1024, 300, num_heads=16, num_kv_heads=8, head_dim=128)
+    inputs.attention.min_gain_bytes = 1 << 60
+    step = decode_step(np.arange(num_decodes), np.full(num_decodes, num_keys - 1))
+    arrays = inputs.begin_decode(step, num_decodes)
+    assert [name for name in arrays if name.endswith("_items")] == [f"{layout}_items"]
 
 
 def test_a_list_of_work_serves_while_the_decodes_are_the_same():

@@ -78,10 +78,12 @@ def record_launches() -> dict[str, tuple]:
         )
         assert "shared_items" in batch.attention_arrays
         batch.attention.attend(q, kv, batch, 1.0)
-    label = "a crowd"
-    q, kv, batch = paged_case([1] * 40, [50] * 40, 4, 2, 128, 16, torch.bfloat16, cpu, num_sms=1)
-    assert "crowd_items" in batch.attention_arrays
-    batch.attention.attend(q, kv, batch, 1.0)
+    for head_dim in (64, 128):
+        label = f"a crowd, head_dim {head_dim}"
+        sizes = 4, 2, head_dim, 16, torch.bfloat16, cpu
+        q, kv, batch = paged_case([1] * 40, [50] * 40, *sizes, num_sms=1)
+        assert "crowd_items" in batch.attention_arrays
+        batch.attention.attend(q, kv, batch, 1.0)
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
