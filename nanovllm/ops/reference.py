@@ -6,6 +6,7 @@ head, D head_dim, L keys.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -108,41 +109,74 @@ def qk_norm_rope_store(
     """
     num_kv_heads, head_dim = kv.k.shape[-2:]
     qkv = qkv.view(len(qkv), -1, head_dim)
-    q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    qk, v = qkv[:, :-num_kv_heads], qkv[:, -num_kv_heads:]  # all heads of queries and keys at once
     if rotary.norm_weights is not None:
         q_weight, k_weight = rotary.norm_weights
-        q, k = rms_norm(q, q_weight, rotary.eps), rms_norm(k, k_weight, rotary.eps)
-    cos_sin = rotary.table[batch.positions]
-    q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
+        num_heads = qk.shape[1] - num_kv_heads
+        weights = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
+        qk = rms_norm(qk, weights, rotary.eps)
+    qk = apply_rope(qk, rotary.table[batch.positions])
+    q, k = qk[:, :-num_kv_heads], qk[:, -num_kv_heads:]
     slots = batch.slot_mapping
     if slots.numel() and slots.min() < 0:  # some lie in shared pages already
         stored = slots >= 0
         slots, k, v = slots[stored], k[stored], v[stored]
-    kv.k.view(-1, num_kv_heads, head_dim)[slots] = k
-    kv.v.view(-1, num_kv_heads, head_dim)[slots] = v
+    kv.k.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, k)
+    kv.v.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, v)
     return q
 
 
+class DecodeGroup(NamedTuple):
+    """Decodes that attend together, padded to a common length.
+
+    Attributes:
+        seqs: [S] their places in the batch.
+        tables: [S, pages].
+        mask: [S, 1, 1, L] which keys of their pages are theirs.
+        padding: [n] the others, as indices of S * L.
+    """
+
+    seqs: torch.Tensor
+    tables: torch.Tensor
+    mask: torch.Tensor
+    padding: torch.Tensor
+
+
+def decode_groups(batch: ForwardBatch, block_size: int) -> list[DecodeGroup]:
+    """The step's decodes in groups, for paged_attention: the same in all layers."""
+    context_lens, groups = batch.context_lens[: batch.num_decodes].tolist(), []
+    for group in _group(context_lens, block_size):
+        num_blocks = -(-context_lens[group[-1]] // block_size)
+        seqs = torch.tensor(group, device=batch.context_lens.device)
+        keys = torch.arange(num_blocks * block_size, device=seqs.device)
+        mask = keys < batch.context_lens[seqs, None]
+        padding = (~mask).flatten().nonzero().squeeze(1)
+        tables = batch.block_tables[batch.rows[seqs], :num_blocks]
+        groups.append(DecodeGroup(seqs, tables, mask[:, None, None], padding))
+    return groups
+
+
 def paged_attention(
-    q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
+    q: torch.Tensor,
+    kv: KVLayer,
+    batch: ForwardBatch,
+    scale: float,
+    groups: list[DecodeGroup] | None = None,
 ) -> torch.Tensor:
     """Causal attention of each query token over its sequence's pages; the last query token sees
     context_lens keys.
 
     Args:
         q: [T, H, D].
+        groups: the batch's decode_groups, if they are there already.
 
     Returns: [T, H, D].
     """
     out = torch.empty_like(q)
-    context_lens = batch.context_lens.tolist()
     num_decodes, block_size = batch.num_decodes, kv.k.shape[1]
-    for group in _decode_groups(context_lens[:num_decodes], block_size):
-        num_blocks = -(-context_lens[group[-1]] // block_size)
-        seqs = torch.tensor(group, device=q.device)
-        tables = batch.block_tables[batch.rows[seqs], :num_blocks]
-        out[seqs] = _attend_decodes(q[seqs], kv, tables, batch.context_lens[seqs], scale)
-    query_start = batch.query_start.tolist()
+    for group in decode_groups(batch, block_size) if groups is None else groups:
+        out[group.seqs] = _attend_decodes(q[group.seqs], kv, group, scale)
+    context_lens, query_start = batch.context_lens.tolist(), batch.query_start.tolist()
     for i in range(num_decodes, len(context_lens)):
         start, end = query_start[i : i + 2]
         table = batch.block_tables[batch.rows[i], : -(-context_lens[i] // block_size)]
@@ -170,9 +204,17 @@ def keep_sampled(
 
 
 class TorchAttention(Attention):
-    """The attention backend in plain torch. It needs nothing prepared."""
+    """The attention backend in plain torch.
+
+    Attributes:
+        batch, groups: the last step's, and its decode_groups, which its first layer makes.
+    """
 
     name = "TORCH_SDPA"
+
+    def __init__(self) -> None:
+        self.batch: ForwardBatch | None = None
+        self.groups: list[DecodeGroup] = []
 
     def host_arrays(self, *_: object) -> dict[str, np.ndarray]:
         return {}
@@ -180,10 +222,12 @@ class TorchAttention(Attention):
     def attend(
         self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
-        return paged_attention(q, kv, batch, scale)
+        if batch is not self.batch:
+            self.batch, self.groups = batch, decode_groups(batch, kv.k.shape[1])
+        return paged_attention(q, kv, batch, scale, self.groups)
 
 
-def _decode_groups(context_lens: list[int], block_size: int) -> Iterator[list[int]]:
+def _group(context_lens: list[int], block_size: int) -> Iterator[list[int]]:
     """Sequences of like length, shortest first, as many as fit in the bound at the whole pages of
     the longest of them."""
     group: list[int] = []
@@ -198,28 +242,22 @@ def _decode_groups(context_lens: list[int], block_size: int) -> Iterator[list[in
 
 
 def _attend_decodes(
-    q_SHD: torch.Tensor,
-    kv: KVLayer,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
+    q_SHD: torch.Tensor, kv: KVLayer, group: DecodeGroup, scale: float
 ) -> torch.Tensor:
     num_seqs, num_heads, head_dim = q_SHD.shape
-    num_kv_heads, num_keys = kv.k.shape[2], block_tables.shape[1] * kv.k.shape[1]
-    mask_SL = torch.arange(num_keys, device=q_SHD.device) < context_lens[:, None]
-    padding = (~mask_SL).flatten().nonzero().squeeze(1)
+    num_kv_heads, num_keys = kv.k.shape[2], group.mask.shape[-1]
 
     def gather(pages: torch.Tensor) -> torch.Tensor:  # [S, K, L, D]
-        keys = pages.flatten(1).index_select(0, block_tables.flatten())
+        keys = pages.flatten(1).index_select(0, group.tables.flatten())
         keys = keys.view(num_seqs * num_keys, -1)
         # What lies beyond a context belongs to others, and 0 times their NaN would be NaN.
-        keys.index_fill_(0, padding, 0.0)
+        keys.index_fill_(0, group.padding, 0.0)
         return keys.view(num_seqs, num_keys, num_kv_heads, head_dim).transpose(1, 2)
 
     k, v = gather(kv.k), gather(kv.v)
     # The query heads that share a key head are that head's query rows.
     q_SKGD = q_SHD.view(num_seqs, num_kv_heads, -1, head_dim)
-    out = F.scaled_dot_product_attention(q_SKGD, k, v, mask_SL[:, None, None], scale=scale)
+    out = F.scaled_dot_product_attention(q_SKGD, k, v, group.mask, scale=scale)
     return out.reshape(num_seqs, num_heads, head_dim)
 
 

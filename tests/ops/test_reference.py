@@ -80,14 +80,14 @@ def test_paged_attention(
 
 def test_decode_groups_hold_every_sequence_once_with_little_padding():
     context_lens = [5, 300, 17, 1, 1000, 16, 2000, 290, 33]
-    groups = list(reference._decode_groups(context_lens, block_size=16))
+    groups = list(reference._group(context_lens, block_size=16))
     assert sorted(seq for group in groups for seq in group) == list(range(9))
     for group in groups:
         lens = [context_lens[seq] for seq in group]
         assert lens == sorted(lens)
         padded = -(-lens[-1] // 16) * 16 * len(lens)
         assert len(group) == 1 or padded <= reference.MAX_GATHERED_TOKENS
-    assert list(reference._decode_groups([], block_size=16)) == []
+    assert list(reference._group([], block_size=16)) == []
 
 
 def test_decodes_gather_a_bounded_number_of_keys(monkeypatch):
@@ -95,9 +95,9 @@ def test_decodes_gather_a_bounded_number_of_keys(monkeypatch):
     gathered = []
     attend = reference._attend_decodes
 
-    def spy(q, kv, block_tables, *args):
-        gathered.append(block_tables.numel() * kv.k.shape[1])
-        return attend(q, kv, block_tables, *args)
+    def spy(q, kv, group, scale):
+        gathered.append(group.mask.numel())
+        return attend(q, kv, group, scale)
 
     monkeypatch.setattr(reference, "_attend_decodes", spy)
     batch = make_batch([1] * 8, [3, 1, 20, 2, 2, 40, 1, 1], block_size=16, num_blocks=20)
