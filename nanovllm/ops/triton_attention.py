@@ -98,11 +98,10 @@ class TritonAttention(Attention):
         is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
         # Beside chunks nobody waits for few decodes; that would be one kernel more.
         is_decode = num_decodes == len(rows)
-        num_keys = int(context_lens.sum())
         is_few = (
             is_decode
             and num_short * self.num_kv_heads <= FEW_PROGRAMS_PER_SM * self.num_sms
-            and num_keys * self.num_kv_heads <= FEW_KEYS_PER_SM * self.num_sms
+            and context_lens.sum() * self.num_kv_heads <= FEW_KEYS_PER_SM * self.num_sms
         )
         short_name = "crowd" if is_crowd else "few" if is_few else "short"
         for name, seqs in ((short_name, short), ("long", ~short)):

@@ -91,6 +91,7 @@ def compile_kernels(
         decode(max_num_seqs, max_num_seqs, max_model_len - 1)
         for size in range(1, min(MAX_GEMV_ROWS, max_num_seqs) + 1):
             decode(1, size)
+        # Other layouts of attention, where no larger batch had them compiled.
         decode(1, 1, max_model_len - 1)
         runner.run(largest_step(1, 1, max_model_len))
         logits = runner.decode_logits[:1]
