@@ -13,7 +13,8 @@ query, and the one with a sequence's last keys does so with the new key, which i
 registers and stores.
 
 Keys that several decodes share (shared_prefix.py finds them) are read by a launch before the
-others, in tiles of query rows of many sequences; a decode's own item goes on from the results.
+others, in tiles of query rows of many sequences, and while they are, everybody's own keys are; a
+small kernel merges the two.
 """
 
 import triton
@@ -192,7 +193,7 @@ def paged_attention_kernel(
     """Program i is item i // K for key/value head i % K; those beyond the list do nothing.
 
     Args:
-        out: [T, H, D].
+        out: [T, H, D]; written where nothing is left to be merged.
         q: [T, H, D]; PROJECTED: queries, keys and values of decodes from the projection,
             [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D] and
             eps, and the rope_table count.
@@ -207,7 +208,7 @@ def paged_attention_kernel(
         arrivals: [slots, K] int32, zeros before and after.
         scale_log2: softmax scale * log2(e).
         HAS_PREFIXES: there are decodes whose first keys are shared; the launch before attends to
-            them, meanwhile.
+            them, meanwhile, and merge_prefixes_kernel follows.
     """
     if PDL and shared_tokens is None:
         gdc_launch_dependents()
@@ -231,13 +232,6 @@ def paged_attention_kernel(
         position += age
         key_end += tl.where(has_new, age, 0)
     slot = tl.load(item + SLOT)
-    if HAS_PREFIXES:
-        prefix_parts = tl.load(item + PREFIX_PARTS)
-        prefix_tokens = tl.load(item + PREFIX_TOKENS)
-        prefix_row = _first_row(
-            tl.load(item + PREFIX_SLOT), head, prefix_tokens, NUM_KV_HEADS, GROUP
-        )
-        prefix_row += tl.load(item + PREFIX_TOKEN) * GROUP
     table = block_tables + tl.load(item + ROW).to(tl.int64) * table_stride
     row_ok = rows < num_tokens * GROUP
     k_head = k_cache + head.to(tl.int64) * head_stride
@@ -278,7 +272,7 @@ def paged_attention_kernel(
         gdc_wait()  # so far it read what was there before the first kernel of the step
     if PDL and shared_tokens is not None:
         # Now all is there but this launch's results, which the next one, of everybody's own keys,
-        # needs last.
+        # does not need.
         gdc_launch_dependents()
 
     if PROJECTED:
@@ -311,7 +305,7 @@ def paged_attention_kernel(
         )  # fmt: skip
         key_start += BLOCK_N
     else:
-        # .cg: with HAS_PREFIXES it may come before this launch's own wait.
+        # .cg: with shared keys nothing has waited in this launch.
         q_tile = tl.load(q + out_offsets, mask=q_ok, other=0.0, cache_modifier=".cg")
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -338,7 +332,11 @@ def paged_attention_kernel(
         tl.store(stats + part_rows * 2, m, mask=row_ok)
         tl.store(stats + part_rows * 2 + 1, total, mask=row_ok)
         tl.store(partial + part_rows[:, None] * BLOCK_D + dims[None, :], acc, mask=row_ok[:, None])
-        if shared_tokens is None:
+    if shared_tokens is None:
+        is_mine = slot >= 0  # to merge
+        if HAS_PREFIXES:
+            is_mine &= tl.load(item + PREFIX_PARTS) == 0
+        if is_mine:
             first_slot = tl.load(item + FIRST_SLOT)
             num_parts = tl.load(item + NUM_PARTS)
             arrival = arrivals + first_slot * NUM_KV_HEADS + head
@@ -355,12 +353,51 @@ def paged_attention_kernel(
                 )  # fmt: skip
                 tl.store(arrival, 0)
                 slot = -1
-    if slot < 0:
-        if HAS_PREFIXES:
-            if PDL:
-                gdc_wait()  # for the shared keys' results
-            m, total, acc = _merge(
-                m, total, acc, partial, stats, prefix_row, prefix_parts,
-                prefix_tokens * (NUM_KV_HEADS * GROUP), rows, row_ok, dims, BLOCK_D, 2,
-            )  # fmt: skip
-        tl.store(out + out_offsets, acc / total[:, None], mask=q_ok)
+        if slot < 0:
+            tl.store(out + out_offsets, acc / total[:, None], mask=q_ok)
+    if PDL and HAS_PREFIXES and unit == 0:
+        gdc_wait()  # so who waits for this launch has waited for the shared keys' as well
+
+
+@triton.jit
+def merge_prefixes_kernel(
+    out, items, partial, stats,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program i merges the results of own and of shared keys for the decode of item i // K and
+    key/value head i % K. The arguments are those of paged_attention_kernel for everybody's own
+    keys; BLOCK_M is GROUP or more."""
+    unit = tl.program_id(0)
+    item = items + (unit // NUM_KV_HEADS) * WIDTH
+    head = unit % NUM_KV_HEADS
+    prefix_parts = tl.load(item + PREFIX_PARTS)
+    first_slot = tl.load(item + FIRST_SLOT)
+    is_first = tl.load(item + SLOT) == first_slot  # of the decode's items
+    prefix_tokens = tl.load(item + PREFIX_TOKENS)
+    prefix_row = _first_row(tl.load(item + PREFIX_SLOT), head, prefix_tokens, NUM_KV_HEADS, GROUP)
+    prefix_row += tl.load(item + PREFIX_TOKEN) * GROUP
+    num_parts = tl.load(item + NUM_PARTS)
+    rows = tl.arange(0, BLOCK_M)
+    row_ok = rows < GROUP
+    dims = tl.arange(0, BLOCK_D)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if (prefix_parts > 0) & is_first:
+        num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        m, total, acc = _merge(
+            m, total, acc, partial, stats, _first_row(first_slot, head, 1, NUM_KV_HEADS, GROUP),
+            num_parts, num_heads, rows, row_ok, dims, BLOCK_D, 2,
+        )  # fmt: skip
+        m, total, acc = _merge(
+            m, total, acc, partial, stats, prefix_row, prefix_parts, prefix_tokens * num_heads,
+            rows, row_ok, dims, BLOCK_D, 4,
+        )  # fmt: skip
+        out_rows = (tl.load(item + TOKEN) * NUM_KV_HEADS + head) * GROUP + rows
+        out_values = out + out_rows[:, None] * HEAD_DIM + dims[None, :]
+        ok = row_ok[:, None] & (dims < HEAD_DIM)[None, :]
+        tl.store(out_values, acc / total[:, None], mask=ok)

@@ -21,7 +21,7 @@ GROUP = 128  # tokens whose best logit says whether the others are worth a look
 CANDIDATES = 2048  # logits that are looked at instead of all
 HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 
-# They have a launch of their own in each layer, which must save some microseconds of reading.
+# They have two launches of their own in each layer, which must save microseconds of reading.
 MIN_GAIN_BYTES = 32 * 2**20
 
 
@@ -57,13 +57,14 @@ ATTENTION = {
         few=(16, 128, 4, 1, 1, 128),
         crowd=(16, 32, 1, 5, 8, 128),
         long=(128, 64, 4, 3, 4, 256),
+        shared=(64, 64, 4, 3, 2, 256),
     ),
     (2, 256): _by_name(
         short=(16, 64, 4, 3, 2, 64),
         few=(16, 64, 8, 1, 1, 64),
         crowd=(16, 16, 1, 5, 8, 128),
         long=(128, 64, 4, 3, 4, 256),
-        shared=(64, 64, 4, 3, 2, 256),
+        shared=(64, 64, 4, 2, 1, 256),
     ),
     (2, 512): _by_name(short=(16, 32, 4, 3, 6, 128), long=(64, 32, 4, 2, 4, 256)),
     (4, 256): _by_name(short=(16, 32, 4, 2, 6, 128), long=(32, 32, 4, 2, 4, 256)),
@@ -81,8 +82,9 @@ PROJECTED_PROGRAMS_PER_SM = 4
 def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig]:
     """By what they are for, in the order of their launches:
 
-    - shared: keys that decodes share, which are read by as many programs as fit at a time: every
-      further part is one more partial result for each decode. The others merge its results.
+    - shared: keys that decodes share, which are read by no more programs than fit at a time: every
+      further part is one more partial result for each decode, and the fewer, the more programs of
+      the next launch run beside them.
     - short: short queries, decodes above all.
     - few: those of so few sequences, with so few keys, that latency is all: parts of a block or
       some, all warps on it, and for 16 bits no pipeline, so that keys go right to registers.

@@ -36,9 +36,9 @@ def gain_of(size: int, num_keys: int, tile_tokens: int, group: int) -> int:
     """What a group of so many decodes saves, in keys read by one head: everybody's reading of the
     shared keys, but for each tile's. A tile has rows for many more decodes and computes for all,
     so it counts twice. A partial result is written and read in float32, which is 2 * `group` keys
-    of 16 bits, and there are about two for each decode."""
+    of 16 bits, and there are about three for each decode, one of them of its own keys."""
     num_tiles = -(-size // tile_tokens)
-    return (size - 2 * num_tiles) * num_keys - 4 * group * size
+    return (size - 2 * num_tiles) * num_keys - 6 * group * size
 
 
 def max_tiles(num_decodes: int) -> int:

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
-from nanovllm.ops.attention_kernel import paged_attention_kernel
+from nanovllm.ops.attention_kernel import merge_prefixes_kernel, paged_attention_kernel
 from nanovllm.ops.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
     FEW_KEYS_PER_SM,
@@ -70,7 +70,9 @@ class TritonAttention(Attention):
         self.num_sms = num_sms
         self.configs = attention_configs(head_dim, dtype.itemsize)
         # Slots of shared keys come behind those that each launch uses anew.
-        self.shared_from = max(max_slots(self._sizes(config)) for config in self.configs.values())
+        self.shared_from = max(
+            max_slots(max_decodes, self._sizes(config)) for config in self.configs.values()
+        )
         shared_sizes = self._sizes(self.configs["shared"])
         num_slots = self.shared_from + max_shared_slots(max_decodes, shared_sizes)
         self.partial = torch.empty(num_slots * num_heads * self.block_d, device=device)
@@ -188,11 +190,12 @@ class TritonAttention(Attention):
         q_weight, k_weight = norm_weights or (q, q)
         arrays = batch.attention_arrays
         # Shared keys first, and nothing between them and everybody's own: that launch begins when
-        # all before this one is there, and waits for this one's results alone.
+        # all before this one is there, and does not wait for it.
         for name, config in self.configs.items():
             items = arrays.get(f"{name}_items")
             if items is None:
                 continue
+            has_prefixes = name not in ("shared", "long") and "shared_items" in arrays
             page_stride, slot_stride, head_stride, _ = kv.k.stride()
             paged_attention_kernel[(len(items) * self.num_kv_heads,)](
                 out, q, kv.k, kv.v, batch.block_tables,
@@ -203,12 +206,18 @@ class TritonAttention(Attention):
                 scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
                 NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=head_dim,
                 BLOCK_SIZE=self.block_size, BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
-                BLOCK_D=self.block_d, PRECISION=self.precision,
-                HAS_PREFIXES=name not in ("shared", "long") and "shared_items" in arrays,
+                BLOCK_D=self.block_d, PRECISION=self.precision, HAS_PREFIXES=has_prefixes,
                 PROJECTED=rotary is not None, NORM=norm_weights is not None,
                 num_warps=config.num_warps, num_stages=config.num_stages,
                 **pdl_options(q.device),
             )  # fmt: skip
+            if has_prefixes:
+                merge_prefixes_kernel[(len(items) * self.num_kv_heads,)](
+                    out, items, self.partial, self.stats, NUM_KV_HEADS=self.num_kv_heads,
+                    GROUP=self.group, HEAD_DIM=head_dim,
+                    BLOCK_M=triton.next_power_of_2(self.group), BLOCK_D=self.block_d, num_warps=1,
+                    **pdl_options(q.device),
+                )  # fmt: skip
         return out
 
     def _item_arrays(

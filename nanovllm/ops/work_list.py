@@ -57,10 +57,11 @@ def max_items(num_tiles: int, sizes: Sizes) -> int:
     return num_tiles + sizes.num_extra
 
 
-def max_slots(sizes: Sizes) -> int:
+def max_slots(num_decodes: int, sizes: Sizes) -> int:
     """Slots for partial results that work_list uses at most. A tile that is split has more keys
-    than an even share, so there are at most units / heads of them, and one part more each."""
-    return sizes.tile_tokens * max(1, 2 * sizes.num_extra)
+    than an even share, so there are at most units / heads of them, and one part more each; and
+    each decode may have a prefix."""
+    return num_decodes + sizes.tile_tokens * max(1, 2 * sizes.num_extra)
 
 
 def max_shared_slots(num_decodes: int, sizes: Sizes) -> int:
@@ -85,7 +86,8 @@ def work_list(
         rows: [S] of the block tables.
         query_start: [S] each sequence's first query token in the batch.
         query_lens, context_lens: [S].
-        prefixes: keys that are left out, because others attend to them.
+        prefixes: keys that are left out, because others attend to them. All parts of sequences
+            that have any leave partial results.
         shared_from: not None: these are such others. A sequence is a group of decodes, a query
             token one of them, and all of them see all keys; every part has a partial result, the
             first one's in this slot.
@@ -124,6 +126,8 @@ def work_list(
     num_parts = _ceil_div(num_keys, part_keys)
     tile, part = _repeat(num_parts)
     has_slots = (num_parts > 1) | is_shared
+    if prefixes:
+        has_slots |= prefixes.num_parts[seq] > 0
     num_slots = np.where(has_slots, num_parts * num_tokens, 0)
     first_slot = num_slots.cumsum() - num_slots + (shared_from or 0)
     key_start = start[tile] + part * part_keys[tile]

@@ -37,7 +37,7 @@ def random_sizes(rng):
 def random_prefixes(rng, context_lens):
     """Some decodes' first keys are others' work; where their results are does not matter here."""
     num_keys = rng.integers(0, context_lens) // 16 * 16 * (rng.random(len(context_lens)) < 0.5)
-    return Prefixes(num_keys, *rng.integers(0, 99, (4, len(num_keys))))
+    return Prefixes(num_keys, *rng.integers(1, 99, (4, len(num_keys))) * (num_keys > 0))
 
 
 @pytest.mark.parametrize("with_prefixes", [False, True])
@@ -59,7 +59,8 @@ def test_every_key_once_within_the_bounds(seed, with_prefixes):
 
     slots = all_slots(items)
     assert slots == list(range(len(slots)))
-    assert len(slots) <= max_slots(sizes)
+    num_decodes = len(rows) if with_prefixes else 0
+    assert len(slots) <= max_slots(num_decodes, sizes)
 
     tiles = {}
     for row, token, num_tokens, position, *part, _, _, _, _ in items.tolist():
@@ -72,8 +73,8 @@ def test_every_key_once_within_the_bounds(seed, with_prefixes):
         seen.setdefault(seq, []).append((first, first + num_tokens))
         start = prefixes.num_keys[seq] if prefixes else 0
         check_parts(parts, start, position + num_tokens, num_tokens, sizes)
-        if len(parts) == 1:
-            assert parts[0][2] == -1
+        has_slot = len(parts) > 1 or start > 0
+        assert (parts[0][2] >= 0) == has_slot
         if prefixes:
             mine = items[items[:, 0] == row, 9:]
             assert (mine == [a[seq] for a in prefixes[1:]]).all()
@@ -93,7 +94,7 @@ def check_parts(parts, start, end, num_tokens, sizes):
     assert parts[-1][1] == end
     assert all((p[0] - start) % sizes.min_keys == 0 for p in parts)
     assert {p[4] for p in parts} == {len(parts)}
-    if len(parts) > 1:
+    if parts[0][2] >= 0:
         assert [p[2] - p[3] for p in parts] == [i * num_tokens for i in range(len(parts))]
 
 
