@@ -61,8 +61,8 @@ def compile_kernels(
 ) -> list[Future[None]]:
     """Have threads compile the kernels of all steps but odd ones. Which? Those that the largest
     step launches, of num_tokens, decodes of some graphs' sizes, and so many beside a chunk; on
-    weights that are anything yet. Those of odd batches and of two to MAX_GEMV_ROWS tokens follow,
-    when the engine may be running already.
+    weights that are anything yet. Those of odd batches follow, when the engine may be running
+    already.
 
     Returns: what to wait for before the first step.
     """
@@ -73,17 +73,14 @@ def compile_kernels(
         runner.decode(size, runner.uploader.upload(arrays))
 
     max_num_seqs = runner.max_num_seqs
-    # So many tokens have products of their own. (Graphs of the two largest sizes are tried soon.)
-    later = range(2, MAX_GEMV_ROWS + 1 if max_num_seqs > 2 * MAX_GEMV_ROWS else 0)
     # Copies run in the trial too: torch's own operations read the inputs.
     runner.uploader.upload({"compiled": np.zeros(1, np.int64)})
     with compiler.instead_of_launches() as compiling:
         runner.run(largest_step(1, num_tokens, max_model_len))  # long chunks take longest
         runner.run(largest_step(max_num_seqs, num_tokens, max_model_len))
         for size in _doubling(max_num_seqs):
-            if size not in later:
-                decode(1, size)
-            if size < max_num_seqs and size + 1 not in later:
+            decode(1, size)
+            if size < max_num_seqs:
                 runner.inputs.last_tokens.zero_()  # nobody has drawn any
                 runner.run(_mixed_step(size))
         for config in PARTIAL_LINEAR:  # of more rows than there are decodes: chunks
