@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # bench.py must start fast, and under interpreters that have 
 # one with "linear" in its name is a product, whatever it does to its input; FlashAttention is built
 # on cutlass, so attention comes first.
 GPU_KINDS = {
-    "attention": r"paged_attention|flash|fmha",
+    "attention": r"paged_attention|merge_prefixes|flash|fmha",
     "products": r"matmul|linear|gemm|gemv|nvjet|cutlass|splitk|cublas|xmma",
     "norms, RoPE, activation": r"norm|rope|silu",
     "sampling": r"sample|argmax|softmax|sort|topk|scan",

@@ -12,9 +12,9 @@ A batch of decodes can come right from the projection: then a program normalises
 query, and the one with a sequence's last keys does so with the new key, which it attends to from
 registers and stores.
 
-Keys that several decodes share (shared_prefix.py finds them) are read by a launch before the
-others, in tiles of query rows of many sequences, and while they are, everybody's own keys are; a
-small kernel merges the two.
+Keys that several decodes share (shared_prefix.py finds them) have a launch of their own before
+the others, with tiles of query rows of many sequences. The next, of everybody's own keys, runs
+beside it, and a small kernel merges the results of both.
 """
 
 import triton
@@ -193,7 +193,7 @@ def paged_attention_kernel(
     """Program i is item i // K for key/value head i % K; those beyond the list do nothing.
 
     Args:
-        out: [T, H, D]; written where nothing is left to be merged.
+        out: [T, H, D], but of decodes with a prefix, which merge_prefixes_kernel writes.
         q: [T, H, D]; PROJECTED: queries, keys and values of decodes from the projection,
             [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D] and
             eps, and the rope_table count.
@@ -333,10 +333,10 @@ def paged_attention_kernel(
         tl.store(stats + part_rows * 2 + 1, total, mask=row_ok)
         tl.store(partial + part_rows[:, None] * BLOCK_D + dims[None, :], acc, mask=row_ok[:, None])
     if shared_tokens is None:
-        is_mine = slot >= 0  # to merge
+        merges_here = slot >= 0
         if HAS_PREFIXES:
-            is_mine &= tl.load(item + PREFIX_PARTS) == 0
-        if is_mine:
+            merges_here &= tl.load(item + PREFIX_PARTS) == 0
+        if merges_here:
             first_slot = tl.load(item + FIRST_SLOT)
             num_parts = tl.load(item + NUM_PARTS)
             arrival = arrivals + first_slot * NUM_KV_HEADS + head
@@ -366,8 +366,9 @@ def merge_prefixes_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program i merges the results of own and of shared keys for the decode of item i // K and
-    key/value head i % K. The arguments are those of paged_attention_kernel for everybody's own
-    keys; BLOCK_M is GROUP or more."""
+    key/value head i % K. Items without a prefix, and all but a decode's first, do nothing. The
+    arguments are those of paged_attention_kernel for everybody's own keys; BLOCK_M is GROUP or
+    more."""
     unit = tl.program_id(0)
     item = items + (unit // NUM_KV_HEADS) * WIDTH
     head = unit % NUM_KV_HEADS

@@ -71,7 +71,8 @@ class TritonAttention(Attention):
         self.configs = attention_configs(head_dim, dtype.itemsize)
         # Slots of shared keys come behind those that each launch uses anew.
         self.shared_from = max(
-            max_slots(max_decodes, self._sizes(config)) for config in self.configs.values()
+            max_slots(0 if name == "long" else max_decodes, self._sizes(config))
+            for name, config in self.configs.items()
         )
         shared_sizes = self._sizes(self.configs["shared"])
         num_slots = self.shared_from + max_shared_slots(max_decodes, shared_sizes)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
     {
         "attention": (
             "paged_attention_kernel",
+            "merge_prefixes_kernel",
             "void cutlass::device_kernel<flash::FlashAttnFwdSm90<cutlass::bfloat16_t>>(Params)",
             "void flash_fwd_splitkv_kernel<...>",
         ),

@@ -78,6 +78,11 @@ def record_launches() -> dict[str, tuple]:
         )
         assert "shared_items" in batch.attention_arrays
         batch.attention.attend(q, kv, batch, 1.0)
+    label = "shared keys, each head with its own"
+    sizes = 2, 2, 128, 16, torch.bfloat16, cpu
+    q, kv, batch = paged_case([1] * 64, [73] * 64, *sizes, groups=[(np.arange(64), 4)])
+    assert "shared_items" in batch.attention_arrays
+    batch.attention.attend(q, kv, batch, 1.0)
     for head_dim in (64, 128):
         label = f"a crowd, head_dim {head_dim}"
         sizes = 4, 2, head_dim, 16, torch.bfloat16, cpu

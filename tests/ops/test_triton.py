@@ -79,17 +79,17 @@ def shared_cases():
     order = rng.permutation(40)
     one, other = order[:20], order[20:32]  # and loners
     two_groups = own.copy()
-    two_groups[one] += 5 * 16
+    two_groups[one] += 6 * 16
     two_groups[other] += 33 * 16
     return {
-        "one page": ([1] * 9, own[:9] + 16, [(np.arange(9), 1)]),
+        "few pages": ([1] * 40, own + 6 * 16, [(np.arange(40), 6)]),
         "all share": ([1] * 40, own + 20 * 16, [(np.arange(40), 20)]),
-        "one has a token more": ([1] * 7, [20 * 16 + 1] * 7, [(np.arange(7), 20)]),
-        "own parts are split": ([1] * 4, [80, 80, 700, 90], [(np.arange(4), 4)]),
-        "groups, loners": ([1] * 40, two_groups, [(one, 5), (other, 33)]),
+        "all have one token": ([1] * 9, [20 * 16 + 1] * 9, [(np.arange(9), 20)]),
+        "own parts are split": ([1] * 9, [*[340] * 7, 900, 350], [(np.arange(9), 20)]),
+        "groups, loners": ([1] * 40, two_groups, [(one, 6), (other, 33)]),
         "groups, loners, chunks": (
-            [1] * 40 + [3, 50], [*two_groups, 5 * 16 + 3, 90],
-            [(np.append(one, 40), 5), (other, 33), (np.array([one[0], 41]), 1)],
+            [1] * 40 + [3, 50], [*two_groups, 6 * 16 + 3, 90],
+            [(np.append(one, 40), 6), (other, 33), (np.array([one[0], 41]), 1)],
         ),
     }  # fmt: skip
 
@@ -100,28 +100,31 @@ SHARED_CASES = shared_cases()
 @interpreted
 @pytest.mark.parametrize("num_sms", [1, 60])
 @pytest.mark.parametrize("case", SHARED_CASES)
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 32), (14, 2, 20), (24, 1, 16)])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 32), (14, 2, 20), (3, 3, 16)])
 def test_shared_prefixes_interpreted(heads, kv_heads, head_dim, case, num_sms):
     query_lens, context_lens, groups = SHARED_CASES[case]
     batch = check_attention(
         query_lens, context_lens, heads, kv_heads, head_dim, 16, torch.float32, CPU,
         num_sms=num_sms, groups=groups,
     )  # fmt: skip
-    if heads == 4:
-        shared = batch.attention_arrays["shared_tokens"].tolist()
-        members = np.concatenate([seqs for seqs, _ in groups[:2]])
-        assert sorted(shared) == sorted(members[members < batch.num_decodes].tolist())
+    shared = batch.attention_arrays["shared_tokens"].tolist()
+    members = np.concatenate([seqs for seqs, _ in groups[:2]])
+    assert sorted(shared) == sorted(members[members < batch.num_decodes].tolist())
+    if "split" in case and num_sms == 60:
+        slots = batch.attention_arrays["few_items"][:, 6:9]
+        assert ((slots[:, 0] > slots[:, 1]) & (slots[:, 2] > 1)).any()
 
 
 @on_gpu
 @pytest.mark.parametrize("case", SHARED_CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(16, 8, 128), (14, 2, 64), (24, 1, 80)])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(16, 8, 128), (14, 2, 64), (8, 8, 80)])
 def test_shared_prefixes_on_a_gpu(heads, kv_heads, head_dim, dtype, case):
     query_lens, context_lens, groups = SHARED_CASES[case]
-    check_attention(
+    batch = check_attention(
         query_lens, context_lens, heads, kv_heads, head_dim, 16, dtype, CUDA, groups=groups
     )
+    assert "shared_items" in batch.attention_arrays
 
 
 @interpreted
