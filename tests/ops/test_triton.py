@@ -82,6 +82,7 @@ def shared_cases():
     two_groups[one] += 6 * 16
     two_groups[other] += 33 * 16
     return {
+        "one page": ([1] * 40, own + 16, [(np.arange(40), 1)]),
         "few pages": ([1] * 40, own + 6 * 16, [(np.arange(40), 6)]),
         "all share": ([1] * 40, own + 20 * 16, [(np.arange(40), 20)]),
         "all have one token": ([1] * 9, [20 * 16 + 1] * 9, [(np.arange(9), 20)]),
@@ -97,6 +98,10 @@ def shared_cases():
 SHARED_CASES = shared_cases()
 
 
+def shares(batch):
+    return "shared_items" in batch.attention_arrays
+
+
 @interpreted
 @pytest.mark.parametrize("num_sms", [1, 60])
 @pytest.mark.parametrize("case", SHARED_CASES)
@@ -107,9 +112,11 @@ def test_shared_prefixes_interpreted(heads, kv_heads, head_dim, case, num_sms):
         query_lens, context_lens, heads, kv_heads, head_dim, 16, torch.float32, CPU,
         num_sms=num_sms, groups=groups,
     )  # fmt: skip
-    shared = batch.attention_arrays["shared_tokens"].tolist()
-    members = np.concatenate([seqs for seqs, _ in groups[:2]])
-    assert sorted(shared) == sorted(members[members < batch.num_decodes].tolist())
+    assert shares(batch) == (heads != 14 or case != "one page")  # seven results each cost more
+    if shares(batch):
+        shared = batch.attention_arrays["shared_tokens"].tolist()
+        members = np.concatenate([seqs for seqs, _ in groups[:2]])
+        assert sorted(shared) == sorted(members[members < batch.num_decodes].tolist())
     if "split" in case and num_sms == 60:
         slots = batch.attention_arrays["few_items"][:, 6:9]
         assert ((slots[:, 0] > slots[:, 1]) & (slots[:, 2] > 1)).any()
@@ -124,7 +131,7 @@ def test_shared_prefixes_on_a_gpu(heads, kv_heads, head_dim, dtype, case):
     batch = check_attention(
         query_lens, context_lens, heads, kv_heads, head_dim, 16, dtype, CUDA, groups=groups
     )
-    assert "shared_items" in batch.attention_arrays
+    assert shares(batch) == (heads != 14 or case != "one page")
 
 
 @interpreted
