@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
 # how many that have ended the mean is over.
 MEAN_OUTPUT, NUM_AVERAGED = 256, 64
+# Sequences that start together are such a share of those that run, or such a share of a step's tokens
+# (docs/decisions/0022).
+STARTING_SEQS, STARTING_TOKENS = 1 / 8, 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class Scheduler:
         max_num_seqs: residents at most, that is sequences that hold pages and a row of the worker's
             state.
         max_num_batched_tokens: query tokens a step at most; at least max_num_seqs.
+        starts_together: whether sequences that wait for rows or pages do so until some can start in
+            one step.
 
     Attributes:
         waiting: sequences that hold nothing, the next to be admitted first.
@@ -65,6 +71,8 @@ class Scheduler:
         empty_slots: in the pages of running sequences.
         pages_to_come: those that running sequences would still take up to their max_len.
         mean_output: tokens of the last sequences that might have stopped early.
+        shortage: "max_num_seqs" or "pages", if sequences wait for that.
+        num_ended: sequences since somebody began to wait so, or was admitted.
     """
 
     def __init__(
@@ -72,11 +80,13 @@ class Scheduler:
         block_manager: BlockManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        starts_together: bool = False,
     ):
         assert max_num_batched_tokens >= max_num_seqs
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.starts_together = starts_together
         self.seqs = np.empty(max_num_seqs, object)
         self.max_len = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
@@ -94,6 +104,7 @@ class Scheduler:
         self.free_rows = list(range(self.max_num_seqs))  # a heap
         self.seqs[:], self.max_len[:], self.decodes[:] = None, 0, False
         self.empty_slots = self.pages_to_come = 0
+        self.shortage, self.num_ended = "", 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -139,6 +150,7 @@ class Scheduler:
             if seq.row >= 0:
                 del self.running[seq]
                 self._release(seq)
+                self.num_ended += 1
             if seq.may_stop and seq.finish_reason != "abort":
                 num_output = len(seq.token_ids) - seq.num_prompt_tokens
                 self.mean_output += (num_output - self.mean_output) / NUM_AVERAGED
@@ -173,6 +185,23 @@ class Scheduler:
         stops it; returns what."""
         if self._is_prefilling_youngest():
             budget -= self._add_chunk(step, self._youngest(), budget)
+        elif self.shortage and step.input.num_decodes and not self._can_start():
+            return self.shortage
+        stopped_by = self._admissions(step, budget)
+        self.shortage = stopped_by if stopped_by in ("max_num_seqs", "pages") else ""
+        self.num_ended = 0
+        return stopped_by
+
+    def _can_start(self) -> bool:
+        """Whether there is room for enough of the sequences that wait for it."""
+        if not self.starts_together or self.num_ended >= len(self.running) * STARTING_SEQS:
+            return True
+        prompts = islice(self.waiting, self.num_ended)
+        num_tokens = sum(len(seq.token_ids) for seq in prompts)
+        return num_tokens >= self.max_num_batched_tokens * STARTING_TOKENS
+
+    def _admissions(self, step: ScheduledStep, budget: int) -> str:
+        """Of waiting sequences, until something stops them; returns what."""
         while self.waiting:
             if step.metrics.preemptions:
                 return "preemption"  # the pages are for the older sequences that needed them

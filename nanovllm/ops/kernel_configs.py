@@ -7,8 +7,6 @@ program may have on the smallest GPUs of capability 8.0 and up.
 
 from dataclasses import dataclass, replace
 
-import triton
-
 MAX_SHARED_BYTES = 99 * 1024
 MAX_HEAD_DIM = 256
 
@@ -23,6 +21,16 @@ HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 
 # They have two launches of their own in each layer, which must save microseconds of reading.
 MIN_GAIN_BYTES = 32 * 2**20
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton's takes microseconds, in each of many launches."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The same or the next larger one, of 1 or more."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
             f"on a GPU head_dim is at most {MAX_HEAD_DIM}, this model's is {head_dim}; "
             f"device='cpu' takes any"
         )
-    configs = ATTENTION[itemsize, max(64, triton.next_power_of_2(head_dim)) * itemsize]
+    configs = ATTENTION[itemsize, max(64, next_power_of_2(head_dim)) * itemsize]
     short, long = configs["short"], configs["long"]
     shared = replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM)
     return {"shared": shared, "few": short, "crowd": short, **configs}
@@ -134,7 +142,7 @@ def gemv_config(size: int, itemsize: int, gated: bool) -> GemvConfig:
     a weight as with eight for long ones."""
     block_n = 2 if gated else 4
     if size <= 1024:
-        return GemvConfig(block_n, min(triton.next_power_of_2(size), 1024 // itemsize), 1)
+        return GemvConfig(block_n, min(next_power_of_2(size), 1024 // itemsize), 1)
     return GemvConfig(block_n, 4096 // itemsize, 4 if gated else 8)
 
 

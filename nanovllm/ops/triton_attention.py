@@ -4,7 +4,6 @@ on them, in the configurations of kernel_configs.py.
 
 import numpy as np
 import torch
-import triton
 
 from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.attention_kernel import merge_prefixes_kernel, paged_attention_kernel
@@ -16,6 +15,7 @@ from nanovllm.ops.kernel_configs import (
     PROJECTED_PROGRAMS_PER_SM,
     AttentionConfig,
     attention_configs,
+    next_power_of_2,
 )
 from nanovllm.ops.shared_prefix import find_groups, max_tiles
 from nanovllm.ops.triton_ops import pdl_options, qk_norm_rope_store
@@ -62,7 +62,7 @@ class TritonAttention(Attention):
         self.num_kv_heads = num_kv_heads
         self.group = num_heads // num_kv_heads
         self.block_size = block_size
-        self.block_d = triton.next_power_of_2(max(head_dim, 16))
+        self.block_d = next_power_of_2(max(head_dim, 16))
         self.min_gain_bytes = MIN_GAIN_BYTES
         self.max_projected = PROJECTED_PROGRAMS_PER_SM * num_sms // num_kv_heads  # decodes
         self.key_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
@@ -172,7 +172,7 @@ class TritonAttention(Attention):
         self, qkv: torch.Tensor, rotary: Rotary, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
         """As reference.qk_norm_rope_store and reference.paged_attention."""
-        if len(qkv) <= self.max_projected and "shared_items" not in batch.attention_arrays:
+        if qkv.shape[0] <= self.max_projected and "shared_items" not in batch.attention_arrays:
             return self._launch(qkv, rotary, kv, batch, scale)
         return self.attend(qk_norm_rope_store(qkv, rotary, batch, kv), kv, batch, scale)
 
@@ -186,7 +186,7 @@ class TritonAttention(Attention):
     ) -> torch.Tensor:
         """q: rotated, [T, H, D], or with `rotary` from the projection."""
         head_dim = kv.k.shape[-1]
-        out = q.new_empty(len(q), self.num_kv_heads * self.group, head_dim)
+        out = q.new_empty(q.shape[0], self.num_kv_heads * self.group, head_dim)
         norm_weights = rotary.norm_weights if rotary else None
         q_weight, k_weight = norm_weights or (q, q)
         arrays = batch.attention_arrays
@@ -198,7 +198,7 @@ class TritonAttention(Attention):
                 continue
             has_prefixes = name not in ("shared", "long") and "shared_items" in arrays
             page_stride, slot_stride, head_stride, _ = kv.k.stride()
-            paged_attention_kernel[(len(items) * self.num_kv_heads,)](
+            paged_attention_kernel[(items.shape[0] * self.num_kv_heads,)](
                 out, q, kv.k, kv.v, batch.block_tables,
                 items, arrays["list_age"], arrays["shared_tokens"] if name == "shared" else None,
                 batch.slot_mapping, q_weight, k_weight,
@@ -213,10 +213,10 @@ class TritonAttention(Attention):
                 **pdl_options(q.device),
             )  # fmt: skip
             if has_prefixes:
-                merge_prefixes_kernel[(len(items) * self.num_kv_heads,)](
+                merge_prefixes_kernel[(items.shape[0] * self.num_kv_heads,)](
                     out, items, self.partial, self.stats, NUM_KV_HEADS=self.num_kv_heads,
                     GROUP=self.group, HEAD_DIM=head_dim,
-                    BLOCK_M=triton.next_power_of_2(self.group), BLOCK_D=self.block_d, num_warps=1,
+                    BLOCK_M=next_power_of_2(self.group), BLOCK_D=self.block_d, num_warps=1,
                     **pdl_options(q.device),
                 )  # fmt: skip
         return out
@@ -240,7 +240,7 @@ class TritonAttention(Attention):
         )
 
     def _block_m(self, config: AttentionConfig) -> int:
-        return max(config.block_m, triton.next_power_of_2(self.group))
+        return max(config.block_m, next_power_of_2(self.group))
 
     def _tile_tokens(self, config: AttentionConfig) -> int:
         return self._block_m(config) // self.group

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import GROUP
+from nanovllm.ops.kernel_configs import GROUP, cdiv, next_power_of_2
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK
 from nanovllm.ops.triton_ops import pdl_options
 
@@ -109,10 +109,10 @@ class Blocks:
     def sizes(self) -> dict[str, int]:
         """Of kernels that read them."""
         num_blocks = self.bests.shape[1]
-        sizes = {"NUM_BLOCKS": num_blocks, "BLOCKS": triton.next_power_of_2(num_blocks)}
+        sizes = {"NUM_BLOCKS": num_blocks, "BLOCKS": next_power_of_2(num_blocks)}
         if self.group_bests is not None:
             num_groups = self.group_bests.shape[1]
-            sizes |= {"NUM_GROUPS": num_groups, "GROUPS": triton.next_power_of_2(num_groups)}
+            sizes |= {"NUM_GROUPS": num_groups, "GROUPS": next_power_of_2(num_groups)}
             sizes["GROUP"] = GROUP
         return sizes
 
@@ -125,7 +125,7 @@ def blocks_of(
     with_groups: bool = False,
 ) -> Blocks:
     num_rows, vocab = logits.shape
-    num_blocks, num_groups = triton.cdiv(vocab, VOCAB_BLOCK), triton.cdiv(vocab, GROUP)
+    num_blocks, num_groups = cdiv(vocab, VOCAB_BLOCK), cdiv(vocab, GROUP)
     bests, sums = (torch.empty(num_rows, num_blocks, device=logits.device) for _ in range(2))
     group_bests = logits.new_empty(num_rows, num_groups) if with_groups else None
     sample_blocks_kernel[(num_rows, num_blocks)](

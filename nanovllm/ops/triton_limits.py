@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nanovllm.ops.kernel_configs import CANDIDATES, SEARCH_BLOCK, SEARCH_WARPS
+from nanovllm.ops.kernel_configs import CANDIDATES, SEARCH_BLOCK, SEARCH_WARPS, next_power_of_2
 from nanovllm.ops.triton_blocks import (
     Blocks,
     blocks_of,
@@ -373,7 +373,7 @@ def top_logprobs(
     ids = torch.empty(num_rows, 1 + num_top, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(ids.shape, device=logits.device)
     ranks = torch.empty_like(token_ids)
-    slots = max(2, triton.next_power_of_2(num_top))
+    slots = max(2, next_power_of_2(num_top))
     collect_kernel[(num_rows,)](
         ids, logprobs, ranks, logits, token_ids, lowest, last, blocks.bests, blocks.sums,
         blocks.group_bests, *_room(blocks.group_bests, slots), NUM=num_top, SLOTS=slots,

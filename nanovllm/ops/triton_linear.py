@@ -18,9 +18,11 @@ from nanovllm.ops.kernel_configs import (
     MAX_PARTS,
     MIN_PART,
     PARTIAL_PROGRAMS,
+    cdiv,
     gemv_config,
     max_gemv_rows,
     max_partial_rows,
+    next_power_of_2,
     partial_linear_config,
 )
 from nanovllm.ops.triton_ops import pdl_options, rms_norm, silu_and_mul, summed
@@ -51,6 +53,8 @@ def gemv_kernel(
     total = tl.zeros([BLOCK_N, PADDED_ROWS], tl.float32)
     total_up = tl.zeros([BLOCK_N, PADDED_ROWS], tl.float32)
     squares = tl.zeros([PADDED_ROWS], tl.float32)
+    out_ptrs = out + rows[None, :] * N + cols[:, None]
+    out_ok = (rows < ROWS)[None, :] & cols_ok[:, None]
     for k in tl.static_range(0, K, BLOCK_K):
         # Weights come before the wait for the kernel whose output x is: they stream meanwhile.
         k_ok = ks < K - k
@@ -63,6 +67,9 @@ def gemv_kernel(
         if PDL and k == 0:
             gdc_launch_dependents()
             gdc_wait()
+        if ADD and k == 0:
+            # Not after the sums, for which warps wait for each other.
+            added = tl.load(out_ptrs, mask=out_ok, other=0.0)
         for row in tl.static_range(ROWS):
             value = tl.load(x + row * K + k + ks, mask=k_ok, other=0.0).to(tl.float32)
             here = rows == row
@@ -84,10 +91,8 @@ def gemv_kernel(
             total_up += tl.load(bias + N + cols, mask=cols_ok, other=0.0).to(tl.float32)[:, None]
     if GATED:
         total = total / (1.0 + tl.exp(-total)) * total_up
-    out_ptrs = out + rows[None, :] * N + cols[:, None]
-    out_ok = (rows < ROWS)[None, :] & cols_ok[:, None]
     if ADD:
-        total += tl.load(out_ptrs, mask=out_ok, other=0.0).to(tl.float32)
+        total += added.to(tl.float32)
     tl.store(out_ptrs, total, mask=out_ok)
 
 
@@ -141,7 +146,8 @@ def linear(
 ) -> torch.Tensor:
     """As reference.linear."""
     assert out is None or (bias is None and not gated)
-    is_few = 0 < len(x.total if isinstance(x, Residual) else x) <= max_gemv_rows(weight.numel())
+    num_rows = (x.total if isinstance(x, Residual) else x).shape[0]
+    is_few = 0 < num_rows <= max_gemv_rows(weight.numel())
     if norm is not None and not is_few:
         x = rms_norm(x, *norm)
     if isinstance(x, Residual):
@@ -158,7 +164,7 @@ def add_linear(
     residual: Residual, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
     """As reference.add_linear; a product of some rows leaves its parts to the norm that follows."""
-    total, num_rows, num_weights = summed(residual), len(x), weight.numel()
+    total, num_rows, num_weights = summed(residual), x.shape[0], weight.numel()
     if 0 < num_rows <= max_gemv_rows(num_weights):
         _gemv(x, weight, bias, residual=total)
     elif bias is None and x.element_size() == 2 and 0 < num_rows <= max_partial_rows(num_weights):
@@ -172,12 +178,12 @@ def add_linear(
 def _partial_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T as a sum: [parts, T, out] float32."""
     assert x.is_contiguous() and weight.is_contiguous() and weight.numel() < 2**31
-    num_rows, (num_out, size) = len(x), weight.shape
+    num_rows, (num_out, size) = x.shape[0], weight.shape
     config = partial_linear_config(num_rows)
-    num_blocks = triton.cdiv(num_out, config.block_n)
+    num_blocks = cdiv(num_out, config.block_n)
     num_parts = max(1, min(MAX_PARTS, PARTIAL_PROGRAMS // num_blocks, size // MIN_PART))
-    per_part = triton.cdiv(triton.cdiv(size, num_parts), config.block_k) * config.block_k
-    num_parts = triton.cdiv(size, per_part)
+    per_part = cdiv(cdiv(size, num_parts), config.block_k) * config.block_k
+    num_parts = cdiv(size, per_part)
     parts = torch.empty(num_parts, num_rows, num_out, dtype=torch.float32, device=x.device)
     partial_linear_kernel[(num_blocks, num_parts)](
         parts, x, weight, num_rows, num_out, size, per_part, ROWS=config.rows,
@@ -200,15 +206,15 @@ def _gemv(
     """With few rows: the product, in `out` if it is there, or added to a residual."""
     assert x.is_contiguous() and weight.is_contiguous()
     num_rows, size = x.shape
-    num_out = len(weight) // 2 if gated else len(weight)
+    num_out = weight.shape[0] // 2 if gated else weight.shape[0]
     if out is None:
         out = x.new_empty(num_rows, num_out) if residual is None else residual
     assert out.is_contiguous()
     norm_weight, eps = norm or (x, 0.0)
     config = gemv_config(size, x.element_size(), gated)
-    gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
+    gemv_kernel[(cdiv(num_out, config.block_n),)](
         out, x, weight, x if bias is None else bias, norm_weight, eps,
-        ROWS=num_rows, PADDED_ROWS=triton.next_power_of_2(num_rows), N=num_out, K=size,
+        ROWS=num_rows, PADDED_ROWS=next_power_of_2(num_rows), N=num_out, K=size,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None,
         num_warps=config.num_warps, **pdl_options(x.device),

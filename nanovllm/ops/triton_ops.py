@@ -11,7 +11,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
-from nanovllm.ops.kernel_configs import COPY_BLOCK, HEADS_PER_PROGRAM, SILU_BLOCK
+from nanovllm.ops.kernel_configs import (
+    COPY_BLOCK,
+    HEADS_PER_PROGRAM,
+    SILU_BLOCK,
+    cdiv,
+    next_power_of_2,
+)
 
 # In Triton 3.4 the functions are there, but do not compile.
 TRITON_HAS_PDL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
@@ -41,9 +47,9 @@ def copy(out: torch.Tensor, source: torch.Tensor) -> None:
     """Copy between a GPU and page-locked memory, of a multiple of four bytes; nobody waits for it.
     A copy engine would not wait either, but be waited for by the kernels around it."""
     words = out.view(torch.int32), source.view(torch.int32)
-    num_words = len(words[0])
+    num_words = words[0].shape[0]
     if num_words:
-        copy_kernel[(triton.cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
+        copy_kernel[(cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -94,8 +100,8 @@ def _rms_norm(
 ) -> None:
     x, parts = residual.total, residual.parts
     size = x.shape[-1]
-    block = triton.next_power_of_2(size)
-    num_rows, num_parts = x.numel() // size, 0 if parts is None else len(parts)
+    block = next_power_of_2(size)
+    num_rows, num_parts = x.numel() // size, 0 if parts is None else parts.shape[0]
     if num_rows:
         rms_norm_kernel[(num_rows,)](
             out, x, weight, eps, parts, num_rows, SIZE=size, BLOCK=block, NUM_PARTS=num_parts,
@@ -123,7 +129,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     size = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], size)
     if out.numel():
-        grid = (out.numel() // size, triton.cdiv(size, SILU_BLOCK))
+        grid = (out.numel() // size, cdiv(size, SILU_BLOCK))
         silu_and_mul_kernel[grid](
             out, gate_up, SIZE=size, BLOCK=SILU_BLOCK, num_warps=4, **pdl_options(out.device)
         )
@@ -191,15 +197,16 @@ def qk_norm_rope_store(
 ) -> torch.Tensor:
     num_kv_heads, head_dim = kv.k.shape[-2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    q = qkv.new_empty(len(qkv), num_heads, head_dim)
-    if len(qkv) == 0:
+    num_tokens = qkv.shape[0]
+    q = qkv.new_empty(num_tokens, num_heads, head_dim)
+    if num_tokens == 0:
         return q
     q_weight, k_weight = rotary.norm_weights or (qkv, qkv)
     num_heads_in = num_heads + 2 * num_kv_heads
-    qk_norm_rope_store_kernel[(len(qkv), triton.cdiv(num_heads_in, HEADS_PER_PROGRAM))](
+    qk_norm_rope_store_kernel[(num_tokens, cdiv(num_heads_in, HEADS_PER_PROGRAM))](
         q, kv.k, kv.v, qkv, q_weight, k_weight, rotary.table, batch.positions, batch.slot_mapping,
         rotary.eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        HEADS=HEADS_PER_PROGRAM, HALF=triton.next_power_of_2(head_dim // 2),
+        HEADS=HEADS_PER_PROGRAM, HALF=next_power_of_2(head_dim // 2),
         NORM=rotary.norm_weights is not None, num_warps=4, **pdl_options(qkv.device),
     )  # fmt: skip
     return q

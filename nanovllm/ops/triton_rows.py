@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nanovllm.ops.kernel_configs import ROWS_BLOCK
+from nanovllm.ops.kernel_configs import ROWS_BLOCK, cdiv
 from nanovllm.ops.triton_ops import pdl_options
 
 
@@ -77,7 +77,7 @@ def begin_decode(
     """
     tables = state["block_tables"]
     num_rows = len(tables) - 1
-    begin_decode_kernel[(triton.cdiv(num_rows, ROWS_BLOCK),)](
+    begin_decode_kernel[(cdiv(num_rows, ROWS_BLOCK),)](
         decodes, tables, state["last_tokens"], state["temperature"], state["seed"],
         inputs["rows"], inputs["positions"], inputs["context_lens"], inputs["slot_mapping"],
         inputs["token_ids"], inputs["temperature"], inputs["noise_keys"], inputs["turn"],
@@ -111,7 +111,7 @@ def keep_sampled(
 ) -> None:
     """As reference.keep_sampled; host_tokens is page-locked."""
     if len(rows):
-        keep_sampled_kernel[(triton.cdiv(len(rows), ROWS_BLOCK),)](
+        keep_sampled_kernel[(cdiv(len(rows), ROWS_BLOCK),)](
             last_tokens, host_tokens, rows, token_ids, turn, len(rows), host_tokens.stride(0),
             BLOCK=ROWS_BLOCK, num_warps=4, **pdl_options(last_tokens.device),
         )  # fmt: skip

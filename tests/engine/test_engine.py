@@ -137,6 +137,64 @@ def test_num_cached_tokens_is_that_of_the_first_admission():
     assert [seq.num_cached_tokens for seq in seqs] == [0, 0]
 
 
+# Who starts when
+
+
+def starts_of_steps(engine, seqs):
+    """Run, and give how many sequences each step started that started any."""
+    for seq in seqs:
+        engine.add(seq)
+    while engine.unfinished:
+        take_step(engine)
+        check_invariants(engine)
+    assert_right(*seqs)
+    return [len(step.starts) for step in engine.executor.steps if step.starts]
+
+
+def ending_one_by_one(count, waiting_prompt=2, **params):
+    """So many sequences that end in one step after another, and nine that wait for them."""
+    return [
+        make_sequence(
+            [i % 7 + 1, i // 7 + 1] * (waiting_prompt // 2 if i >= count else 1),
+            str(i),
+            max_tokens=min(i, count) + 1,
+            **params,
+        )
+        for i in range(count + 9)
+    ]
+
+
+@both_depths
+@pytest.mark.parametrize("stop_token_ids", [None, [NEVER]])
+@pytest.mark.parametrize(
+    "room",
+    [dict(num_blocks=1000, max_num_seqs=24), dict(num_blocks=24, block_size=32, max_num_seqs=60)],
+    ids=["rows", "pages"],
+)
+def test_sequences_that_wait_for_room_start_together(room, stop_token_ids, depth):
+    options = dict(max_num_batched_tokens=64, depth=depth, **room)
+    seqs = ending_one_by_one(24, stop_token_ids=stop_token_ids)
+    assert starts_of_steps(make_engine(**options), seqs) == [24, *[1] * 9]
+    # Three are an eighth of those that run.
+    seqs = ending_one_by_one(24, stop_token_ids=stop_token_ids)
+    engine = make_engine(starts_together=True, **options)
+    assert starts_of_steps(engine, seqs) == [24, 3, 3, 3]
+
+
+@both_depths
+def test_fewer_start_together_if_their_prompts_are_a_quarter_of_a_step(depth):
+    options = dict(num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, depth=depth)
+    seqs = ending_one_by_one(24, waiting_prompt=10)
+    engine = make_engine(starts_together=True, **options)
+    assert starts_of_steps(engine, seqs) == [24, 2, 2, 2, 2, 1]
+
+
+def test_nobody_waits_for_others_to_start_with_when_nothing_runs():
+    options = dict(num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, depth=2)
+    seqs = sequences(*([i + 1] for i in range(25)), max_tokens=2)
+    assert starts_of_steps(make_engine(starts_together=True, **options), seqs) == [24, 1]
+
+
 # What is counted
 
 

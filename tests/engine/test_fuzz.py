@@ -65,6 +65,7 @@ def engines(draw):
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 0, 1, 3, 10, 50])),
         enable_prefix_caching=draw(st.integers(0, 4)) > 0,
+        starts_together=draw(st.booleans()),
         depth=draw(st.integers(1, 2)),
         mean_output=draw(st.sampled_from([0, 0, 8, 256])),
     )
@@ -101,10 +102,12 @@ SCHEDULES = st.lists(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_lines():
-    """So that sequences take their log-probabilities many times."""
+def small_constants():
+    """So that sequences take their log-probabilities many times, and wait to start together though
+    there are few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanovllm.engine.recent_logprobs.NUM_LINES", 3)
+        patch.setattr("nanovllm.engine.scheduler.STARTING_SEQS", 0.6)
         yield
 
 
