@@ -28,8 +28,8 @@ from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
 # how many that have ended the mean is over.
 MEAN_OUTPUT, NUM_AVERAGED = 256, 64
-# Sequences that start together are such a share of those that run, or such a share of a step's tokens
-# (docs/decisions/0022).
+# Sequences that start together are such a share of those that run, or their prompts such a share of
+# a step's tokens (docs/decisions/0022).
 STARTING_SEQS, STARTING_TOKENS = 1 / 8, 1 / 4
 
 
