@@ -193,8 +193,9 @@ class Scheduler:
         return stopped_by
 
     def _can_start(self) -> bool:
-        """Whether there is room for enough of the sequences that wait for it."""
-        if not self.starts_together or self.num_ended >= len(self.running) * STARTING_SEQS:
+        """Whether there is room for enough of the sequences that wait for it, or for all."""
+        enough = min(len(self.running) * STARTING_SEQS, len(self.waiting))
+        if not self.starts_together or self.num_ended >= enough:
             return True
         prompts = islice(self.waiting, self.num_ended)
         num_tokens = sum(len(seq.token_ids) for seq in prompts)

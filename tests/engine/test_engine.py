@@ -189,6 +189,31 @@ def test_fewer_start_together_if_their_prompts_are_a_quarter_of_a_step(depth):
     assert starts_of_steps(engine, seqs) == [24, 2, 2, 2, 2, 1]
 
 
+def test_the_last_that_waits_starts_in_the_first_row_that_is_free():
+    engine = make_engine(
+        num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, starts_together=True
+    )
+    seqs = ending_one_by_one(24)
+    assert starts_of_steps(engine, seqs[:25]) == [24, 1]
+    assert len(engine.executor.steps) == 1 + seqs[24].params.max_tokens
+
+
+def test_who_comes_when_nobody_waits_any_more_starts_at_once():
+    engine = make_engine(
+        num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, starts_together=True
+    )
+    seqs = ending_one_by_one(24)
+    for seq in seqs[:30]:
+        engine.add(seq)
+    take_step(engine)
+    engine.abort(seqs[24:30])
+    take_step(engine)
+    assert engine.metrics.last_step.stopped_by == ""
+    engine.add(seqs[30])
+    take_step(engine)
+    assert seqs[30].row >= 0
+
+
 def test_nobody_waits_for_others_to_start_with_when_nothing_runs():
     options = dict(num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, depth=2)
     seqs = sequences(*([i + 1] for i in range(25)), max_tokens=2)
