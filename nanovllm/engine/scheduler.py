@@ -13,7 +13,6 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import islice
 
 import numpy as np
 
@@ -26,11 +25,11 @@ from nanovllm.outputs import SampleLogprobs
 from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
-# how many that have ended the mean is over.
+# over how many sequences means are.
 MEAN_OUTPUT, NUM_AVERAGED = 256, 64
-# Sequences that start together are such a share of those that run, or their prompts such a share of
-# a step's tokens (docs/decisions/0022).
-STARTING_SEQS, STARTING_TOKENS = 1 / 8, 1 / 4
+# Sequences that wait for rows start together: when such a share of the rows is free, or those free
+# are for such a share of a step's tokens, or one was for so many steps (docs/decisions/0022).
+STARTING_ROWS, STARTING_TOKENS, STARTING_STEPS = 1 / 8, 1 / 4, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,7 @@ class Scheduler:
         max_num_seqs: residents at most, that is sequences that hold pages and a row of the worker's
             state.
         max_num_batched_tokens: query tokens a step at most; at least max_num_seqs.
-        starts_together: whether sequences that wait for rows or pages do so until some can start in
-            one step.
+        starts_together: whether sequences that wait for rows start some at a time.
 
     Attributes:
         waiting: sequences that hold nothing, the next to be admitted first.
@@ -71,8 +69,9 @@ class Scheduler:
         empty_slots: in the pages of running sequences.
         pages_to_come: those that running sequences would still take up to their max_len.
         mean_output: tokens of the last sequences that might have stopped early.
-        shortage: "max_num_seqs" or "pages", if sequences wait for that.
-        num_ended: sequences since somebody began to wait so, or was admitted.
+        mean_new: tokens that the last sequences had to compute when they were admitted.
+        waits_for_rows: whether some wait to start together.
+        steps_waited: in how many steps they might have started.
     """
 
     def __init__(
@@ -96,6 +95,7 @@ class Scheduler:
         self.decodes = np.zeros(max_num_seqs, bool)
         self.logprobs = RecentLogprobs(max_num_seqs)
         self.mean_output = float(MEAN_OUTPUT)
+        self.mean_new = 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -104,7 +104,7 @@ class Scheduler:
         self.free_rows = list(range(self.max_num_seqs))  # a heap
         self.seqs[:], self.max_len[:], self.decodes[:] = None, 0, False
         self.empty_slots = self.pages_to_come = 0
-        self.shortage, self.num_ended = "", 0
+        self.waits_for_rows, self.steps_waited = False, 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -150,7 +150,6 @@ class Scheduler:
             if seq.row >= 0:
                 del self.running[seq]
                 self._release(seq)
-                self.num_ended += 1
             if seq.may_stop and seq.finish_reason != "abort":
                 num_output = len(seq.token_ids) - seq.num_prompt_tokens
                 self.mean_output += (num_output - self.mean_output) / NUM_AVERAGED
@@ -185,21 +184,23 @@ class Scheduler:
         stops it; returns what."""
         if self._is_prefilling_youngest():
             budget -= self._add_chunk(step, self._youngest(), budget)
-        elif self.shortage and step.input.num_decodes and not self._can_start():
-            return self.shortage
+        elif self.waits_for_rows and not self._waited_enough(step):
+            self.steps_waited += len(self.free_rows) > 0
+            return "max_num_seqs"
         stopped_by = self._admissions(step, budget)
-        self.shortage = stopped_by if stopped_by in ("max_num_seqs", "pages") else ""
-        self.num_ended = 0
+        self.waits_for_rows = self.starts_together and stopped_by == "max_num_seqs"
+        self.steps_waited = 0
         return stopped_by
 
-    def _can_start(self) -> bool:
-        """Whether there is room for enough of the sequences that wait for it, or for all."""
-        enough = min(len(self.running) * STARTING_SEQS, len(self.waiting))
-        if not self.starts_together or self.num_ended >= enough:
-            return True
-        prompts = islice(self.waiting, self.num_ended)
-        num_tokens = sum(len(seq.token_ids) for seq in prompts)
-        return num_tokens >= self.max_num_batched_tokens * STARTING_TOKENS
+    def _waited_enough(self, step: ScheduledStep) -> bool:
+        """Whether those that wait to start together do so now; all that are left do."""
+        num_free = len(self.free_rows)
+        return (
+            num_free >= min(int(self.max_num_seqs * STARTING_ROWS), len(self.waiting))
+            or num_free * self.mean_new >= self.max_num_batched_tokens * STARTING_TOKENS
+            or self.steps_waited == STARTING_STEPS
+            or step.metrics.preemptions > 0  # what is freed is for others
+        )
 
     def _admissions(self, step: ScheduledStep, budget: int) -> str:
         """Of waiting sequences, until something stops them; returns what."""
@@ -283,6 +284,7 @@ class Scheduler:
         self.empty_slots += self._num_empty(seq)
         self.pages_to_come += self._num_to_come(seq)
         step.metrics.cached_tokens += num_cached
+        self.mean_new += (seq.prefill_end - num_cached - self.mean_new) / NUM_AVERAGED
         min_tokens = seq.params.min_tokens
         step.input.starts.append(
             RowStart(

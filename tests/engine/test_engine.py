@@ -139,6 +139,8 @@ def test_num_cached_tokens_is_that_of_the_first_admission():
 
 # Who starts when
 
+ROWS = dict(num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64)  # an eighth are 3
+
 
 def starts_of_steps(engine, seqs):
     """Run, and give how many sequences each step started that started any."""
@@ -147,12 +149,14 @@ def starts_of_steps(engine, seqs):
     while engine.unfinished:
         take_step(engine)
         check_invariants(engine)
+        step = engine.metrics.last_step
+        assert bool(step.stopped_by) == bool(step.waiting)
     assert_right(*seqs)
     return [len(step.starts) for step in engine.executor.steps if step.starts]
 
 
-def ending_one_by_one(count, waiting_prompt=2, **params):
-    """So many sequences that end in one step after another, and nine that wait for them."""
+def ending_one_by_one(count, waiting, waiting_prompt=2, **params):
+    """So many sequences that end in one step after another, and some to wait for their rows."""
     return [
         make_sequence(
             [i % 7 + 1, i // 7 + 1] * (waiting_prompt // 2 if i >= count else 1),
@@ -160,53 +164,62 @@ def ending_one_by_one(count, waiting_prompt=2, **params):
             max_tokens=min(i, count) + 1,
             **params,
         )
-        for i in range(count + 9)
+        for i in range(count + waiting)
     ]
 
 
 @both_depths
 @pytest.mark.parametrize("stop_token_ids", [None, [NEVER]])
-@pytest.mark.parametrize(
-    "room",
-    [dict(num_blocks=1000, max_num_seqs=24), dict(num_blocks=24, block_size=32, max_num_seqs=60)],
-    ids=["rows", "pages"],
-)
-def test_sequences_that_wait_for_room_start_together(room, stop_token_ids, depth):
-    options = dict(max_num_batched_tokens=64, depth=depth, **room)
-    seqs = ending_one_by_one(24, stop_token_ids=stop_token_ids)
-    assert starts_of_steps(make_engine(**options), seqs) == [24, *[1] * 9]
-    # Three are an eighth of those that run.
-    seqs = ending_one_by_one(24, stop_token_ids=stop_token_ids)
-    engine = make_engine(starts_together=True, **options)
-    assert starts_of_steps(engine, seqs) == [24, 3, 3, 3]
+def test_sequences_that_wait_for_rows_start_together(stop_token_ids, depth):
+    one_by_one = make_engine(depth=depth, **ROWS)
+    seqs = ending_one_by_one(24, 10, stop_token_ids=stop_token_ids)
+    assert starts_of_steps(one_by_one, seqs) == [24, *[1] * 10]
+    together = make_engine(starts_together=True, depth=depth, **ROWS)
+    seqs = ending_one_by_one(24, 10, stop_token_ids=stop_token_ids)
+    assert starts_of_steps(together, seqs) == [24, 3, 3, 3, 1]
+    # The last waits for nobody.
+    assert len(together.executor.steps) == len(one_by_one.executor.steps)
 
 
 @both_depths
-def test_fewer_start_together_if_their_prompts_are_a_quarter_of_a_step(depth):
-    options = dict(num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, depth=depth)
-    seqs = ending_one_by_one(24, waiting_prompt=10)
-    engine = make_engine(starts_together=True, **options)
-    assert starts_of_steps(engine, seqs) == [24, 2, 2, 2, 2, 1]
+def test_fewer_start_together_if_they_fill_a_quarter_of_a_step(depth, monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.scheduler.NUM_AVERAGED", 1)
+    seqs = ending_one_by_one(24, 9, waiting_prompt=10)
+    engine = make_engine(starts_together=True, depth=depth, **ROWS)
+    assert starts_of_steps(engine, seqs) == [24, 3, 2, 2, 2]  # at first it knows of short prompts
 
 
-def test_the_last_that_waits_starts_in_the_first_row_that_is_free():
-    engine = make_engine(
-        num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, starts_together=True
-    )
-    seqs = ending_one_by_one(24)
-    assert starts_of_steps(engine, seqs[:25]) == [24, 1]
-    assert len(engine.executor.steps) == 1 + seqs[24].params.max_tokens
+def test_tokens_in_the_prefix_cache_do_not_fill_a_step(monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.scheduler.NUM_AVERAGED", 1)
+    starts = {}
+    for caching in (False, True):
+        seqs = [make_sequence([1] * 9, str(i), max_tokens=min(i, 24) + 1) for i in range(33)]
+        engine = make_engine(starts_together=True, enable_prefix_caching=caching, **ROWS)
+        starts[caching] = starts_of_steps(engine, seqs)
+    assert starts[True] == [24, 3, 3, 3]
+    assert 2 in starts[False]  # 2 x 9 tokens are more than a quarter of 64
+
+
+@both_depths
+def test_nobody_waits_for_long_beside_a_free_row(depth):
+    seqs = sequences(*([i + 1] for i in range(24)), max_tokens=44)
+    seqs[3] = make_sequence([4], "3", max_tokens=5)
+    late = [make_sequence([30 + i], f"late {i}", max_tokens=2) for i in range(4)]
+    engine = make_engine(starts_together=True, depth=depth, **ROWS)
+    starts_of_steps(engine, seqs + late)
+    first, second, third, *_ = (i for i, step in enumerate(engine.executor.steps) if step.starts)
+    # One row is free when a sequence of 5 tokens has ended, and then when the late one of 2 has.
+    assert second - first == 5 + 16 + depth - 1
+    assert third - second == 2 + 16 + depth - 1
 
 
 def test_who_comes_when_nobody_waits_any_more_starts_at_once():
-    engine = make_engine(
-        num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, starts_together=True
-    )
-    seqs = ending_one_by_one(24)
+    engine = make_engine(starts_together=True, **ROWS)
+    seqs = sequences(*([i % 7 + 1, i] for i in range(31)), max_tokens=20)
     for seq in seqs[:30]:
         engine.add(seq)
     take_step(engine)
-    engine.abort(seqs[24:30])
+    engine.abort(seqs[23:30])
     take_step(engine)
     assert engine.metrics.last_step.stopped_by == ""
     engine.add(seqs[30])
@@ -214,10 +227,11 @@ def test_who_comes_when_nobody_waits_any_more_starts_at_once():
     assert seqs[30].row >= 0
 
 
-def test_nobody_waits_for_others_to_start_with_when_nothing_runs():
-    options = dict(num_blocks=1000, max_num_seqs=24, max_num_batched_tokens=64, depth=2)
-    seqs = sequences(*([i + 1] for i in range(25)), max_tokens=2)
-    assert starts_of_steps(make_engine(starts_together=True, **options), seqs) == [24, 1]
+def test_who_waits_for_the_budget_starts_in_the_next_step():
+    engine = make_engine(starts_together=True, **ROWS)
+    seqs = sequences(*([i + 1] * 8 for i in range(12)), max_tokens=4)
+    assert starts_of_steps(engine, seqs) == [8, 4]
+    assert [len(step.starts) for step in engine.executor.steps[:2]] == [8, 4]
 
 
 # What is counted
@@ -268,6 +282,15 @@ def test_a_step_that_preempts_says_so():
     assert preempting.stopped_by == "preemption"
     assert (preempting.running, preempting.waiting, preempting.preemptions) == (1, 1, 1)
     assert engine.metrics.preemptions == 1
+
+
+def test_a_step_that_preempts_says_so_though_others_wait_for_rows():
+    engine = make_engine(starts_together=True, mean_output=0, **ROWS | dict(num_blocks=46))
+    prompts = [[i % 7 + 1, i] for i in range(26)]
+    steps = metrics_of_steps(engine, *unpredictable(*prompts, max_tokens=6))
+    preempting = [step.stopped_by for step in steps if step.preemptions]
+    assert preempting and set(preempting) == {"preemption"}
+    assert "max_num_seqs" in [step.stopped_by for step in steps]
 
 
 def test_kv_cache_waste_is_the_share_of_empty_slots_over_all_steps():

@@ -107,7 +107,8 @@ def small_constants():
     there are few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanovllm.engine.recent_logprobs.NUM_LINES", 3)
-        patch.setattr("nanovllm.engine.scheduler.STARTING_SEQS", 0.6)
+        patch.setattr("nanovllm.engine.scheduler.STARTING_ROWS", 0.6)
+        patch.setattr("nanovllm.engine.scheduler.STARTING_STEPS", 4)
         yield
 
 
