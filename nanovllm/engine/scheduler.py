@@ -29,7 +29,7 @@ from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 MEAN_OUTPUT, NUM_AVERAGED = 256, 64
 # Sequences that wait for rows start together: when such a share of the rows is free, or those free
 # are for such a share of a step's tokens, or one was for so many steps (docs/decisions/0022).
-STARTING_ROWS, STARTING_TOKENS, STARTING_STEPS = 1 / 8, 1 / 4, 16
+STARTING_ROWS, STARTING_TOKENS, STARTING_STEPS = 1 / 8, 1 / 4, 8
 
 
 @dataclass(frozen=True, slots=True)

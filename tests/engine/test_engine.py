@@ -209,8 +209,8 @@ def test_nobody_waits_for_long_beside_a_free_row(depth):
     starts_of_steps(engine, seqs + late)
     first, second, third, *_ = (i for i, step in enumerate(engine.executor.steps) if step.starts)
     # One row is free when a sequence of 5 tokens has ended, and then when the late one of 2 has.
-    assert second - first == 5 + 16 + depth - 1
-    assert third - second == 2 + 16 + depth - 1
+    assert second - first == 5 + 8 + depth - 1
+    assert third - second == 2 + 8 + depth - 1
 
 
 def test_who_comes_when_nobody_waits_any_more_starts_at_once():
