@@ -27,8 +27,8 @@ class Engine:
         max_num_seqs: sequences resident at a time.
         max_num_batched_tokens: query tokens a step.
         enable_prefix_caching: whether sequences share the pages of equal prefixes.
-        starts_together: whether sequences that wait for room in the batch start some at a time: for
-            executors that take longer to submit a step with prompts than to run a few of them.
+        starts_together: whether sequences that wait for rows start some at a time: for executors
+            that take longer to submit a step with prompts than to run a few of them.
         depth: steps in flight. 1 waits for each; with 2 the next step is scheduled while one runs.
         detokenizer: finds stop strings; None: no sequence has any.
     """
