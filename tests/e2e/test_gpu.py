@@ -130,6 +130,19 @@ def test_graphs_equal_eager_at_every_batch_size(setting):
             assert generate(graphed, prompts[:size], greedy(6)) == expected[:size], size
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_tokens_are_the_same_when_requests_wait_for_rows(setting, eager):
+    folder, *_ = setting
+    rng = random.Random(3)
+    prompts = [[rng.randrange(128) for _ in range(rng.randrange(1, 40))] for _ in range(90)]
+    params = [greedy(rng.randrange(1, 30)) for _ in prompts]
+    with load(folder, max_num_seqs=100) as llm:
+        expected = generate(llm, prompts, params)
+    with load(folder, max_num_seqs=24, enforce_eager=eager) as llm:
+        assert llm.llm_engine.scheduler.starts_together == (not eager)
+        assert generate(llm, prompts, params) == expected
+
+
 @pytest.mark.parametrize("options", [
     dict(),
     dict(async_scheduling=False),
