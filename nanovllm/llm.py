@@ -92,8 +92,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching is not False,
-            # Steps of decodes alone are one launch then, those with prompts hundreds.
-            starts_together=device.type == "cuda" and not config.enforce_eager,
+            starts_together=executor.uses_graphs,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if overlaps else 1,
             detokenizer=detokenizer,

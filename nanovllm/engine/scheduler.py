@@ -184,7 +184,7 @@ class Scheduler:
         stops it; returns what."""
         if self._is_prefilling_youngest():
             budget -= self._add_chunk(step, self._youngest(), budget)
-        elif self.waits_for_rows and not self._waited_enough(step):
+        elif self.waits_for_rows and not step.metrics.preemptions and not self._waited_enough():
             self.steps_waited += len(self.free_rows) > 0
             return "max_num_seqs"
         stopped_by = self._admissions(step, budget)
@@ -192,14 +192,13 @@ class Scheduler:
         self.steps_waited = 0
         return stopped_by
 
-    def _waited_enough(self, step: ScheduledStep) -> bool:
+    def _waited_enough(self) -> bool:
         """Whether those that wait to start together do so now; all that are left do."""
         num_free = len(self.free_rows)
         return (
             num_free >= min(int(self.max_num_seqs * STARTING_ROWS), len(self.waiting))
             or num_free * self.mean_new >= self.max_num_batched_tokens * STARTING_TOKENS
             or self.steps_waited == STARTING_STEPS
-            or step.metrics.preemptions > 0  # what is freed is for others
         )
 
     def _admissions(self, step: ScheduledStep, budget: int) -> str:

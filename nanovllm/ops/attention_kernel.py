@@ -32,19 +32,10 @@ class _Column(tl.constexpr):
         return self.value != other.value
 
 
-ROW = _Column(0)
-TOKEN = _Column(1)
-NUM_TOKENS = _Column(2)
-POSITION = _Column(3)
-KEY_START = _Column(4)
-KEY_END = _Column(5)
-SLOT = _Column(6)
-FIRST_SLOT = _Column(7)
-NUM_PARTS = _Column(8)
-PREFIX_SLOT = _Column(9)
-PREFIX_TOKEN = _Column(10)
-PREFIX_TOKENS = _Column(11)
-PREFIX_PARTS = _Column(12)
+(
+    ROW, TOKEN, NUM_TOKENS, POSITION, KEY_START, KEY_END, SLOT, FIRST_SLOT, NUM_PARTS,
+    PREFIX_SLOT, PREFIX_TOKEN, PREFIX_TOKENS, PREFIX_PARTS,
+) = map(_Column, range(ITEM_WIDTH))  # fmt: skip
 WIDTH = _Column(ITEM_WIDTH)
 
 

@@ -6,6 +6,11 @@ program may have on the smallest GPUs of capability 8.0 and up.
 """
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
 MAX_SHARED_BYTES = 99 * 1024
 MAX_HEAD_DIM = 256
@@ -23,13 +28,14 @@ HEADS_PER_PROGRAM = 8  # of qk_norm_rope_store
 MIN_GAIN_BYTES = 32 * 2**20
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; triton's takes microseconds, in each of many launches."""
+# Triton's own of these two take 2 us a call, in each of many launches.
+def cdiv(a: IntOrArray, b: IntOrArray | int) -> IntOrArray:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The same or the next larger one, of 1 or more."""
+    """The smallest that is not less than n, of 1 or more."""
     return 1 << (n - 1).bit_length()
 
 

@@ -3,11 +3,11 @@
 It works on the host, from lengths that the worker knows without asking the device.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
-IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
+from nanovllm.ops.kernel_configs import cdiv
 
 ITEM_WIDTH = 13
 
@@ -106,7 +106,7 @@ def work_list(
     """
     tile_tokens, num_kv_heads, num_units, min_keys = sizes
     is_shared = shared_from is not None
-    num_tiles = _ceil_div(query_lens, tile_tokens)
+    num_tiles = cdiv(query_lens, tile_tokens)
     seq, tile_of_seq = _repeat(num_tiles)
     first_token = tile_of_seq * tile_tokens
     num_tokens = np.minimum(tile_tokens, query_lens[seq] - first_token)
@@ -119,11 +119,11 @@ def work_list(
     start = prefixes.num_keys[seq] if prefixes else np.zeros_like(end)
     num_keys = end - start
 
-    even_share = _ceil_div(int(num_keys.sum()) * num_kv_heads, num_units)
-    most_keys = _ceil_div(even_share, min_keys) * min_keys
-    num_parts = _ceil_div(num_keys, most_keys)
-    part_keys = _ceil_div(_ceil_div(num_keys, num_parts), min_keys) * min_keys
-    num_parts = _ceil_div(num_keys, part_keys)
+    even_share = cdiv(int(num_keys.sum()) * num_kv_heads, num_units)
+    most_keys = cdiv(even_share, min_keys) * min_keys
+    num_parts = cdiv(num_keys, most_keys)
+    part_keys = cdiv(cdiv(num_keys, num_parts), min_keys) * min_keys
+    num_parts = cdiv(num_keys, part_keys)
     tile, part = _repeat(num_parts)
     has_slots = (num_parts > 1) | is_shared
     if prefixes:
@@ -167,10 +167,6 @@ def prefixes_of(items: np.ndarray, members: np.ndarray, num_seqs: int) -> Prefix
     prefixes.num_tokens[seqs] = tiles[tile, 2]
     prefixes.num_parts[seqs] = tiles[tile, 8]
     return prefixes
-
-
-def _ceil_div(a: IntOrArray, b: IntOrArray | int) -> IntOrArray:
-    return -(-a // b)
 
 
 def _repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

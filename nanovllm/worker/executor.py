@@ -25,6 +25,7 @@ class InProcessExecutor:
         plan: how large the cache is.
         device, dtype: where and in what the model computes.
         description: of all that was chosen, for the log.
+        uses_graphs: whether a step of decodes alone is one launch; one with prompts is hundreds.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class InProcessExecutor:
             self.events = cycle([torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)])
         self.plan, self.dtype = self.worker.plan, self.worker.dtype
         self.description = self.worker.description
+        self.uses_graphs = self.worker.uses_graphs
 
     @property
     def runner(self) -> ModelRunner:
