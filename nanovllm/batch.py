@@ -119,11 +119,18 @@ class Attention(Protocol):
             qk_norm_rope_store and attend do, at once. It takes what ops.attention takes.
         steps_per_list: for how many steps of the same decodes its host_arrays may serve, if their
             list_age, [1] int32, says how many steps old they are.
+        mixes: whether a CUDA graph may hold a step with chunks.
     """
 
     name: str
     attend_projected: "AttendProjected | None" = None
     steps_per_list: int = 1
+    mixes: bool = False
+
+    def least_tokens(self, query_lens: np.ndarray, context_lens: np.ndarray) -> int | None:
+        """How many tokens a graph has at least that may hold such a step with chunks; None: there
+        is none."""
+        return None
 
     def host_arrays(
         self,
@@ -142,8 +149,8 @@ class Attention(Protocol):
             rows, query_lens, context_lens: [S] of the step's sequences.
             query_start: [S + 1].
             num_decodes: as in ForwardBatch.
-            graph_size: None, or there are decodes alone, and so many of them with padding: the
-                names of the arrays and it decide about all shapes, as a CUDA graph needs.
+            graph_size: None, or so many tokens there are with padding: the names of the arrays and
+                it decide about all shapes, as a CUDA graph needs.
         """
         ...
 

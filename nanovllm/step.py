@@ -133,6 +133,18 @@ class StepInput:
         trues = np.ones(self.num_decodes, bool)
         return self._column(trues, [chunk.samples for chunk in self.chunks])
 
+    # Of its query tokens.
+
+    @property
+    def sampled_tokens(self) -> np.ndarray:
+        """Which of them one is sampled after."""
+        return (self.query_lens.cumsum() - 1)[self.samples]
+
+    @property
+    def known_tokens(self) -> np.ndarray:
+        """Those of the chunks."""
+        return np.concatenate([np.empty(0, np.int64), *(chunk.token_ids for chunk in self.chunks)])
+
     def _column(self, decodes: np.ndarray, chunks: list) -> np.ndarray:
         return np.concatenate((decodes, np.array(chunks, decodes.dtype))) if chunks else decodes
 

@@ -291,7 +291,7 @@ def make_engine(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 64,
     enable_prefix_caching: bool = True,
-    starts_together: bool = False,
+    mixed_tokens: int | None = None,
     depth: int = 1,
     mean_output: int = 256,
     detokenizer: Detokenizer | None = None,
@@ -305,7 +305,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
-        starts_together=starts_together,
+        mixed_tokens=mixed_tokens,
         depth=depth,
         detokenizer=detokenizer,
     )

@@ -61,9 +61,8 @@ class HostExecutor(NullExecutor):
         uploader = Uploader(device)
         self.size = max_num_seqs
         self.sampler = Sampler(max_num_seqs + 1, 151936, uploader)
-        self.inputs = InputBuilder(
-            max_num_seqs, 256, BLOCK_SIZE, attention, uploader, self.sampler.device_state
-        )
+        sizes = (max_num_seqs, max_num_seqs, 256, BLOCK_SIZE)
+        self.inputs = InputBuilder(*sizes, attention, uploader, self.sampler.device_state)
         self.arrays: dict[str, np.ndarray] = {}
         self.offsets: dict[tuple[str, ...], dict[str, int]] = {}
         self.buffer = np.empty(1 << 22, np.uint8)
@@ -80,7 +79,7 @@ class HostExecutor(NullExecutor):
         return super().submit(step)
 
     def _run_decodes(self, step: StepInput) -> None:
-        arrays = self.inputs.begin_decode(step, self.size)
+        arrays = self.inputs.begin(step, self.size)
         if arrays is not self.arrays:
             names = tuple(arrays)
             if names not in self.offsets:
@@ -127,7 +126,7 @@ def best_microseconds(seconds: list[float]) -> float:
 
 
 def main() -> None:
-    ops.begin_decode = lambda *_: None  # type: ignore[assignment]  # a kernel
+    ops.begin_step = lambda *_: None  # type: ignore[assignment]  # a kernel
     for num_seqs in map(int, sys.argv[1:] or ["1", "16", "256", "1024"]):
         engine = min(best_microseconds(run(make_engine(NullExecutor(), num_seqs))) for _ in "ab")
         workers = []

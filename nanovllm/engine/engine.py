@@ -27,8 +27,9 @@ class Engine:
         max_num_seqs: sequences resident at a time.
         max_num_batched_tokens: query tokens a step.
         enable_prefix_caching: whether sequences share the pages of equal prefixes.
-        starts_together: whether sequences that wait for rows start some at a time: for executors
-            that take longer to submit a step with prompts than to run a few of them.
+        mixed_tokens: a step with prompts is one launch if it has no more tokens, decodes included;
+            larger ones, and all with 0, are hundreds, which take longer than a few steps. None: all
+            steps are launched alike.
         depth: steps in flight. 1 waits for each; with 2 the next step is scheduled while one runs.
         detokenizer: finds stop strings; None: no sequence has any.
     """
@@ -42,7 +43,7 @@ class Engine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
-        starts_together: bool = False,
+        mixed_tokens: int | None = None,
         depth: int = 1,
         detokenizer: Detokenizer | None = None,
     ):
@@ -54,7 +55,7 @@ class Engine:
             BlockManager(num_blocks, block_size, enable_prefix_caching),
             max_num_seqs,
             max_num_batched_tokens,
-            starts_together,
+            mixed_tokens,
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
         # Request id -> its samples, in order.

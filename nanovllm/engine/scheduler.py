@@ -27,7 +27,10 @@ from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
 # over how many sequences means are.
 MEAN_OUTPUT, NUM_AVERAGED = 256, 64
-# Sequences that wait for rows start together: when such a share of the rows is free, or those free
+# Prompts start in steps that are one launch each, if there are not too many for so many of them
+# (docs/decisions/0023).
+MIXED_STEPS = 4
+# Others that wait for rows start together: when such a share of the rows is free, or those free
 # are for such a share of a step's tokens, or one was for so many steps (docs/decisions/0022).
 STARTING_ROWS, STARTING_TOKENS, STARTING_STEPS = 1 / 8, 1 / 4, 8
 
@@ -53,7 +56,7 @@ class Scheduler:
         max_num_seqs: residents at most, that is sequences that hold pages and a row of the worker's
             state.
         max_num_batched_tokens: query tokens a step at most; at least max_num_seqs.
-        starts_together: whether sequences that wait for rows start some at a time.
+        mixed_tokens: as the engine's.
 
     Attributes:
         waiting: sequences that hold nothing, the next to be admitted first.
@@ -70,8 +73,8 @@ class Scheduler:
         pages_to_come: those that running sequences would still take up to their max_len.
         mean_output: tokens of the last sequences that might have stopped early.
         mean_new: tokens that the last sequences had to compute when they were admitted.
-        waits_for_rows: whether some wait to start together.
-        steps_waited: in how many steps they might have started.
+        waits_for_rows, waits_for_pages: whether some do.
+        steps_waited: in how many steps they might have had a row.
     """
 
     def __init__(
@@ -79,13 +82,13 @@ class Scheduler:
         block_manager: BlockManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        starts_together: bool = False,
+        mixed_tokens: int | None = None,
     ):
         assert max_num_batched_tokens >= max_num_seqs
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.starts_together = starts_together
+        self.mixed_tokens = mixed_tokens
         self.seqs = np.empty(max_num_seqs, object)
         self.max_len = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
@@ -104,7 +107,8 @@ class Scheduler:
         self.free_rows = list(range(self.max_num_seqs))  # a heap
         self.seqs[:], self.max_len[:], self.decodes[:] = None, 0, False
         self.empty_slots = self.pages_to_come = 0
-        self.waits_for_rows, self.steps_waited = False, 0
+        self.waits_for_rows = self.waits_for_pages = False
+        self.steps_waited = 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -182,22 +186,41 @@ class Scheduler:
     def _prefill(self, step: ScheduledStep, budget: int) -> str:
         """The rest of a prompt that the last step's budget cut, then admissions, until something
         stops it; returns what."""
+        num_decodes, is_large = step.input.num_decodes, True
+        if self.mixed_tokens is not None and num_decodes and not step.metrics.preemptions:
+            room = max(0, self.mixed_tokens - num_decodes)
+            is_large = self._starts_large(room)
+            budget = budget if is_large else min(budget, room)
+        had_free_rows = bool(self.free_rows)
         if self._is_prefilling_youngest():
             budget -= self._add_chunk(step, self._youngest(), budget)
-        elif self.waits_for_rows and not step.metrics.preemptions and not self._waited_enough():
-            self.steps_waited += len(self.free_rows) > 0
-            return "max_num_seqs"
         stopped_by = self._admissions(step, budget)
-        self.waits_for_rows = self.starts_together and stopped_by == "max_num_seqs"
-        self.steps_waited = 0
+        if self.waits_for_rows and not is_large and stopped_by == "max_num_batched_tokens":
+            stopped_by = "max_num_seqs"  # with more rows they would not wait for each other
+        self.waits_for_rows = stopped_by == "max_num_seqs"
+        self.waits_for_pages = stopped_by == "pages"
+        waited = stopped_by and had_free_rows and not is_large
+        self.steps_waited = self.steps_waited + 1 if waited else 0
         return stopped_by
 
-    def _waited_enough(self) -> bool:
-        """Whether those that wait to start together do so now; all that are left do."""
-        num_free = len(self.free_rows)
+    def _starts_large(self, room: int) -> bool:
+        """Whether prompts take the whole budget, not just the room that is left in a step of one
+        launch."""
+        num_starting = min(len(self.free_rows), len(self.waiting))
+        if self.waits_for_pages:
+            num_starting = min(num_starting, 1)
+        rest = 0
+        if self._is_prefilling_youngest():
+            seq = self._youngest()
+            rest = seq.prefill_end - int(self.num_computed[seq.row])
+        num_new = num_starting * self.mean_new
+        if rest + num_new <= MIXED_STEPS * room:
+            return False
+        if rest > MIXED_STEPS * room or not self.waits_for_rows:
+            return True
         return (
-            num_free >= min(int(self.max_num_seqs * STARTING_ROWS), len(self.waiting))
-            or num_free * self.mean_new >= self.max_num_batched_tokens * STARTING_TOKENS
+            num_starting >= min(int(self.max_num_seqs * STARTING_ROWS), len(self.waiting))
+            or num_new >= self.max_num_batched_tokens * STARTING_TOKENS
             or self.steps_waited == STARTING_STEPS
         )
 
@@ -206,10 +229,10 @@ class Scheduler:
         while self.waiting:
             if step.metrics.preemptions:
                 return "preemption"  # the pages are for the older sequences that needed them
-            if budget == 0:
-                return "max_num_batched_tokens"
             if len(self.running) == self.max_num_seqs:
                 return "max_num_seqs"
+            if budget == 0:
+                return "max_num_batched_tokens"
             if not self._admit(step, budget):
                 return "pages"
             budget -= self._add_chunk(step, self._youngest(), budget)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_linear",
     "attention",
-    "begin_decode",
+    "begin_step",
     "copy_pinned",
     "default_block_size",
     "keep_sampled",
@@ -80,11 +80,11 @@ def attention(
     return batch.attention.attend(q, kv, batch, scale)
 
 
-def begin_decode(*args: Any) -> None:
-    """As triton_rows.begin_decode, on a GPU alone."""
+def begin_step(*args: Any) -> None:
+    """As triton_rows.begin_step, on a GPU alone."""
     from nanovllm.ops import triton_rows
 
-    triton_rows.begin_decode(*args)
+    triton_rows.begin_step(*args)
 
 
 def copy_pinned(out: torch.Tensor, source: torch.Tensor) -> None:

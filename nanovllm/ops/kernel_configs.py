@@ -88,6 +88,9 @@ ATTENTION = {
 CROWD_PROGRAMS_PER_SM = 15  # or more
 FEW_PROGRAMS_PER_SM, FEW_KEYS_PER_SM = 1 / 2, 256  # or fewer, of sequences and all their keys
 SHARED_PROGRAMS_PER_SM = 2
+# Keys that the tiles of chunks may read in a CUDA graph, where a tile has few tokens: beyond, that
+# takes longer than launching a step kernel by kernel.
+MIXED_KEYS = 2**18
 # Decodes come right from the projection to attention where it has no more programs than run at a
 # time: with more, they wait for the norms and RoPE of others longer than a kernel for them takes.
 PROJECTED_PROGRAMS_PER_SM = 4

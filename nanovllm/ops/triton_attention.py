@@ -12,9 +12,11 @@ from nanovllm.ops.kernel_configs import (
     FEW_KEYS_PER_SM,
     FEW_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
+    MIXED_KEYS,
     PROJECTED_PROGRAMS_PER_SM,
     AttentionConfig,
     attention_configs,
+    cdiv,
     next_power_of_2,
 )
 from nanovllm.ops.shared_prefix import find_groups, max_tiles
@@ -47,6 +49,7 @@ class TritonAttention(Attention):
 
     name = "TRITON_ATTN"
     steps_per_list = 64  # the last parts grow by fewer keys
+    mixes = True
 
     def __init__(
         self,
@@ -92,11 +95,13 @@ class TritonAttention(Attention):
         num_decodes: int,
         graph_size: int | None,
     ) -> dict[str, np.ndarray]:
-        """The step's work lists. A graph's has room for all that its decodes may need; which lists
+        """The step's work lists. A graph's has room for all that its tokens may need; which lists
         there are depends on their keys too, and each choice has a graph of its own."""
         shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, graph_size)
         arrays = {"list_age": np.zeros(1, np.int32), **shared}
         short = query_lens <= self._tile_tokens(self.configs["short"])
+        if graph_size is not None:
+            short[:] = True  # in tiles of a few tokens
         num_short = graph_size or np.count_nonzero(short)
         is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
         # Beside chunks nobody waits for few decodes; that would be one kernel more.
@@ -121,6 +126,15 @@ class TritonAttention(Attention):
             )
             arrays |= self._item_arrays(name, config, items, graph_size)
         return arrays
+
+    def least_tokens(self, query_lens: np.ndarray, context_lens: np.ndarray) -> int | None:
+        """More than come right from the projection: new keys are not stored then when attention
+        begins. Chunks with many keys are better off in tiles of their own, which read them less
+        often."""
+        num_tiles = cdiv(query_lens, self._tile_tokens(self.configs["short"]))
+        if (num_tiles * context_lens)[num_tiles > 1].sum() > MIXED_KEYS:
+            return None
+        return self.max_projected + 1
 
     def _shared(
         self,

@@ -1,8 +1,8 @@
-"""CUDA graphs of the decode step: forward, LM head and sampling, recorded once for each of some
-batch sizes and replayed with a single launch.
+"""CUDA graphs of a step: forward, LM head and sampling, recorded once for each of some numbers of
+tokens and replayed with a single launch.
 
-model_runner.py makes them and decides when one is used. A batch of a size in between is padded;
-what differs from step to step is data in memory that the graph reads.
+model_runner.py makes them and decides when one is used. A step of a size in between is padded; what
+differs from step to step, prompts or decodes too, is data in memory that the graph reads.
 """
 
 from bisect import bisect_left
@@ -18,14 +18,17 @@ import torch
 from nanovllm import platform
 from nanovllm.worker.upload import Uploader, layout
 
+MIXED_SIZES = [128, 256, 512]  # of few rows
+
 
 @dataclass(frozen=True, slots=True)
-class DecodeOutput:
-    """What a decode step leaves on the device, padding rows last. Its tokens, drawn by temperature
-    alone, are in the rows' state and at the host already.
+class GraphOutput:
+    """What a step leaves on the device, n tokens that are drawn from or might be, padding last; the
+    next step overwrites it. What is drawn by temperature alone is in the rows' state and at the
+    host already.
 
     Attributes:
-        logits: [size, vocab], which the next step overwrites.
+        logits: [n, vocab].
         rows, turn: as keep_sampled takes them, for who draws others.
     """
 
@@ -34,20 +37,29 @@ class DecodeOutput:
     turn: torch.Tensor
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes to capture, ascending, max_num_seqs the last: so far apart that few graphs
-    are needed, and so close that padding costs little. Up to 64 rows a product takes as long as its
-    weight is read; from there its tiles are as wide as the steps, a quarter of a power of two."""
+def graph_sizes(max_num_seqs: int, max_tokens: int = 0) -> list[int]:
+    """The sizes to capture, ascending: so far apart that few graphs are needed, and so close that
+    padding costs little. Up to 64 rows a product takes as long as its weight is read; from there
+    its tiles are as wide as the steps, a quarter of a power of two. Beyond max_num_seqs there are
+    some for prompts: beside all decodes they have room for as many tokens.
+
+    Args:
+        max_num_seqs: decodes at most.
+        max_tokens: of a step with prompts.
+    """
     sizes, size = [], 1
     while size < max_num_seqs:
         sizes.append(size)
         size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
-    return [*sizes, max_num_seqs]
+    larger = MIXED_SIZES
+    if 2 * max_num_seqs >= larger[-1]:
+        larger = [-(-max_num_seqs * quarters // 32) * 8 for quarters in (5, 6, 7, 8)]
+    return [*sizes, max_num_seqs, *(size for size in larger if max_num_seqs < size <= max_tokens)]
 
 
 Result = TypeVar("Result")
-# A step of so many decodes, padding included, on what its attention needs.
-Decode = Callable[[int, dict[str, torch.Tensor]], DecodeOutput]
+# A step of so many tokens, padding included, on what its attention needs.
+Step = Callable[[int, dict[str, torch.Tensor]], GraphOutput]
 
 
 @dataclass(slots=True)
@@ -59,15 +71,15 @@ class Captured:
     memory: torch.Tensor
     offsets: dict[str, int]
     arrays: dict[str, np.ndarray]
-    output: DecodeOutput
+    output: GraphOutput
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The graphs of one model, cache and row state: one for each size, and one more for each size
     at which decodes turn out to share a prefix, or a few to have long contexts.
 
     Args:
-        sizes: batch sizes, ascending.
+        sizes: numbers of tokens, ascending.
         uploader: to the device.
     """
 
@@ -78,21 +90,22 @@ class DecodeGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(uploader.device)
 
-    def padded_size(self, num_decodes: int) -> int:
-        """The smallest captured size for a batch."""
-        return self.sizes[bisect_left(self.sizes, num_decodes)]
+    def padded_size(self, num_tokens: int) -> int | None:
+        """The smallest captured size for so many; None: they are too many."""
+        i = bisect_left(self.sizes, num_tokens)
+        return self.sizes[i] if i < len(self.sizes) else None
 
-    def run(self, size: int, arrays: dict[str, np.ndarray], decode: Decode) -> DecodeOutput:
+    def run(self, size: int, arrays: dict[str, np.ndarray], step: Step) -> GraphOutput:
         """Run a step by the graph for its size and such arrays, which is captured after the first
         such step. The output is overwritten by the next one.
 
         Args:
             arrays: what the step's attention needs; uploaded unless they are the last ones.
-            decode: the step itself; operations on the device alone.
+            step: the step itself; operations on the device alone.
         """
         captured = self.graphs.get((size, tuple(arrays)))
         if captured is None:
-            return self.capture(size, arrays, decode, warm_up=decode)
+            return self.capture(size, arrays, step, warm_up=step)
         if captured.arrays is not arrays:
             self.uploader.copy(arrays, captured.offsets, captured.memory)
             captured.arrays = arrays
@@ -100,15 +113,15 @@ class DecodeGraphs:
         return captured.output
 
     def capture(
-        self, size: int, arrays: dict[str, np.ndarray], decode: Decode, warm_up: Decode
-    ) -> DecodeOutput:
+        self, size: int, arrays: dict[str, np.ndarray], step: Step, warm_up: Step
+    ) -> GraphOutput:
         """Capture the graph for a size and such arrays. Returns what warm_up does, which has run
-        all kernels of `decode` on them: they are compiled and loaded outside of the capture."""
+        all kernels of `step` on them: they are compiled and loaded outside of the capture."""
         offsets, num_bytes = layout(arrays)
         memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
         tensors = self.uploader.upload(arrays, out=memory)
         warmed = warm_up(size, tensors)
-        graph, output = self.record(partial(decode, size, tensors))
+        graph, output = self.record(partial(step, size, tensors))
         self.graphs[size, tuple(arrays)] = Captured(graph, memory, offsets, arrays, output)
         return warmed
 

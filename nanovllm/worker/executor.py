@@ -25,7 +25,7 @@ class InProcessExecutor:
         plan: how large the cache is.
         device, dtype: where and in what the model computes.
         description: of all that was chosen, for the log.
-        uses_graphs: whether a step of decodes alone is one launch; one with prompts is hundreds.
+        mixed_tokens: as the engine's.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class InProcessExecutor:
             self.events = cycle([torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)])
         self.plan, self.dtype = self.worker.plan, self.worker.dtype
         self.description = self.worker.description
-        self.uses_graphs = self.worker.uses_graphs
+        self.mixed_tokens = self.worker.mixed_tokens
 
     @property
     def runner(self) -> ModelRunner:
@@ -124,5 +124,5 @@ class SampledTokens:
     def result(self) -> StepOutput:
         if self.written is not None:
             self.written.synchronize()
-        token_ids, logprobs, scores, errors = self.sampled
-        return StepOutput(token_ids.tolist(), logprobs, scores, errors)
+        token_ids, places, logprobs, scores, errors = self.sampled
+        return StepOutput(token_ids[places].tolist(), logprobs, scores, errors)

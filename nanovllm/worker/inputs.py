@@ -1,9 +1,10 @@
 """StepInput -> ForwardBatch: the rows' state (block tables, last sampled tokens) turned into what a
 forward sees.
 
-model_runner.py calls it once a step, and gives it the sampled tokens back. A step with chunks is
-built on the host, in numpy. One of decodes alone differs little from the step before: on a GPU a
-kernel makes its inputs from the rows' state, and the attention's list of work serves several steps.
+model_runner.py calls it once a step, and gives it the sampled tokens back. On a GPU a kernel makes
+the inputs of most steps from the rows' state; every token is a row of its own then, as a CUDA graph
+needs. Where decodes are the same as in the step before, the attention's list of work serves on.
+Other steps are built on the host, in numpy.
 """
 
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from nanovllm import ops
 from nanovllm.batch import Attention, ForwardBatch
 from nanovllm.step import StepInput
-from nanovllm.worker.cuda_graph import DecodeGraphs
+from nanovllm.worker.cuda_graph import StepGraphs
 from nanovllm.worker.upload import RING, Uploader
 
 
@@ -23,6 +24,7 @@ class InputBuilder:
 
     Args:
         num_rows: max_num_seqs. There is one more, which the padding of CUDA graphs uses.
+        num_tokens: of the largest step that `begin` is called for; num_rows or more.
         max_blocks: pages of the longest sequence.
         block_size: tokens a page.
         attention: the backend that reads the cache.
@@ -31,17 +33,18 @@ class InputBuilder:
 
     Attributes:
         block_tables, last_tokens: the rows' state on the device, which has all of it in `state`.
-        decode_inputs: what begin_decode has written there, of max_num_seqs decodes.
+        step_inputs: what `begin` has written there, of num_tokens tokens.
         turn: which part of the page-locked memory is the step's. It is used again when the step's
             tokens have been read: RING steps are more than are ever in flight.
         begin_graphs: launch_begin of every turn as a CUDA graph; none: it is launched.
-        attention_arrays: the last list of work for decodes: of listed_rows, padded to listed_size,
-            and used for steps_listed steps.
+        attention_arrays: what `begin` returned last: for decodes of listed_rows, padded to
+            listed_size, and used for steps_listed steps; 0: it serves no other.
     """
 
     def __init__(
         self,
         num_rows: int,
+        num_tokens: int,
         max_blocks: int,
         block_size: int,
         attention: Attention,
@@ -51,30 +54,31 @@ class InputBuilder:
         self.block_size = block_size
         self.attention = attention
         self.uploader = uploader
-        self.padding_row = num_rows
+        self.padding_row, self.num_tokens = num_rows, num_tokens
         self.host_tables = np.zeros((num_rows + 1, max_blocks), np.int32)
         self.num_cached_tokens = np.zeros(num_rows + 1, np.int64)
         # On a CPU the table is the host's own memory.
         self.block_tables = torch.from_numpy(self.host_tables).to(uploader.device)
         self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=uploader.device)
         self.state = {"block_tables": self.block_tables, "last_tokens": self.last_tokens, **draws}
-        self.decode_inputs = _decode_inputs(num_rows, uploader.device)
+        self.step_inputs = _step_inputs(num_tokens, uploader.device)
         self.listed_rows, self.listed_size, self.steps_listed = np.empty(0), 0, 0
         self.attention_arrays: dict[str, np.ndarray] = {}
         self.turn = 0
         self.begin_graphs: list[torch.cuda.CUDAGraph] = []
         # Both sides see the same memory, as tensors and as arrays.
         pin = uploader.device.type == "cuda"
-        decodes = torch.zeros(RING, 4, max(num_rows, 4), dtype=torch.int64, pin_memory=pin)
-        self.decodes, self.host_decodes = decodes.unbind(), decodes.numpy()
-        self.tokens = torch.empty(RING, num_rows, dtype=torch.int64, pin_memory=pin)
+        lines = torch.zeros(RING, 5, max(num_tokens, 4), dtype=torch.int64, pin_memory=pin)
+        self.lines, self.host_lines = lines.unbind(), lines.numpy()
+        self.tokens = torch.empty(RING, num_tokens, dtype=torch.int64, pin_memory=pin)
         self.host_tokens = self.tokens.numpy()
 
     def build(self, step: StepInput) -> tuple[ForwardBatch, dict[str, torch.Tensor]]:
         """The step's batch, in new memory, and all tensors that it was made of: sampled_rows among
         them, [n] int64."""
         self._take_turn(step)
-        self._upload_tables(step)
+        self._upload_starts(step)
+        self._upload_opened(step)
         self.steps_listed = 0  # rows that start may be those of sequences that have ended
         tensors = self.uploader.upload(self._arrays(step))
         n = step.num_decodes
@@ -82,37 +86,39 @@ class InputBuilder:
         tensors["token_ids"] = token_ids
         return self._batch(tensors, int(step.query_lens.max()), n), tensors
 
-    def begin_decode(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
-        """Put the inputs of a step of decodes on the GPU, padded to a size; decode_batch is made of
-        them. What its attention needs is still to be uploaded; size and names decide about shapes.
+    def begin(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
+        """Put the inputs of a step on the GPU, padded to so many tokens; batch_of is made of them.
+        What attention needs, and which tokens are drawn from where they are more than rows, is
+        still to be uploaded; size and names decide about shapes.
 
         Returns: the same arrays as for the step before, if they still serve.
         """
-        assert not step.starts and not step.chunks
         self._take_turn(step)
+        self._upload_starts(step)
         rows, positions, n = step.decode_rows, step.decode_positions, step.num_decodes
-        if not (
+        if step.chunks or not (
             0 < self.steps_listed < self.attention.steps_per_list
             and size == self.listed_size
             and n == len(self.listed_rows)
             and (rows == self.listed_rows).all()
         ):
-            ones, query_start = np.ones(n, np.int64), np.arange(n + 1)
-            self.attention_arrays = self.attention.host_arrays(
-                self.host_tables, rows, query_start, ones, positions + 1, n, size
-            )
+            self.attention_arrays = self._attention_arrays(step, size)
+            if size > self.padding_row:
+                self.attention_arrays["sampled_tokens"] = self._padded_samples(step, size)
             self.listed_rows, self.listed_size, self.steps_listed = rows, size, 0
-        host = self.host_decodes[self.turn]
+        host = self.host_lines[self.turn]
+        host[1, :n], host[2, :n], host[3, :n], host[4, :n] = rows, positions, step.decode_pages, -1
+        if step.chunks:
+            n = self._add_chunks(step, host)
         host[0, :4] = n, size, self.turn, self.steps_listed
-        host[1, :n], host[2, :n], host[3, :n] = rows, positions, step.decode_pages
         if self.begin_graphs:
             self.begin_graphs[self.turn].replay()
         else:
             self.launch_begin(self.turn)
-        self.steps_listed += 1
+        self.steps_listed = 0 if step.chunks else self.steps_listed + 1
         return self.attention_arrays
 
-    def capture_begin(self, graphs: DecodeGraphs) -> None:
+    def capture_begin(self, graphs: StepGraphs) -> None:
         """Replay a graph of a single kernel from now on: Triton takes many times as long to launch
         one. It has run before."""
         for turn in range(RING):
@@ -120,49 +126,69 @@ class InputBuilder:
             self.begin_graphs.append(graph)
 
     def launch_begin(self, turn: int) -> None:
-        ops.begin_decode(self.decodes[turn], self.state, self.decode_inputs, self.block_size)
+        ops.begin_step(self.lines[turn], self.state, self.step_inputs, self.block_size)
 
-    def decode_batch(
+    def batch_of(
         self, size: int, attention_tensors: dict[str, torch.Tensor]
     ) -> tuple[ForwardBatch, dict[str, torch.Tensor]]:
-        """The batch after begin_decode, and all tensors that it is made of. It asks nothing of the
-        host: a CUDA graph can hold it."""
+        """The batch after `begin`, every token by itself, and all tensors that it is made of. It
+        asks nothing of the host: a CUDA graph can hold it."""
         tensors = dict(attention_tensors)
-        tensors |= {name: tensor[:size] for name, tensor in self.decode_inputs.items()}
-        tensors["query_start"] = self.decode_inputs["query_start"][: size + 1]
+        tensors |= {name: tensor[:size] for name, tensor in self.step_inputs.items()}
+        tensors["query_start"] = self.step_inputs["query_start"][: size + 1]
         return self._batch(tensors, max_query_len=1, num_decodes=size), tensors
 
     def _arrays(self, step: StepInput) -> dict[str, np.ndarray]:
         """What the step's batch is made of, for the device."""
         rows, query_lens, first_positions = step.rows, step.query_lens, step.positions
         query_start = np.concatenate(([0], query_lens.cumsum()))
-        context_lens = first_positions + query_lens
-        # Per token: its sequence, its position, its slot.
-        seqs = np.repeat(np.arange(len(rows)), query_lens)
-        known_tokens = [chunk.token_ids for chunk in step.chunks]
-        positions = np.arange(query_start[-1]) + (first_positions - query_start[:-1])[seqs]
-        slots = self._slots(rows[seqs], positions)
-        slots[positions < self.num_cached_tokens[rows[seqs]]] = -1
+        token_rows, positions = _tokens(rows, first_positions, query_lens)
+        slots = self._slots(token_rows, positions)
+        slots[positions < self.num_cached_tokens[token_rows]] = -1
         return {
             "rows": rows,
             "positions": positions,
             "slot_mapping": slots,
             "query_start": query_start.astype(np.int32),
-            "context_lens": context_lens.astype(np.int32),
-            "known_tokens": np.concatenate([np.empty(0, np.int64), *known_tokens]),
-            "logits_indices": query_start[1:][step.samples] - 1,
+            "context_lens": (first_positions + query_lens).astype(np.int32),
+            "known_tokens": step.known_tokens,
+            "logits_indices": step.sampled_tokens,
             "sampled_rows": rows[step.samples],
             "turn": np.array([self.turn], np.int32),
-            **self.attention.host_arrays(
-                self.host_tables,
-                rows,
-                query_start,
-                query_lens,
-                context_lens,
-                step.num_decodes,
-                None,
-            ),
+            **self._attention_arrays(step, None),
         }
+
+    def _attention_arrays(self, step: StepInput, size: int | None) -> dict[str, np.ndarray]:
+        query_lens = step.query_lens
+        return self.attention.host_arrays(
+            self.host_tables,
+            step.rows,
+            np.concatenate(([0], query_lens.cumsum())),
+            query_lens,
+            step.positions + query_lens,
+            step.num_decodes,
+            size,
+        )
+
+    def _add_chunks(self, step: StepInput, lines: np.ndarray) -> int:
+        """The tokens of chunks to what ops.begin_step reads, behind those of the decodes. Returns
+        how many there are in all."""
+        first = step.num_decodes
+        seqs = slice(first, None)
+        rows, positions = _tokens(step.rows[seqs], step.positions[seqs], step.query_lens[seqs])
+        end = first + len(rows)
+        lines[1, first:end], lines[2, first:end] = ~rows, positions
+        lines[1, step.sampled_tokens[first:]] = step.rows[seqs][step.samples[seqs]]
+        lines[3, first:end] = np.where(positions < self.num_cached_tokens[rows], -2, -1)
+        lines[4, first:end] = step.known_tokens
+        return end
+
+    def _padded_samples(self, step: StepInput, size: int) -> np.ndarray:
+        """The tokens that are drawn from, and then one that is not: for each row one."""
+        sampled = step.sampled_tokens
+        others = np.full(size, True)
+        others[sampled] = False
+        return np.append(sampled, np.full(self.padding_row - len(sampled), others.argmax()))
 
     def _batch(
         self, tensors: dict[str, torch.Tensor], max_query_len: int, num_decodes: int
@@ -190,9 +216,9 @@ class InputBuilder:
         """
         ops.keep_sampled(self.last_tokens, self.tokens, rows, token_ids, turn)
 
-    def sampled(self, num_sampled: int) -> np.ndarray:
-        """Where the step's sampled tokens will be, [num_sampled] int64."""
-        return self.host_tokens[self.turn, :num_sampled]
+    def sampled(self) -> np.ndarray:
+        """Where the step's sampled tokens will be, [num_tokens] int64."""
+        return self.host_tokens[self.turn]
 
     def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Where keys and values of these tokens lie."""
@@ -210,18 +236,19 @@ class InputBuilder:
             rows, indices, pages = self._opened(step)
             self.host_tables[rows, indices] = pages
 
-    def _upload_tables(self, step: StepInput) -> None:
-        """The same for the device's."""
-        if self.block_tables.device.type == "cpu":
-            return
+    def _upload_starts(self, step: StepInput) -> None:
+        """The same for the device's, of rows that start."""
         num_pages = max((len(start.block_table) for start in step.starts), default=0)
-        if num_pages:
+        if num_pages and self.block_tables.device.type != "cpu":
             # Behind these, rows keep the pages of their former sequences: no kernel reads there.
             rows = np.array([start.row for start in step.starts])
             new = self.uploader.upload({"rows": rows, "tables": self.host_tables[rows, :num_pages]})
             self.block_tables[new["rows"], :num_pages] = new["tables"]
+
+    def _upload_opened(self, step: StepInput) -> None:
+        """And of decodes that open pages, as `begin` does."""
         rows, indices, pages = self._opened(step)
-        if len(pages):
+        if len(pages) and self.block_tables.device.type != "cpu":
             places = rows * self.host_tables.shape[1] + indices
             new = self.uploader.upload({"places": places, "pages": pages})
             self.block_tables.view(-1)[new["places"]] = new["pages"]
@@ -233,8 +260,17 @@ class InputBuilder:
         return step.decode_rows[opening], indices, step.decode_pages[opening]
 
 
-def _decode_inputs(size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Memory for triton_rows.begin_decode."""
+def _tokens(
+    rows: np.ndarray, first_positions: np.ndarray, query_lens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and position of each query token of some sequences."""
+    seqs = np.repeat(np.arange(len(rows)), query_lens)
+    first_tokens = query_lens.cumsum() - query_lens
+    return rows[seqs], np.arange(len(seqs)) + (first_positions - first_tokens)[seqs]
+
+
+def _step_inputs(size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Memory for triton_rows.begin_step."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)

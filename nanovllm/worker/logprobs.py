@@ -78,7 +78,7 @@ class LogprobsReader:
         """Those of the step's scorings, in memory of their own that the device writes to.
 
         Args:
-            hidden: [T, hidden] of the step's tokens.
+            hidden: [T, hidden] of the step's tokens, or what lm_head takes instead.
             lm_head: logits, [n, vocab], of some of them.
         """
         scorings, query_lens = step.scorings, step.query_lens

@@ -40,7 +40,7 @@ class Sampler:
         # Of all rows, as they were last started; and nobody asks for log-probabilities.
         self.all_plain = True
         self.seed = np.zeros(num_rows, np.uint64)
-        # The same on a GPU, for the draws of ops.begin_decode.
+        # The same on a GPU, for the draws of ops.begin_step.
         self.device_state = {
             "temperature": torch.zeros(num_rows, device=uploader.device),
             "seed": torch.zeros(num_rows, dtype=torch.int64, device=uploader.device),

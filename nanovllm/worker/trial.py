@@ -47,21 +47,25 @@ def _mixed_step(num_decodes: int) -> StepInput:
     return step
 
 
-def _doubling(max_num_seqs: int) -> list[int]:
-    """Batch sizes that between them launch what all graphs do: a size that begins with other
-    kernels (kernel_configs.py) is more than twice the one before. Python, which noting launches
-    and compiling compete for, is what a start waits for."""
-    sizes = graph_sizes(max_num_seqs)
+def _doubling(max_num_seqs: int, sizes: list[int]) -> list[int]:
+    """Sizes that between them launch what all graphs do: a size that begins with other kernels
+    (kernel_configs.py) is more than twice the one before. Python, which noting launches and
+    compiling compete for, is what a start waits for."""
+    sizes = sizes or graph_sizes(max_num_seqs)  # without graphs: of decodes
     return [size for size in sizes if size & (size - 1) == 0 or size == max_num_seqs]
 
 
 @torch.inference_mode()
 def compile_kernels(
-    compiler: "KernelCompiler", runner: ModelRunner, num_tokens: int, max_model_len: int
+    compiler: "KernelCompiler",
+    runner: ModelRunner,
+    num_tokens: int,
+    max_model_len: int,
+    sizes: list[int],
 ) -> list[Future[None]]:
     """Have threads compile the kernels of all steps but odd ones. Which? Those that the largest
-    step launches, of num_tokens, decodes of some graphs' sizes, and so many beside a chunk; on
-    weights that are anything yet. Those of odd batches follow, when the engine may be running
+    step launches, of num_tokens, steps of some graphs' sizes, and so many decodes beside a chunk;
+    on weights that are anything yet. Those of odd batches follow, when the engine may be running
     already.
 
     Returns: what to wait for before the first step.
@@ -70,7 +74,7 @@ def compile_kernels(
 
     def decode(num_decodes: int, size: int, position: int = 0) -> None:
         arrays = runner.begin_decodes(num_decodes, size, position)
-        runner.decode(size, runner.uploader.upload(arrays))
+        runner.forward(size, runner.uploader.upload(arrays))
 
     max_num_seqs = runner.max_num_seqs
     # Copies run in the trial too: torch's own operations read the inputs.
@@ -78,7 +82,7 @@ def compile_kernels(
     with compiler.instead_of_launches() as compiling:
         runner.run(largest_step(1, num_tokens, max_model_len))  # long chunks take longest
         runner.run(largest_step(max_num_seqs, num_tokens, max_model_len))
-        for size in _doubling(max_num_seqs):
+        for size in _doubling(max_num_seqs, sizes):
             decode(1, size)
             if size < max_num_seqs:
                 runner.inputs.last_tokens.zero_()  # nobody has drawn any
@@ -94,7 +98,7 @@ def compile_kernels(
         # Other layouts of attention, where no larger batch had them compiled.
         decode(1, 1, max_model_len - 1)
         runner.run(largest_step(1, 1, max_model_len))
-        logits = runner.decode_logits[:1]
+        logits = runner.step_logits[:1]
         one = torch.ones(1, device=logits.device)
         keys = one.new_zeros((1, 2), dtype=torch.int64)
         ops.sample(logits, one, keys, top_p=one)
@@ -104,10 +108,10 @@ def compile_kernels(
 
 @torch.inference_mode()
 def measured_bytes(
-    runner: ModelRunner, memory: GPUMemory, num_tokens: int, max_model_len: int, uses_graphs: bool
+    runner: ModelRunner, memory: GPUMemory, num_tokens: int, max_model_len: int, sizes: list[int]
 ) -> tuple[int, int, int]:
     """What this engine takes beside the cache, in bytes: what lasts, what the largest step takes
-    beside that, and what CUDA graphs do."""
+    beside that, and what CUDA graphs of such sizes do."""
     step = largest_step(runner.max_num_seqs, num_tokens, max_model_len)
     runner.run(step)  # loads kernels and libraries, which stay
     lasting = memory.used()
@@ -116,13 +120,13 @@ def measured_bytes(
     runner.run(step)
     # Reserved, not allocated: with the gaps that the step's tensors leave between them.
     step_bytes = torch.cuda.max_memory_reserved(memory.device) - before
-    return lasting, step_bytes, _graph_bytes(runner, memory, lasting) if uses_graphs else 0
+    return lasting, step_bytes, _graph_bytes(runner, memory, lasting, sizes) if sizes else 0
 
 
-def _graph_bytes(runner: ModelRunner, memory: GPUMemory, lasting: int) -> int:
+def _graph_bytes(runner: ModelRunner, memory: GPUMemory, lasting: int, sizes: list[int]) -> int:
     """Graphs share their memory, so the largest costs most, and each of the others about what the
     second costs; and those for shared prefixes, which come later, as much again."""
-    *others, largest = graph_sizes(runner.max_num_seqs)
+    *others, largest = sizes
     graphs = runner.capture([largest])
     first = memory.used() - lasting
     del graphs

@@ -36,6 +36,7 @@ from nanovllm.worker.cache_plan import (
     check_model_len,
     plan_cache,
 )
+from nanovllm.worker.cuda_graph import graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.sampler import Sampler
@@ -126,8 +127,20 @@ class Worker:
         return self.device.type == "cuda"
 
     @property
-    def uses_graphs(self) -> bool:
-        return self.is_gpu and not self.config.enforce_eager
+    def graph_sizes(self) -> list[int]:
+        """Of the CUDA graphs, in tokens, ascending; none: steps run without."""
+        if not self.is_gpu or self.config.enforce_eager:
+            return []
+        max_tokens = self.max_num_batched_tokens if self.attention.mixes else 0
+        return graph_sizes(self.max_num_seqs, max_tokens)
+
+    @property
+    def mixed_tokens(self) -> int | None:
+        """As the engine's."""
+        sizes = self.graph_sizes
+        if not sizes:
+            return None
+        return sizes[-1] if self.attention.mixes else 0
 
     @property
     def token_bytes(self) -> int:
@@ -177,8 +190,8 @@ class Worker:
                 assert self.model is not None and self.cache is not None
                 self.sampler.forget_rows()
                 self.runner = ModelRunner(self.model, *self.cache, self.sampler)
-                if self.uses_graphs:
-                    self.runner.use_graphs()
+                if self.graph_sizes:
+                    self.runner.use_graphs(self.graph_sizes)
         except BaseException:
             self.sleep(level=1)
             raise
@@ -201,8 +214,8 @@ class Worker:
             self.runner.run(trial.largest_step(*sizes))
         self.sampler.forget_rows()  # those of the steps that were tried
         laps.end("cache")
-        if self.uses_graphs:
-            self.runner.use_graphs()
+        if self.graph_sizes:
+            self.runner.use_graphs(self.graph_sizes)
             laps.end("CUDA graphs")
 
     def _allocated_model(self) -> CausalLM:
@@ -237,6 +250,7 @@ class Worker:
         kv = KVCache(torch.empty(shape, dtype=self.dtype, device=self.device))
         inputs = InputBuilder(
             self.max_num_seqs,
+            (self.graph_sizes or [self.max_num_seqs])[-1],
             max_blocks,
             self.block_size,
             self.attention,
@@ -261,7 +275,7 @@ class Worker:
             kv, inputs = self._make_trial_cache()
             runner = ModelRunner(model, kv.first_layer, inputs, self.sampler)
             sizes = (self.max_num_batched_tokens, self.max_positions)
-            compiling = trial.compile_kernels(compiler, runner, *sizes)
+            compiling = trial.compile_kernels(compiler, runner, *sizes, self.graph_sizes)
             del kv, inputs, runner
             # Kernels that were there already have run, others not: it is in no state to go on.
             self.attention = self._make_attention()
@@ -294,7 +308,7 @@ class Worker:
         assert self.memory is not None
         runner = ModelRunner(model, *self._make_trial_cache(), self.sampler)
         sizes = (self.max_num_batched_tokens, self.max_positions)
-        taken = trial.measured_bytes(runner, self.memory, *sizes, self.uses_graphs)
+        taken = trial.measured_bytes(runner, self.memory, *sizes, self.graph_sizes)
         return self.memory.left_for_cache(self.weight_bytes, *taken)
 
     def _plan_cache(self, cache_bytes: int) -> CachePlan:

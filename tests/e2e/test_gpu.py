@@ -139,8 +139,53 @@ def test_tokens_are_the_same_when_requests_wait_for_rows(setting, eager):
     with load(folder, max_num_seqs=100) as llm:
         expected = generate(llm, prompts, params)
     with load(folder, max_num_seqs=24, enforce_eager=eager) as llm:
-        assert llm.llm_engine.scheduler.starts_together == (not eager)
+        assert llm.llm_engine.scheduler.mixed_tokens == (None if eager else 512)
+        by_graph = count_calls(
+            llm.llm_engine.executor.runner, "graph_size", lambda size: size is not None
+        )
         assert generate(llm, prompts, params) == expected
+        assert all(by_graph) if not eager else not any(by_graph)
+
+
+@pytest.mark.parametrize("mixed_tokens", [0, 30, 70])
+@pytest.mark.parametrize("chunk", [30, 512])
+def test_tokens_are_the_same_however_steps_mix(setting, mixed_tokens, chunk):
+    """Prompts in pieces beside decodes; what is asked beside draws too."""
+    folder, *_ = setting
+    rng = random.Random(5)
+    prompts = [[rng.randrange(128) for _ in range(rng.randrange(1, 90))] for _ in range(60)]
+    prompts += prompts[:10]  # in the prefix cache
+    asking = dict(logprobs=2, prompt_logprobs=1)
+    params = [
+        SamplingParams(
+            temperature=rng.choice((0.0, 0.8)),
+            top_p=rng.choice((1.0, 0.7)),
+            min_tokens=rng.choice((0, 1)),
+            seed=i,
+            max_tokens=rng.randrange(1, 30),
+            ignore_eos=True,
+            **rng.choice(({}, {}, asking)),
+        )
+        for i in range(len(prompts))
+    ]
+    with load(folder, max_num_seqs=100, enforce_eager=True) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    with load(folder, max_num_seqs=24, max_num_batched_tokens=chunk) as llm:
+        llm.llm_engine.scheduler.mixed_tokens = mixed_tokens
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for output, other in zip(outputs, expected, strict=True):
+        assert output["token_ids"] == other["token_ids"]
+        for name in ("prompt_logprobs", "logprobs"):
+            mine, theirs = (
+                getattr(o if name[0] == "p" else o.outputs[0], name) for o in (output, other)
+            )
+            assert (mine is None) == (theirs is None)
+            for one, two in zip(mine or [], theirs or [], strict=True):
+                assert (one is None) == (two is None)
+                if one:
+                    assert one.keys() == two.keys()
+                    for token, logprob in one.items():
+                        assert abs(logprob.logprob - two[token].logprob) < 1e-3
 
 
 @pytest.mark.parametrize("options", [

@@ -174,7 +174,7 @@ def test_sequences_that_wait_for_rows_start_together(stop_token_ids, depth):
     one_by_one = make_engine(depth=depth, **ROWS)
     seqs = ending_one_by_one(24, 10, stop_token_ids=stop_token_ids)
     assert starts_of_steps(one_by_one, seqs) == [24, *[1] * 10]
-    together = make_engine(starts_together=True, depth=depth, **ROWS)
+    together = make_engine(mixed_tokens=0, depth=depth, **ROWS)
     seqs = ending_one_by_one(24, 10, stop_token_ids=stop_token_ids)
     assert starts_of_steps(together, seqs) == [24, 3, 3, 3, 1]
     # The last waits for nobody.
@@ -185,7 +185,7 @@ def test_sequences_that_wait_for_rows_start_together(stop_token_ids, depth):
 def test_fewer_start_together_if_they_fill_a_quarter_of_a_step(depth, monkeypatch):
     monkeypatch.setattr("nanovllm.engine.scheduler.NUM_AVERAGED", 1)
     seqs = ending_one_by_one(24, 9, waiting_prompt=10)
-    engine = make_engine(starts_together=True, depth=depth, **ROWS)
+    engine = make_engine(mixed_tokens=0, depth=depth, **ROWS)
     assert starts_of_steps(engine, seqs) == [24, 3, 2, 2, 2]  # at first it knows of short prompts
 
 
@@ -194,7 +194,7 @@ def test_tokens_in_the_prefix_cache_do_not_fill_a_step(monkeypatch):
     starts = {}
     for caching in (False, True):
         seqs = [make_sequence([1] * 9, str(i), max_tokens=min(i, 24) + 1) for i in range(33)]
-        engine = make_engine(starts_together=True, enable_prefix_caching=caching, **ROWS)
+        engine = make_engine(mixed_tokens=0, enable_prefix_caching=caching, **ROWS)
         starts[caching] = starts_of_steps(engine, seqs)
     assert starts[True] == [24, 3, 3, 3]
     assert 2 in starts[False]  # 2 x 9 tokens are more than a quarter of 64
@@ -205,7 +205,7 @@ def test_nobody_waits_for_long_beside_a_free_row(depth):
     seqs = sequences(*([i + 1] for i in range(24)), max_tokens=44)
     seqs[3] = make_sequence([4], "3", max_tokens=5)
     late = [make_sequence([30 + i], f"late {i}", max_tokens=2) for i in range(4)]
-    engine = make_engine(starts_together=True, depth=depth, **ROWS)
+    engine = make_engine(mixed_tokens=0, depth=depth, **ROWS)
     starts_of_steps(engine, seqs + late)
     first, second, third, *_ = (i for i, step in enumerate(engine.executor.steps) if step.starts)
     # One row is free when a sequence of 5 tokens has ended, and then when the late one of 2 has.
@@ -214,7 +214,7 @@ def test_nobody_waits_for_long_beside_a_free_row(depth):
 
 
 def test_who_comes_when_nobody_waits_any_more_starts_at_once():
-    engine = make_engine(starts_together=True, **ROWS)
+    engine = make_engine(mixed_tokens=0, **ROWS)
     seqs = sequences(*([i % 7 + 1, i] for i in range(31)), max_tokens=20)
     for seq in seqs[:30]:
         engine.add(seq)
@@ -228,7 +228,7 @@ def test_who_comes_when_nobody_waits_any_more_starts_at_once():
 
 
 def test_who_waits_for_the_budget_starts_in_the_next_step():
-    engine = make_engine(starts_together=True, **ROWS)
+    engine = make_engine(mixed_tokens=0, **ROWS)
     seqs = sequences(*([i + 1] * 8 for i in range(12)), max_tokens=4)
     assert starts_of_steps(engine, seqs) == [8, 4]
     assert [len(step.starts) for step in engine.executor.steps[:2]] == [8, 4]
@@ -285,7 +285,7 @@ def test_a_step_that_preempts_says_so():
 
 
 def test_a_step_that_preempts_says_so_though_others_wait_for_rows():
-    engine = make_engine(starts_together=True, mean_output=0, **ROWS | dict(num_blocks=46))
+    engine = make_engine(mixed_tokens=0, mean_output=0, **ROWS | dict(num_blocks=46))
     prompts = [[i % 7 + 1, i] for i in range(26)]
     steps = metrics_of_steps(engine, *unpredictable(*prompts, max_tokens=6))
     preempting = [step.stopped_by for step in steps if step.preemptions]

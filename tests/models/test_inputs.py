@@ -12,7 +12,7 @@ from nanovllm.worker.upload import Uploader
 
 def make_inputs(num_rows, max_blocks):
     uploader = Uploader(torch.device("cpu"))
-    return InputBuilder(num_rows, max_blocks, 4, TorchAttention(), uploader, {})
+    return InputBuilder(num_rows, num_rows, max_blocks, 4, TorchAttention(), uploader, {})
 
 
 def start(row, block_table, num_cached_tokens=0):

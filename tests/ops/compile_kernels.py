@@ -34,7 +34,7 @@ def record_launches() -> dict[str, tuple]:
 
     from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
     from nanovllm.ops import triton_limits, triton_linear, triton_ops, triton_rows, triton_sampling
-    from nanovllm.worker.inputs import _decode_inputs
+    from nanovllm.worker.inputs import _step_inputs
 
     launches: dict[str, tuple] = {}
     label = ""
@@ -135,8 +135,8 @@ def record_launches() -> dict[str, tuple]:
         "block_tables": torch.zeros(9, 4, dtype=torch.int32), "temperature": torch.zeros(9),
         "last_tokens": torch.zeros(9).long(), "seed": torch.zeros(9).long(),
     }  # fmt: skip
-    inputs = _decode_inputs(8, cpu)
-    triton_rows.begin_decode(torch.zeros(4, 8).long(), state, inputs, 16)
+    inputs = _step_inputs(8, cpu)
+    triton_rows.begin_step(torch.zeros(5, 8).long(), state, inputs, 16)
     rows, tokens = inputs["rows"], torch.zeros(16, 8).long()
     triton_rows.keep_sampled(state["last_tokens"], tokens, rows, rows, inputs["turn"])
     return launches

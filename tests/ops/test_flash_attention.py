@@ -68,7 +68,7 @@ def test_it_attends_as_the_reference(monkeypatch, num_decodes, query_lens, conte
     )
     monkeypatch.setattr(flash_attention, "flash_attn", package)
     attention = FlashAttention(HEAD_DIM, torch.bfloat16, BLOCK_SIZE)
-    inputs = InputBuilder(8, 4, BLOCK_SIZE, attention, Uploader(CPU), {})
+    inputs = InputBuilder(8, 8, 4, BLOCK_SIZE, attention, Uploader(CPU), {})
     firsts = [context - query for query, context in zip(query_lens, context_lens, strict=True)]
     step = StepInput(
         decode_rows=np.arange(num_decodes), decode_positions=np.array(firsts[:num_decodes], int)
