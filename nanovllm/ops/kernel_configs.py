@@ -87,6 +87,9 @@ ATTENTION = {
 }
 CROWD_PROGRAMS_PER_SM = 15  # or more
 FEW_PROGRAMS_PER_SM, FEW_KEYS_PER_SM = 1 / 2, 256  # or fewer, of sequences and all their keys
+# Where programs have so many keys on average, and there are few sequences or one that has nearly as
+# many, all are divided for more programs: who had that one whole would end last, alone.
+DEEP_KEYS, DEEP_SHARE, DEEP_PROGRAMS_PER_SM = 3072, 3 / 4, 6
 SHARED_PROGRAMS_PER_SM = 2
 # Keys that the tiles of chunks may read in a CUDA graph, where a tile has few tokens: beyond, that
 # takes longer than launching a step kernel by kernel.
@@ -105,6 +108,8 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
     - short: short queries, decodes above all.
     - few: those of so few sequences, with so few keys, that latency is all: parts of a block or
       some, all warps on it, and for 16 bits no pipeline, so that keys go right to registers.
+    - deep: those of long contexts, in more parts. They are never from the projection: that is up to
+      a fifth slower here.
     - crowd: those of so many that each multiprocessor gets 15 programs or more. In smaller blocks
       many programs hide each other's waiting, and short contexts fill whole blocks.
     - long: chunks.
@@ -120,7 +125,8 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
     configs = ATTENTION[itemsize, max(64, next_power_of_2(head_dim)) * itemsize]
     short, long = configs["short"], configs["long"]
     shared = replace(long, programs_per_sm=SHARED_PROGRAMS_PER_SM)
-    return {"shared": shared, "few": short, "crowd": short, **configs}
+    deep = replace(short, programs_per_sm=max(short.programs_per_sm, DEEP_PROGRAMS_PER_SM))
+    return {"shared": shared, "few": short, "deep": deep, "crowd": short, **configs}
 
 
 @dataclass(frozen=True)

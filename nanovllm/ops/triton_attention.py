@@ -9,6 +9,8 @@ from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.attention_kernel import merge_prefixes_kernel, paged_attention_kernel
 from nanovllm.ops.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
+    DEEP_KEYS,
+    DEEP_SHARE,
     FEW_KEYS_PER_SM,
     FEW_PROGRAMS_PER_SM,
     MIN_GAIN_BYTES,
@@ -103,15 +105,9 @@ class TritonAttention(Attention):
         if graph_size is not None:
             short[:] = True  # in tiles of a few tokens
         num_short = graph_size or np.count_nonzero(short)
-        is_crowd = num_short * self.num_kv_heads >= CROWD_PROGRAMS_PER_SM * self.num_sms
-        # Beside chunks nobody waits for few decodes; that would be one kernel more.
-        is_decode = num_decodes == len(rows)
-        is_few = (
-            is_decode
-            and num_short * self.num_kv_heads <= FEW_PROGRAMS_PER_SM * self.num_sms
-            and context_lens.sum() * self.num_kv_heads <= FEW_KEYS_PER_SM * self.num_sms
-        )
-        short_name = "crowd" if is_crowd else "few" if is_few else "short"
+        num_keys = context_lens - prefixes.num_keys if prefixes else context_lens
+        is_alone = num_decodes == len(rows) and prefixes is None
+        short_name = self._short_layout(int(num_short), num_keys[short], is_alone)
         for name, seqs in ((short_name, short), ("long", ~short)):
             if not seqs.any():
                 continue
@@ -126,6 +122,28 @@ class TritonAttention(Attention):
             )
             arrays |= self._item_arrays(name, config, items, graph_size)
         return arrays
+
+    def _short_layout(self, num_tiles: int, num_keys: np.ndarray, is_alone: bool) -> str:
+        """Which of the configurations for short queries takes them.
+
+        Args:
+            num_tiles: theirs, padding included.
+            num_keys: of each that its own programs read.
+            is_alone: whether decodes have no other launch beside them. Where they have, nobody
+                waits for a few of them, and that would be one kernel more.
+        """
+        num_programs = num_tiles * self.num_kv_heads
+        all_keys = int(num_keys.sum()) * self.num_kv_heads
+        if num_programs >= CROWD_PROGRAMS_PER_SM * self.num_sms:
+            return "crowd"
+        is_few = num_programs <= FEW_PROGRAMS_PER_SM * self.num_sms
+        if is_alone and is_few and all_keys <= FEW_KEYS_PER_SM * self.num_sms:
+            return "few"
+        even_share = all_keys / self._sizes(self.configs["short"]).num_units
+        is_deep = even_share > DEEP_KEYS and (
+            num_tiles <= self.max_projected or num_keys.max() > DEEP_SHARE * even_share
+        )
+        return "deep" if is_deep else "short"
 
     def least_tokens(self, query_lens: np.ndarray, context_lens: np.ndarray) -> int | None:
         """More than come right from the projection: new keys are not stored then when attention
@@ -186,7 +204,8 @@ class TritonAttention(Attention):
         self, qkv: torch.Tensor, rotary: Rotary, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
         """As reference.qk_norm_rope_store and reference.paged_attention."""
-        if qkv.shape[0] <= self.max_projected and "shared_items" not in batch.attention_arrays:
+        apart = {"shared_items", "deep_items"} & batch.attention_arrays.keys()
+        if qkv.shape[0] <= self.max_projected and not apart:
             return self._launch(qkv, rotary, kv, batch, scale)
         return self.attend(qk_norm_rope_store(qkv, rotary, batch, kv), kv, batch, scale)
 

@@ -86,12 +86,14 @@ def test_a_graphs_arrays_have_the_shapes_of_its_size_and_their_names(size):
     [
         *[(1, 1, "few"), (1, 4224, "few"), (1, 4225, "short"), (8, 500, "few"), (8, 600, "short")],
         *[(9, 10, "short"), (247, 900, "short"), (248, 10, "crowd"), (1024, 900, "crowd")],
+        *[(33, 3072, "short"), (33, 3073, "deep"), (66, 1537, "deep"), (67, 3100, "short")],
+        *[(1, 200_000, "deep"), (67, [4000] * 66 + [9000], "deep")],
     ],
 )
 def test_the_layout_of_attention_follows_from_decodes_and_keys(num_decodes, num_keys, layout):
-    inputs = make_inputs(1024, 300, num_heads=16, num_kv_heads=8, head_dim=128)
+    inputs = make_inputs(1024, 12_500, num_heads=16, num_kv_heads=8, head_dim=128)
     inputs.attention.min_gain_bytes = 1 << 60
-    step = decode_step(np.arange(num_decodes), np.full(num_decodes, num_keys - 1))
+    step = decode_step(np.arange(num_decodes), np.full(num_decodes, num_keys) - 1)
     arrays = inputs.begin(step, num_decodes)
     assert [name for name in arrays if name.endswith("_items")] == [f"{layout}_items"]
 

@@ -141,6 +141,78 @@ def test_a_crowd_interpreted():
     assert "crowd_items" in batch.attention_arrays
 
 
+def check_in_a_graphs_tiles(query_lens, context_lens, size, *args, **kwargs):
+    """All in one list of work, chunks too, which has room for a size."""
+    q, kv, batch = paged_case(query_lens, context_lens, *args, **kwargs)
+    lens = np.array(query_lens)
+    arrays = batch.attention.host_arrays(
+        batch.block_tables.cpu().numpy(),
+        batch.rows.cpu().numpy(),
+        batch.query_start.cpu().numpy(),
+        lens,
+        np.array(context_lens),
+        batch.num_decodes,
+        size,
+    )
+    arrays = {name: torch.from_numpy(a).to(q.device) for name, a in arrays.items()}
+    batch = replace(batch, attention_arrays=arrays)
+    assert "long_items" not in arrays
+    head_dim = q.shape[-1]
+    for _ in range(2):  # the counters are as before
+        out = batch.attention.attend(q, kv, batch, head_dim**-0.5)
+        expected = attention_in_float64(q, kv, batch, head_dim**-0.5)
+        assert relative_error(out, expected) < tolerance(q.dtype)
+    return arrays
+
+
+MIXED = [1] * 5 + [3, 40, 1, 70, 17], [5, 300, 33, 1, 64, 3, 40, 90, 333, 100]
+
+
+@interpreted
+@pytest.mark.parametrize("num_sms", [1, 60])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 32), (14, 2, 20), (3, 3, 80)])
+def test_chunks_in_a_graphs_tiles_interpreted(heads, kv_heads, head_dim, num_sms):
+    size = sum(MIXED[0]) + num_sms - 1
+    check_in_a_graphs_tiles(
+        *MIXED, size, heads, kv_heads, head_dim, 16, torch.float32, CPU, num_sms=num_sms
+    )
+
+
+@interpreted
+def test_long_contexts_interpreted(monkeypatch):
+    monkeypatch.setattr("nanovllm.ops.triton_attention.DEEP_KEYS", 100)
+    case = [1] * 3, [50, 1000, 300], 4, 2, 32, 16, torch.float32, CPU
+    batch = check_attention(*case, num_sms=1)
+    assert (batch.attention_arrays["deep_items"][:, 8] > 1).any()
+    assert "deep_items" in check_in_a_graphs_tiles(*case[:2], 5, *case[2:], num_sms=1)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_decodes", [3, 400])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(16, 8, 128), (14, 2, 64), (32, 8, 80)])
+def test_chunks_in_a_graphs_tiles_on_a_gpu(heads, kv_heads, head_dim, num_decodes, dtype):
+    rng = np.random.default_rng()
+    chunks = rng.integers(1, 200, 6)
+    query_lens = [*[1] * num_decodes, *chunks.tolist()]
+    context_lens = [*rng.integers(1, 500, num_decodes), *(chunks + rng.integers(0, 900, 6))]
+    size = sum(query_lens) + int(rng.integers(0, 100))
+    sizes = heads, kv_heads, head_dim, 16, dtype, CUDA
+    arrays = check_in_a_graphs_tiles(query_lens, context_lens, size, *sizes)
+    assert "shared_items" not in arrays
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(16, 8, 128), (32, 8, 64), (14, 2, 256)])
+def test_long_contexts_on_a_gpu(heads, kv_heads, head_dim, dtype):
+    lens = np.random.default_rng().integers(1000, 30_000, 12)
+    sizes = heads, kv_heads, head_dim, 16, dtype, CUDA
+    batch = check_attention([1] * len(lens), lens, *sizes)
+    assert kv_heads == 2 or "deep_items" in batch.attention_arrays
+    check_projected([*[4000] * 40, 100, 9000], *sizes, norm=True)
+
+
 ATTENTION_CASES = pairwise(
     heads=[(16, 8), (32, 8), (32, 32), (14, 2), (9, 3), (24, 1)],
     head_dim=[64, 80, 96, 128, 256, 2, 50],
