@@ -28,6 +28,13 @@ def test_workloads_are_the_agreed_ones(name):
     assert (ours.prompts, ours.output_lens) == shared.workload(name)
 
 
+def test_a_queue_has_more_short_requests_than_run_at_a_time():
+    queue = bench.make_workload("queue")
+    assert len(queue.prompts) == len(queue.output_lens) == 4096
+    lens = [*map(len, queue.prompts), *queue.output_lens]
+    assert (min(lens), max(lens)) == (16, 128)
+
+
 def test_the_second_run_has_other_tokens_unless_the_prefix_is_shared():
     workload = bench.Workload([[1, 2], [9, 3]], [1, 1])
     assert workload.prompts_of_run(0, 10) == [[1, 2], [9, 3]]
