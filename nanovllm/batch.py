@@ -119,18 +119,18 @@ class Attention(Protocol):
             qk_norm_rope_store and attend do, at once. It takes what ops.attention takes.
         steps_per_list: for how many steps of the same decodes its host_arrays may serve, if their
             list_age, [1] int32, says how many steps old they are.
-        mixes: whether a CUDA graph may hold a step with chunks.
+        least_mixed: tokens of the smallest CUDA graph that may hold a step with chunks; None: none
+            may.
     """
 
     name: str
     attend_projected: "AttendProjected | None" = None
     steps_per_list: int = 1
-    mixes: bool = False
+    least_mixed: int | None = None
 
-    def least_tokens(self, query_lens: np.ndarray, context_lens: np.ndarray) -> int | None:
-        """How many tokens a graph has at least that may hold such a step with chunks; None: there
-        is none."""
-        return None
+    def suits_graph(self, query_lens: np.ndarray, context_lens: np.ndarray) -> bool:
+        """Whether a CUDA graph is a good place for a step with these chunks."""
+        return False
 
     def host_arrays(
         self,

@@ -48,9 +48,10 @@ class StepMetrics(Counts):
     Attributes:
         running: sequences that hold pages.
         waiting: sequences that hold none.
-        stopped_by: why no more tokens joined the batch: "max_num_batched_tokens"; "max_num_seqs" or
-            "pages", too few rows or pages are free, perhaps for some to start together;
-            "preemption", those just freed are for older sequences; or "", there were none.
+        stopped_by: why no more tokens joined the batch: "max_num_batched_tokens"; "mixed_tokens",
+            it would be more than one launch, for which there is too little to do yet;
+            "max_num_seqs" or "pages", too few rows or pages are free; "preemption", those just
+            freed are for older sequences; or "", there were none.
     """
 
     running: int = 0

@@ -324,13 +324,15 @@ def summarize(
         seconds: of the run.
         steps, graph_steps: how many there were, and how many of them replayed a CUDA graph.
         parts: seconds by name; they add up to the run's.
-        padding: the share of the graphs' rows that no sequence had; None without graphs.
+        padding: the share of the graphs' rows that no token had; None without graphs.
         tail: the time after the last step with at least half as many sequences as the largest: its
             `seconds`, its `steps`, its share of the sampled tokens, and `largest_batch`. In a tail
             the GPU is busy with few sequences, so more of them would cost little.
         work: of each step.
     """
-    graph_steps = [(step.graph_size, step.sequences) for step in steps if step.graph_size]
+    graph_steps = [
+        (step.graph_size, step.decodes + step.prefill_tokens) for step in steps if step.graph_size
+    ]
     graph_rows = sum(size for size, _ in graph_steps)
     largest = max(step.sequences for step in steps)
     last = max(i for i, step in enumerate(steps) if 2 * step.sequences >= largest)

@@ -30,6 +30,7 @@ MEAN_OUTPUT, NUM_AVERAGED = 256, 64
 # Prompts start in steps that are one launch each, if there are not too many for so many of them
 # (docs/decisions/0023).
 MIXED_STEPS = 4
+MIXED_CONTEXT = 4096  # tokens of a sequence whose prompt may be cut for them
 # Others that wait for rows start together: when such a share of the rows is free, or those free
 # are for such a share of a step's tokens, or one was for so many steps (docs/decisions/0022).
 STARTING_ROWS, STARTING_TOKENS, STARTING_STEPS = 1 / 8, 1 / 4, 8
@@ -73,8 +74,9 @@ class Scheduler:
         pages_to_come: those that running sequences would still take up to their max_len.
         mean_output: tokens of the last sequences that might have stopped early.
         mean_new: tokens that the last sequences had to compute when they were admitted.
-        waits_for_rows, waits_for_pages: whether some do.
-        steps_waited: in how many steps they might have had a row.
+        waits_for_rows, waits_for_pages: whether some did when the last step was scheduled; who
+            waits for rows does so until all that waited have started, or some together.
+        steps_waited: how many steps of one launch have left rows free since.
     """
 
     def __init__(
@@ -188,24 +190,35 @@ class Scheduler:
         stops it; returns what."""
         num_decodes, is_large = step.input.num_decodes, True
         if self.mixed_tokens is not None and num_decodes and not step.metrics.preemptions:
-            room = max(0, self.mixed_tokens - num_decodes)
+            room = self._room(self.mixed_tokens - num_decodes)
             is_large = self._starts_large(room)
             budget = budget if is_large else min(budget, room)
-        had_free_rows = bool(self.free_rows)
         if self._is_prefilling_youngest():
             budget -= self._add_chunk(step, self._youngest(), budget)
         stopped_by = self._admissions(step, budget)
-        if self.waits_for_rows and not is_large and stopped_by == "max_num_batched_tokens":
-            stopped_by = "max_num_seqs"  # with more rows they would not wait for each other
-        self.waits_for_rows = stopped_by == "max_num_seqs"
+        if stopped_by == "max_num_batched_tokens" and not is_large:
+            stopped_by = "mixed_tokens"
+        waited = self.waits_for_rows and stopped_by == "mixed_tokens"
+        self.waits_for_rows = waited or stopped_by == "max_num_seqs"
         self.waits_for_pages = stopped_by == "pages"
-        waited = stopped_by and had_free_rows and not is_large
-        self.steps_waited = self.steps_waited + 1 if waited else 0
+        self.steps_waited = self.steps_waited + 1 if waited and self.free_rows else 0
         return stopped_by
 
+    def _room(self, room: int) -> int:
+        """Of what decodes leave of a step of one launch, what is for prompts: nothing if the next
+        one is not for such a step."""
+        if self._is_prefilling_youngest():
+            seq = self._youngest()
+        elif self.waiting:
+            seq = self.waiting[0]
+        else:
+            return 0
+        suits = seq.scores is None and len(seq.token_ids) <= MIXED_CONTEXT
+        return max(0, room) if suits else 0
+
     def _starts_large(self, room: int) -> bool:
-        """Whether prompts take the whole budget, not just the room that is left in a step of one
-        launch."""
+        """Whether prompts take the whole budget, not just the room that is left for them in a step
+        of one launch."""
         num_starting = min(len(self.free_rows), len(self.waiting))
         if self.waits_for_pages:
             num_starting = min(num_starting, 1)
@@ -221,7 +234,7 @@ class Scheduler:
         return (
             num_starting >= min(int(self.max_num_seqs * STARTING_ROWS), len(self.waiting))
             or num_new >= self.max_num_batched_tokens * STARTING_TOKENS
-            or self.steps_waited == STARTING_STEPS
+            or self.steps_waited >= STARTING_STEPS
         )
 
     def _admissions(self, step: ScheduledStep, budget: int) -> str:
@@ -357,6 +370,8 @@ class Scheduler:
         )
         # While its prompt is computed in chunks, the others go on.
         num_steps[-1] += -(-max(num_left, 0) // (self.max_num_batched_tokens - len(rows)))
+        if num_left > 0 and self.mixed_tokens is not None:
+            num_steps[-1] += MIXED_STEPS
         peak = peak_pages(num_tokens, num_steps, np.append(num_owned, num_new), pages.block_size)
         return num_staying + peak <= pages.num_blocks or not self.running
 

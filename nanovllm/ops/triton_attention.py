@@ -51,7 +51,6 @@ class TritonAttention(Attention):
 
     name = "TRITON_ATTN"
     steps_per_list = 64  # the last parts grow by fewer keys
-    mixes = True
 
     def __init__(
         self,
@@ -70,6 +69,8 @@ class TritonAttention(Attention):
         self.block_d = next_power_of_2(max(head_dim, 16))
         self.min_gain_bytes = MIN_GAIN_BYTES
         self.max_projected = PROJECTED_PROGRAMS_PER_SM * num_sms // num_kv_heads  # decodes
+        # More than come right from the projection: new keys are stored when attention begins.
+        self.least_mixed = self.max_projected + 1
         self.key_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # for 16 bits: no effect
         self.num_sms = num_sms
@@ -145,14 +146,11 @@ class TritonAttention(Attention):
         )
         return "deep" if is_deep else "short"
 
-    def least_tokens(self, query_lens: np.ndarray, context_lens: np.ndarray) -> int | None:
-        """More than come right from the projection: new keys are not stored then when attention
-        begins. Chunks with many keys are better off in tiles of their own, which read them less
-        often."""
+    def suits_graph(self, query_lens: np.ndarray, context_lens: np.ndarray) -> bool:
+        """Chunks with many keys are better off in tiles of their own, which read them less often
+        than those of a few tokens."""
         num_tiles = cdiv(query_lens, self._tile_tokens(self.configs["short"]))
-        if (num_tiles * context_lens)[num_tiles > 1].sum() > MIXED_KEYS:
-            return None
-        return self.max_projected + 1
+        return (num_tiles * context_lens)[num_tiles > 1].sum() <= MIXED_KEYS
 
     def _shared(
         self,

@@ -18,7 +18,7 @@ import torch
 from nanovllm import platform
 from nanovllm.worker.upload import Uploader, layout
 
-MIXED_SIZES = [128, 256, 512]  # of few rows
+MIXED_SIZES = [128, 256, 512]  # for steps with prompts, where there are few rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,9 @@ class GraphOutput:
     turn: torch.Tensor
 
 
-def graph_sizes(max_num_seqs: int, max_tokens: int = 0) -> list[int]:
+def graph_sizes(
+    max_num_seqs: int, least_mixed: int | None = None, max_tokens: int = 0
+) -> list[int]:
     """The sizes to capture, ascending: so far apart that few graphs are needed, and so close that
     padding costs little. Up to 64 rows a product takes as long as its weight is read; from there
     its tiles are as wide as the steps, a quarter of a power of two. Beyond max_num_seqs there are
@@ -45,7 +47,8 @@ def graph_sizes(max_num_seqs: int, max_tokens: int = 0) -> list[int]:
 
     Args:
         max_num_seqs: decodes at most.
-        max_tokens: of a step with prompts.
+        least_mixed, max_tokens: the fewest and the most tokens of a step with prompts; None: no
+            graph is for such steps.
     """
     sizes, size = [], 1
     while size < max_num_seqs:
@@ -54,7 +57,11 @@ def graph_sizes(max_num_seqs: int, max_tokens: int = 0) -> list[int]:
     larger = MIXED_SIZES
     if 2 * max_num_seqs >= larger[-1]:
         larger = [-(-max_num_seqs * quarters // 32) * 8 for quarters in (5, 6, 7, 8)]
-    return [*sizes, max_num_seqs, *(size for size in larger if max_num_seqs < size <= max_tokens)]
+    larger = sorted({min(size, max_tokens) for size in larger})
+    if least_mixed is None or larger[-1] < least_mixed:
+        return [*sizes, max_num_seqs]
+    least = max(max_num_seqs + 1, least_mixed)
+    return [*sizes, max_num_seqs, *(size for size in larger if size >= least)]
 
 
 Result = TypeVar("Result")

@@ -89,6 +89,7 @@ class ModelRunner:
         scores: LogprobLines | None,
     ) -> Sampled:
         token_ids = self.inputs.sampled()
+        # Rows with processors on the host are never plain, so their tokens come one after another.
         errors = self.sampler.host.drawn(rows, token_ids)
         return Sampled(token_ids, places, logprobs, scores, errors)
 
@@ -98,10 +99,9 @@ class ModelRunner:
             return None
         num_tokens = step.num_decodes
         if step.chunks:
-            query_lens = step.query_lens
-            context_lens = step.positions + query_lens
-            least = self.inputs.attention.least_tokens(query_lens, context_lens)
-            if least is None:
+            query_lens, attention = step.query_lens, self.inputs.attention
+            least = attention.least_mixed
+            if least is None or not attention.suits_graph(query_lens, step.positions + query_lens):
                 return None
             num_tokens = max(least, int(query_lens.sum()))
         size = self.graphs.padded_size(num_tokens)

@@ -52,7 +52,7 @@ def _doubling(max_num_seqs: int, sizes: list[int]) -> list[int]:
     (kernel_configs.py) is more than twice the one before. Python, which noting launches and
     compiling compete for, is what a start waits for."""
     sizes = sizes or graph_sizes(max_num_seqs)  # without graphs: of decodes
-    return [size for size in sizes if size & (size - 1) == 0 or size == max_num_seqs]
+    return [n for n in sizes if n & (n - 1) == 0 or n in (max_num_seqs, sizes[-1])]
 
 
 @torch.inference_mode()

@@ -131,16 +131,17 @@ class Worker:
         """Of the CUDA graphs, in tokens, ascending; none: steps run without."""
         if not self.is_gpu or self.config.enforce_eager:
             return []
-        max_tokens = self.max_num_batched_tokens if self.attention.mixes else 0
-        return graph_sizes(self.max_num_seqs, max_tokens)
+        return graph_sizes(
+            self.max_num_seqs, self.attention.least_mixed, self.max_num_batched_tokens
+        )
 
     @property
     def mixed_tokens(self) -> int | None:
         """As the engine's."""
-        sizes = self.graph_sizes
+        sizes, least = self.graph_sizes, self.attention.least_mixed
         if not sizes:
             return None
-        return sizes[-1] if self.attention.mixes else 0
+        return 0 if least is None or sizes[-1] < least else sizes[-1]
 
     @property
     def token_bytes(self) -> int:

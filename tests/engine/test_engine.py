@@ -234,6 +234,77 @@ def test_who_waits_for_the_budget_starts_in_the_next_step():
     assert [len(step.starts) for step in engine.executor.steps[:2]] == [8, 4]
 
 
+# Prompts in steps of one launch, which have few tokens beside decodes
+
+MIXED = ROWS | dict(max_num_batched_tokens=200, mixed_tokens=20)
+
+
+def prefills_of_steps(engine, *seqs, after=3):
+    """Tokens of prompts that each step computes, beside sequences that decode already."""
+    for i in range(after):
+        engine.add(make_sequence([i + 1], f"first {i}", max_tokens=200))
+    take_step(engine)
+    for seq in seqs:
+        engine.add(seq)
+    prefills = []
+    while any(len(seq.token_ids) == seq.num_prompt_tokens for seq in seqs):
+        take_step(engine)
+        check_invariants(engine)
+        prefills.append(engine.metrics.last_step.prefill_tokens)
+    return [n for n in prefills if n]
+
+
+@both_depths
+def test_a_prompt_comes_in_pieces_of_such_steps_unless_they_would_be_many(depth, monkeypatch):
+    monkeypatch.setattr("nanovllm.engine.scheduler.NUM_AVERAGED", 1)
+    pieces = prefills_of_steps(make_engine(depth=depth, **MIXED), make_sequence([5] * 60, "a"))
+    assert pieces == [17, 17, 17, 9]
+    # How long a prompt is that nobody has looked at is guessed from the last one's length.
+    longer, *others = sequences([5] * 86, [6] * 9, [7] * 50, max_tokens=20)
+    assert prefills_of_steps(make_engine(depth=depth, **MIXED), longer) == [17, 69]
+    engine = make_engine(depth=depth, **MIXED)
+    assert prefills_of_steps(engine, make_sequence([4] * 60, "b"), *others) == [17, 43 + 9 + 50]
+    without = make_engine(depth=depth, **MIXED | dict(mixed_tokens=None))
+    assert prefills_of_steps(without, make_sequence([5] * 60, "a")) == [60]
+
+
+def test_prompts_beside_nobody_take_the_whole_budget():
+    prompt = make_sequence([5] * 150, "a")
+    assert prefills_of_steps(make_engine(**MIXED), prompt, after=0) == [150]
+
+
+@pytest.mark.parametrize("params", [dict(prompt_logprobs=0), dict(prompt_logprobs=2)])
+def test_prompts_that_such_steps_do_not_suit_are_not_cut(params, monkeypatch):
+    prompt = make_sequence([5] * 60, "a", **params)
+    assert prefills_of_steps(make_engine(**MIXED), prompt) == [60]
+    monkeypatch.setattr("nanovllm.engine.scheduler.MIXED_CONTEXT", 59)
+    assert prefills_of_steps(make_engine(**MIXED), make_sequence([5] * 60, "a")) == [60]
+
+
+@both_depths
+def test_a_step_of_one_launch_that_is_full_says_so(depth):
+    engine = make_engine(depth=depth, **MIXED)
+    prefills_of_steps(engine, *sequences([5] * 20, [6] * 20, max_tokens=9))
+    steps = metrics_of_steps(engine, make_sequence([7] * 30, "b", max_tokens=1))
+    assert steps[0].stopped_by == "mixed_tokens" and steps[0].prefill_tokens < 17
+
+
+@both_depths
+def test_nobody_waits_for_long_though_a_few_start_in_every_step(depth):
+    """The rows are few, and prompts of a few tokens have gone first."""
+    engine = make_engine(depth=depth, **ROWS | dict(max_num_batched_tokens=2000, mixed_tokens=26))
+    for i in range(20):
+        engine.add(make_sequence([i + 1], f"first {i}", max_tokens=500))
+    shorts = [make_sequence([i % 7 + 1], f"short {i}", max_tokens=3) for i in range(60)]
+    late = [make_sequence([30] * 100, f"late {i}", max_tokens=100) for i in range(3)]
+    for seq in shorts + late:
+        engine.add(seq)
+    step_until(engine, lambda: all(seq.finished for seq in shorts))
+    started = len(engine.executor.steps)
+    step_until(engine, lambda: all(len(seq.token_ids) > 100 for seq in late))
+    assert len(engine.executor.steps) - started <= 8 + 4
+
+
 # What is counted
 
 

@@ -246,8 +246,23 @@ CERTAIN = st.lists(
 )
 
 
+@st.composite
+def engines_of_small_steps(draw):
+    """Engines whose steps have little room for prompts beside decodes, but much budget."""
+    max_num_seqs, block_size = draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 2]))
+    return 40, dict(
+        block_size=block_size,
+        num_blocks=40 // block_size * draw(st.sampled_from([2, 3])),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=200,
+        enable_prefix_caching=draw(st.booleans()),
+        mixed_tokens=max_num_seqs + draw(st.integers(0, 8)),
+        depth=draw(st.integers(1, 2)),
+    )
+
+
 @fuzz(1000)
-@given(engines(), CERTAIN)
+@given(engines() | engines_of_small_steps(), CERTAIN)
 def test_nobody_is_preempted_where_lengths_are_certain(engine, requests):
     run = Run(*engine)
     run.play([

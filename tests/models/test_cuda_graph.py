@@ -20,14 +20,20 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "max_num_seqs, max_tokens, larger",
     [
-        *[(1, 16384, [128, 256, 512]), (4, 300, [128, 256]), (255, 16384, [256, 512])],
-        *[(256, 16384, [320, 384, 448, 512]), (1024, 1600, [1280, 1536])],
-        *[(300, 16384, [376, 456, 528, 600]), (64, 64, []), (64, 0, []), (1024, 1024, [])],
+        *[(1, 16384, [128, 256, 512]), (4, 300, [128, 256, 300]), (255, 16384, [256, 512])],
+        *[(256, 16384, [320, 384, 448, 512]), (1024, 1600, [1280, 1536, 1600])],
+        *[(300, 16384, [376, 456, 528, 600]), (64, 66, []), (1024, 1024, []), (64, 70, [70])],
     ],
 )
 def test_there_are_some_sizes_for_prompts_beside_decodes(max_num_seqs, max_tokens, larger):
-    sizes = graph_sizes(max_num_seqs, max_tokens)
-    assert sizes == [*graph_sizes(max_num_seqs), *larger]
+    without = graph_sizes(max_num_seqs)
+    assert graph_sizes(max_num_seqs, 67, max_tokens) == [*without, *larger]
+    assert graph_sizes(max_num_seqs, None, max_tokens) == without
+
+
+def test_no_size_is_smaller_than_a_step_with_prompts_has():
+    assert graph_sizes(4, 265, 16384) == [1, 2, 4, 512]
+    assert graph_sizes(4, 529, 16384) == [1, 2, 4]
 
 
 @pytest.mark.parametrize("max_num_seqs", [*range(1, 70), 100, 256, 500, 1024, 5000])
