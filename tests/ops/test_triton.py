@@ -118,7 +118,7 @@ def test_shared_prefixes_interpreted(heads, kv_heads, head_dim, case, num_sms):
         members = np.concatenate([seqs for seqs, _ in groups[:2]])
         assert sorted(shared) == sorted(members[members < batch.num_decodes].tolist())
     if "split" in case and num_sms == 60:
-        slots = batch.attention_arrays["few_items"][:, 6:9]
+        slots = batch.attention_arrays["short_items"][:, 6:9]
         assert ((slots[:, 0] > slots[:, 1]) & (slots[:, 2] > 1)).any()
 
 
