@@ -120,17 +120,16 @@ class Attention(Protocol):
         steps_per_list: for how many steps of the same decodes its host_arrays may serve, if their
             list_age, [1] int32, says how many steps old they are.
         least_mixed: tokens of the smallest CUDA graph that may hold a step with chunks; None: none
-            may.
+            may. (There the rows of a chunk's tokens are not those of its block table.)
+        mixed_keys: how much such chunks may read: a chunk's tokens times those of its sequence,
+            over all chunks.
     """
 
     name: str
     attend_projected: "AttendProjected | None" = None
     steps_per_list: int = 1
     least_mixed: int | None = None
-
-    def suits_graph(self, query_lens: np.ndarray, context_lens: np.ndarray) -> bool:
-        """Whether a CUDA graph is a good place for a step with these chunks."""
-        return False
+    mixed_keys: int = 0
 
     def host_arrays(
         self,

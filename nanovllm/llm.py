@@ -93,6 +93,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching is not False,
             mixed_tokens=executor.mixed_tokens,
+            mixed_keys=executor.mixed_keys,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if overlaps else 1,
             detokenizer=detokenizer,

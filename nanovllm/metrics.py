@@ -48,8 +48,8 @@ class StepMetrics(Counts):
     Attributes:
         running: sequences that hold pages.
         waiting: sequences that hold none.
-        stopped_by: why no more tokens joined the batch: "max_num_batched_tokens"; "mixed_tokens",
-            it would be more than one launch, for which there is too little to do yet;
+        stopped_by: why no more tokens joined the batch: "max_num_batched_tokens"; "mixed_tokens", a
+            step of one launch is full, and there is too little to do yet for a larger one;
             "max_num_seqs" or "pages", too few rows or pages are free; "preemption", those just
             freed are for older sequences; or "", there were none.
     """

@@ -292,6 +292,7 @@ def make_engine(
     max_num_batched_tokens: int = 64,
     enable_prefix_caching: bool = True,
     mixed_tokens: int | None = None,
+    mixed_keys: int = 2**62,
     depth: int = 1,
     mean_output: int = 256,
     detokenizer: Detokenizer | None = None,
@@ -306,6 +307,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
         mixed_tokens=mixed_tokens,
+        mixed_keys=mixed_keys,
         depth=depth,
         detokenizer=detokenizer,
     )

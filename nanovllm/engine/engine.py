@@ -28,8 +28,10 @@ class Engine:
         max_num_batched_tokens: query tokens a step.
         enable_prefix_caching: whether sequences share the pages of equal prefixes.
         mixed_tokens: a step with prompts is one launch if it has no more tokens, decodes included;
-            larger ones, and all with 0, are hundreds, which take longer than a few steps. None: all
-            steps are launched alike.
+            larger ones, and all with 0, are hundreds of launches, which take longer than a few
+            steps of one. None: all steps are launched alike.
+        mixed_keys: and if its prompts have no more than this: the tokens of each that are computed
+            times those of its sequence, and nobody asks for their log-probabilities.
         depth: steps in flight. 1 waits for each; with 2 the next step is scheduled while one runs.
         detokenizer: finds stop strings; None: no sequence has any.
     """
@@ -44,6 +46,7 @@ class Engine:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
         mixed_tokens: int | None = None,
+        mixed_keys: int = 2**62,
         depth: int = 1,
         detokenizer: Detokenizer | None = None,
     ):
@@ -56,6 +59,7 @@ class Engine:
             max_num_seqs,
             max_num_batched_tokens,
             mixed_tokens,
+            mixed_keys,
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
         # Request id -> its samples, in order.

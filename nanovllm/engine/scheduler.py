@@ -27,12 +27,12 @@ from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
 # over how many sequences means are.
 MEAN_OUTPUT, NUM_AVERAGED = 256, 64
-# Prompts start in steps that are one launch each, if there are not too many for so many of them
-# (docs/decisions/0023).
+# Prompts start in steps of one launch each if so many of these have room for all that could start,
+# else in one with the whole budget (docs/decisions/0023).
 MIXED_STEPS = 4
-MIXED_CONTEXT = 4096  # tokens of a sequence whose prompt may be cut for them
-# Others that wait for rows start together: when such a share of the rows is free, or those free
-# are for such a share of a step's tokens, or one was for so many steps (docs/decisions/0022).
+# In that case those that wait for rows start together: when such a share of the rows is free, or
+# those free are for such a share of a step's tokens, or one was for so many steps
+# (docs/decisions/0022).
 STARTING_ROWS, STARTING_TOKENS, STARTING_STEPS = 1 / 8, 1 / 4, 8
 
 
@@ -57,7 +57,7 @@ class Scheduler:
         max_num_seqs: residents at most, that is sequences that hold pages and a row of the worker's
             state.
         max_num_batched_tokens: query tokens a step at most; at least max_num_seqs.
-        mixed_tokens: as the engine's.
+        mixed_tokens, mixed_keys: as the engine's.
 
     Attributes:
         waiting: sequences that hold nothing, the next to be admitted first.
@@ -73,7 +73,8 @@ class Scheduler:
         empty_slots: in the pages of running sequences.
         pages_to_come: those that running sequences would still take up to their max_len.
         mean_output: tokens of the last sequences that might have stopped early.
-        mean_new: tokens that the last sequences had to compute when they were admitted.
+        num_admitted: sequences so far.
+        mean_new: tokens that the last of them had to compute then.
         waits_for_rows, waits_for_pages: whether some did when the last step was scheduled; who
             waits for rows does so until all that waited have started, or some together.
         steps_waited: how many steps of one launch have left rows free since.
@@ -85,12 +86,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         mixed_tokens: int | None = None,
+        mixed_keys: int = 2**62,
     ):
         assert max_num_batched_tokens >= max_num_seqs
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.mixed_tokens = mixed_tokens
+        self.mixed_tokens, self.mixed_keys = mixed_tokens, mixed_keys
         self.seqs = np.empty(max_num_seqs, object)
         self.max_len = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
@@ -100,7 +102,7 @@ class Scheduler:
         self.decodes = np.zeros(max_num_seqs, bool)
         self.logprobs = RecentLogprobs(max_num_seqs)
         self.mean_output = float(MEAN_OUTPUT)
-        self.mean_new = 0.0
+        self.num_admitted, self.mean_new = 0, 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -190,12 +192,12 @@ class Scheduler:
         stops it; returns what."""
         num_decodes, is_large = step.input.num_decodes, True
         if self.mixed_tokens is not None and num_decodes and not step.metrics.preemptions:
-            room = self._room(self.mixed_tokens - num_decodes)
-            is_large = self._starts_large(room)
-            budget = budget if is_large else min(budget, room)
+            room = max(0, min(self.mixed_tokens - num_decodes, self._mixed_room()))
+            is_large = room >= budget or self._starts_large(room)
+            budget = budget if is_large else room
         if self._is_prefilling_youngest():
             budget -= self._add_chunk(step, self._youngest(), budget)
-        stopped_by = self._admissions(step, budget)
+        stopped_by = self._admissions(step, budget, is_large)
         if stopped_by == "max_num_batched_tokens" and not is_large:
             stopped_by = "mixed_tokens"
         waited = self.waits_for_rows and stopped_by == "mixed_tokens"
@@ -204,17 +206,15 @@ class Scheduler:
         self.steps_waited = self.steps_waited + 1 if waited and self.free_rows else 0
         return stopped_by
 
-    def _room(self, room: int) -> int:
-        """Of what decodes leave of a step of one launch, what is for prompts: nothing if the next
-        one is not for such a step."""
+    def _mixed_room(self) -> int:
+        """So many tokens of the next prompt at most are for a step of one launch."""
         if self._is_prefilling_youngest():
             seq = self._youngest()
         elif self.waiting:
             seq = self.waiting[0]
         else:
             return 0
-        suits = seq.scores is None and len(seq.token_ids) <= MIXED_CONTEXT
-        return max(0, room) if suits else 0
+        return 0 if seq.scores is not None else self.mixed_keys // len(seq.token_ids)
 
     def _starts_large(self, room: int) -> bool:
         """Whether prompts take the whole budget, not just the room that is left for them in a step
@@ -237,9 +237,11 @@ class Scheduler:
             or self.steps_waited >= STARTING_STEPS
         )
 
-    def _admissions(self, step: ScheduledStep, budget: int) -> str:
+    def _admissions(self, step: ScheduledStep, budget: int, is_large: bool) -> str:
         """Of waiting sequences, until something stops them; returns what."""
         while self.waiting:
+            if not is_large:
+                budget = min(budget, self._mixed_room())
             if step.metrics.preemptions:
                 return "preemption"  # the pages are for the older sequences that needed them
             if len(self.running) == self.max_num_seqs:
@@ -319,7 +321,9 @@ class Scheduler:
         self.empty_slots += self._num_empty(seq)
         self.pages_to_come += self._num_to_come(seq)
         step.metrics.cached_tokens += num_cached
-        self.mean_new += (seq.prefill_end - num_cached - self.mean_new) / NUM_AVERAGED
+        self.num_admitted += 1
+        num_new = seq.prefill_end - num_cached
+        self.mean_new += (num_new - self.mean_new) / min(self.num_admitted, NUM_AVERAGED)
         min_tokens = seq.params.min_tokens
         step.input.starts.append(
             RowStart(

@@ -108,8 +108,8 @@ def attention_configs(head_dim: int, itemsize: int) -> dict[str, AttentionConfig
     - short: short queries, decodes above all.
     - few: those of so few sequences, with so few keys, that latency is all: parts of a block or
       some, all warps on it, and for 16 bits no pipeline, so that keys go right to registers.
-    - deep: those of long contexts, in more parts. They are never from the projection: that is up to
-      a fifth slower here.
+    - deep: those of long contexts, in more parts where `short` has few. They are never from the
+      projection: that is up to a fifth slower here.
     - crowd: those of so many that each multiprocessor gets 15 programs or more. In smaller blocks
       many programs hide each other's waiting, and short contexts fill whole blocks.
     - long: chunks.

@@ -18,7 +18,6 @@ from nanovllm.ops.kernel_configs import (
     PROJECTED_PROGRAMS_PER_SM,
     AttentionConfig,
     attention_configs,
-    cdiv,
     next_power_of_2,
 )
 from nanovllm.ops.shared_prefix import find_groups, max_tiles
@@ -75,6 +74,7 @@ class TritonAttention(Attention):
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # for 16 bits: no effect
         self.num_sms = num_sms
         self.configs = attention_configs(head_dim, dtype.itemsize)
+        self.mixed_keys = MIXED_KEYS * self._tile_tokens(self.configs["short"])
         # Slots of shared keys come behind those that each launch uses anew.
         self.shared_from = max(
             max_slots(0 if name == "long" else max_decodes, self._sizes(config))
@@ -128,8 +128,8 @@ class TritonAttention(Attention):
         """Which of the configurations for short queries takes them.
 
         Args:
-            num_tiles: theirs, padding included.
-            num_keys: of each that its own programs read.
+            num_tiles: theirs at most; in a graph its size.
+            num_keys: of each that its own programs read; a chunk's count once.
             is_alone: whether decodes have no other launch beside them. Where they have, nobody
                 waits for a few of them, and that would be one kernel more.
         """
@@ -145,12 +145,6 @@ class TritonAttention(Attention):
             num_tiles <= self.max_projected or num_keys.max() > DEEP_SHARE * even_share
         )
         return "deep" if is_deep else "short"
-
-    def suits_graph(self, query_lens: np.ndarray, context_lens: np.ndarray) -> bool:
-        """Chunks with many keys are better off in tiles of their own, which read them less often
-        than those of a few tokens."""
-        num_tiles = cdiv(query_lens, self._tile_tokens(self.configs["short"]))
-        return (num_tiles * context_lens)[num_tiles > 1].sum() <= MIXED_KEYS
 
     def _shared(
         self,

@@ -81,8 +81,8 @@ def begin_step(
         inputs: written: the first `size` elements of rows, positions, context_lens, slot_mapping,
             token_ids (as in ForwardBatch, every token by itself), temperature, noise_keys (as
             ops.sample takes them); turn and list_age, [1] int32. Beyond the tokens they are those
-            of the last row, which is no sequence's; it is also the row of those that nothing is
-            drawn from.
+            of the last row, which is no sequence's. It is also what `rows` has where nothing is
+            drawn: whose block table a token reads, the work list of attention knows.
     """
     tables = state["block_tables"]
     num_rows = len(tables) - 1

@@ -43,7 +43,7 @@ def graph_sizes(
     """The sizes to capture, ascending: so far apart that few graphs are needed, and so close that
     padding costs little. Up to 64 rows a product takes as long as its weight is read; from there
     its tiles are as wide as the steps, a quarter of a power of two. Beyond max_num_seqs there are
-    some for prompts: beside all decodes they have room for as many tokens.
+    up to four for prompts, the largest of twice as many tokens or of 512.
 
     Args:
         max_num_seqs: decodes at most.
@@ -82,8 +82,8 @@ class Captured:
 
 
 class StepGraphs:
-    """The graphs of one model, cache and row state: one for each size, and one more for each size
-    at which decodes turn out to share a prefix, or a few to have long contexts.
+    """The graphs of one model, cache and row state: one for each size, and one more for each other
+    choice of attention's launches (its arrays' names) that a step of the size turns out to need.
 
     Args:
         sizes: numbers of tokens, ascending.

@@ -25,7 +25,7 @@ class InProcessExecutor:
         plan: how large the cache is.
         device, dtype: where and in what the model computes.
         description: of all that was chosen, for the log.
-        mixed_tokens: as the engine's.
+        mixed_tokens, mixed_keys: as the engine's.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class InProcessExecutor:
         self.plan, self.dtype = self.worker.plan, self.worker.dtype
         self.description = self.worker.description
         self.mixed_tokens = self.worker.mixed_tokens
+        self.mixed_keys = self.worker.attention.mixed_keys
 
     @property
     def runner(self) -> ModelRunner:

@@ -88,10 +88,10 @@ class InputBuilder:
 
     def begin(self, step: StepInput, size: int) -> dict[str, np.ndarray]:
         """Put the inputs of a step on the GPU, padded to so many tokens; batch_of is made of them.
-        What attention needs, and which tokens are drawn from where they are more than rows, is
-        still to be uploaded; size and names decide about shapes.
 
-        Returns: the same arrays as for the step before, if they still serve.
+        Returns: what is still to be uploaded, the same arrays as for the step before if they serve
+        on: attention's, and, if there are more tokens than rows, which are drawn from. Size and
+        names decide about shapes.
         """
         self._take_turn(step)
         self._upload_starts(step)
@@ -184,7 +184,7 @@ class InputBuilder:
         return end
 
     def _padded_samples(self, step: StepInput, size: int) -> np.ndarray:
-        """The tokens that are drawn from, and then one that is not: for each row one."""
+        """[num_rows]: the tokens that are drawn from, then, as padding, one that is not."""
         sampled = step.sampled_tokens
         others = np.full(size, True)
         others[sampled] = False

@@ -47,7 +47,8 @@ class ModelRunner:
 
     Attributes:
         graphs: of steps of few tokens; None: they run without.
-        step_logits: where all those steps of a GPU, whatever their graph, put their logits.
+        step_logits: on a GPU, where every step whose inputs are made there puts its logits, with a
+            graph or without.
     """
 
     def __init__(self, model: CausalLM, kv: KVCache, inputs: InputBuilder, sampler: Sampler):
@@ -100,10 +101,10 @@ class ModelRunner:
         num_tokens = step.num_decodes
         if step.chunks:
             query_lens, attention = step.query_lens, self.inputs.attention
-            least = attention.least_mixed
-            if least is None or not attention.suits_graph(query_lens, step.positions + query_lens):
+            keys = (query_lens * (step.positions + query_lens))[step.num_decodes :].sum()
+            if attention.least_mixed is None or keys > attention.mixed_keys:
                 return None
-            num_tokens = max(least, int(query_lens.sum()))
+            num_tokens = max(attention.least_mixed, int(query_lens.sum()))
         size = self.graphs.padded_size(num_tokens)
         # Larger ones have no logits but those that are drawn from.
         return None if size is not None and size > self.max_num_seqs and step.scorings else size

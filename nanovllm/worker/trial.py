@@ -125,7 +125,8 @@ def measured_bytes(
 
 def _graph_bytes(runner: ModelRunner, memory: GPUMemory, lasting: int, sizes: list[int]) -> int:
     """Graphs share their memory, so the largest costs most, and each of the others about what the
-    second costs; and those for shared prefixes, which come later, as much again."""
+    second costs; and those for other layouts of attention (shared prefixes, long contexts), which
+    come later, as much again: most sizes meet one of them at most."""
     *others, largest = sizes
     graphs = runner.capture([largest])
     first = memory.used() - lasting

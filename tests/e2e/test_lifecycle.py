@@ -292,19 +292,20 @@ def test_step_leaves_other_threads_requests_alone(llm):
 
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_the_lock_goes_round(num_threads):
-    lock, turns, go = FairLock(), [], threading.Event()
+    lock, turns, left = FairLock(), [], [200] * num_threads
 
     def loop(name):
-        go.wait()
-        for _ in range(200):
+        while left[name]:
             with lock, lock:  # it may be entered twice
                 turns.append(name)
+                left[name] -= 1
+                while sum(left) > left[name] and not lock.is_wanted:
+                    time.sleep(1e-5)
                 sum(range(5000))  # some work, as a step is
 
     threads = [threading.Thread(target=loop, args=(i,)) for i in range(num_threads)]
     for thread in threads:
         thread.start()
-    go.set()
     for thread in threads:
         thread.join(20)
     assert sorted(turns) == sorted([*range(num_threads)] * 200)

@@ -273,12 +273,31 @@ def test_prompts_beside_nobody_take_the_whole_budget():
     assert prefills_of_steps(make_engine(**MIXED), prompt, after=0) == [150]
 
 
-@pytest.mark.parametrize("params", [dict(prompt_logprobs=0), dict(prompt_logprobs=2)])
-def test_prompts_that_such_steps_do_not_suit_are_not_cut(params, monkeypatch):
-    prompt = make_sequence([5] * 60, "a", **params)
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_prompts_whose_own_logprobs_are_asked_for_are_not_cut(num_top):
+    prompt = make_sequence([5] * 60, "a", prompt_logprobs=num_top)
     assert prefills_of_steps(make_engine(**MIXED), prompt) == [60]
-    monkeypatch.setattr("nanovllm.engine.scheduler.MIXED_CONTEXT", 59)
-    assert prefills_of_steps(make_engine(**MIXED), make_sequence([5] * 60, "a")) == [60]
+    behind = make_sequence([6] * 5, "b"), make_sequence([5] * 60, "a", prompt_logprobs=num_top)
+    assert prefills_of_steps(make_engine(**MIXED), *behind) == [5, 60]
+
+
+def test_long_prompts_come_in_smaller_pieces_or_at_once():
+    def pieces(mixed_keys, *seqs):
+        return prefills_of_steps(make_engine(**MIXED, mixed_keys=mixed_keys), *seqs)
+
+    assert pieces(60 * 15, make_sequence([5] * 60, "a")) == [15, 15, 15, 15]
+    assert pieces(60 * 11, make_sequence([5] * 60, "a")) == [11, 49]
+    assert pieces(59, make_sequence([5] * 60, "a")) == [60]
+    for mixed_keys, expected in (60 * 11, [5 + 11, 49]), (59, [5, 60]):
+        behind = make_sequence([6] * 5, "b"), make_sequence([5] * 60, "a")
+        assert pieces(mixed_keys, *behind) == expected
+
+
+def test_how_long_prompts_are_is_known_from_the_first_on():
+    engine = make_engine(**MIXED | dict(mixed_tokens=40))
+    prompts = sequences(*([i + 1] * 50 for i in range(10)), max_tokens=9)
+    first, second, *_ = prefills_of_steps(engine, *prompts, after=1)
+    assert first == 39 and second == 199  # the only one before had one token
 
 
 @both_depths

@@ -66,6 +66,7 @@ def engines(draw):
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 0, 1, 3, 10, 50])),
         enable_prefix_caching=draw(st.integers(0, 4)) > 0,
         mixed_tokens=draw(st.none() | st.integers(0, 20)),
+        mixed_keys=draw(st.sampled_from([2**62, 400, 50])),
         depth=draw(st.integers(1, 2)),
         mean_output=draw(st.sampled_from([0, 0, 8, 256])),
     )
