@@ -195,8 +195,9 @@ class Scheduler:
             room = max(0, min(self.mixed_tokens - num_decodes, self._mixed_room()))
             is_large = room >= budget or self._starts_large(room)
             budget = budget if is_large else room
-        if self._is_prefilling_youngest():
-            budget -= self._add_chunk(step, self._youngest(), budget)
+        seq = self._prefilling()
+        if seq is not None:
+            budget -= self._add_chunk(step, seq, budget)
         stopped_by = self._admissions(step, budget, is_large)
         if stopped_by == "max_num_batched_tokens" and not is_large:
             stopped_by = "mixed_tokens"
@@ -208,13 +209,12 @@ class Scheduler:
 
     def _mixed_room(self) -> int:
         """So many tokens of the next prompt at most are for a step of one launch."""
-        if self._is_prefilling_youngest():
-            seq = self._youngest()
-        elif self.waiting:
+        seq = self._prefilling()
+        if seq is None and self.waiting:
             seq = self.waiting[0]
-        else:
+        if seq is None or seq.scores is not None:
             return 0
-        return 0 if seq.scores is not None else self.mixed_keys // len(seq.token_ids)
+        return self.mixed_keys // len(seq.token_ids)
 
     def _starts_large(self, room: int) -> bool:
         """Whether prompts take the whole budget, not just the room that is left for them in a step
@@ -222,10 +222,8 @@ class Scheduler:
         num_starting = min(len(self.free_rows), len(self.waiting))
         if self.waits_for_pages:
             num_starting = min(num_starting, 1)
-        rest = 0
-        if self._is_prefilling_youngest():
-            seq = self._youngest()
-            rest = seq.prefill_end - int(self.num_computed[seq.row])
+        seq = self._prefilling()
+        rest = seq.prefill_end - int(self.num_computed[seq.row]) if seq is not None else 0
         num_new = num_starting * self.mean_new
         if rest + num_new <= MIXED_STEPS * room:
             return False
@@ -251,18 +249,18 @@ class Scheduler:
             if not self._admit(step, budget):
                 return "pages"
             budget -= self._add_chunk(step, self._youngest(), budget)
-        return "max_num_batched_tokens" if self._is_prefilling_youngest() else ""
+        return "max_num_batched_tokens" if self._prefilling() is not None else ""
 
     def _youngest(self) -> Sequence:
         return next(reversed(self.running))
 
-    def _is_prefilling_youngest(self) -> bool:
-        """Whether there is a sequence in the middle of its prompt. It can only be the youngest, as
-        others are admitted with what the older ones leave of the budget."""
+    def _prefilling(self) -> Sequence | None:
+        """The sequence in the middle of its prompt, if there is one. It can only be the youngest,
+        as others are admitted with what the older ones leave of the budget."""
         if not self.running:
-            return False
+            return None
         seq = self._youngest()
-        return self.num_computed[seq.row] < seq.prefill_end
+        return seq if self.num_computed[seq.row] < seq.prefill_end else None
 
     def _opens_page(self, positions: np.ndarray) -> np.ndarray:
         """Whether decodes need a page more; their tokens so far are all that theirs hold."""
