@@ -190,14 +190,15 @@ class Scheduler:
     def _prefill(self, step: ScheduledStep, budget: int) -> str:
         """The rest of a prompt that the last step's budget cut, then admissions, until something
         stops it; returns what."""
-        num_decodes, is_large = step.input.num_decodes, True
-        if self.mixed_tokens is not None and num_decodes and not step.metrics.preemptions:
-            room = max(0, min(self.mixed_tokens - num_decodes, self._mixed_room()))
-            is_large = room >= budget or self._starts_large(room)
+        begun, num_decodes, is_large = self._prefilling(), step.input.num_decodes, True
+        first = self.waiting[0] if begun is None and self.waiting else begun
+        can_mix = num_decodes > 0 and not step.metrics.preemptions
+        if can_mix and first is not None and self.mixed_tokens is not None:
+            room = max(0, min(self.mixed_tokens - num_decodes, self._mixed_room(first)))
+            is_large = room >= budget or self._starts_large(room, begun)
             budget = budget if is_large else room
-        seq = self._prefilling()
-        if seq is not None:
-            budget -= self._add_chunk(step, seq, budget)
+        if begun is not None:
+            budget -= self._add_chunk(step, begun, budget)
         stopped_by = self._admissions(step, budget, is_large)
         if stopped_by == "max_num_batched_tokens" and not is_large:
             stopped_by = "mixed_tokens"
@@ -207,23 +208,17 @@ class Scheduler:
         self.steps_waited = self.steps_waited + 1 if waited and self.free_rows else 0
         return stopped_by
 
-    def _mixed_room(self) -> int:
-        """So many tokens of the next prompt at most are for a step of one launch."""
-        seq = self._prefilling()
-        if seq is None and self.waiting:
-            seq = self.waiting[0]
-        if seq is None or seq.scores is not None:
-            return 0
-        return self.mixed_keys // len(seq.token_ids)
+    def _mixed_room(self, seq: Sequence) -> int:
+        """So many tokens of a prompt at most are for a step of one launch."""
+        return 0 if seq.scores is not None else self.mixed_keys // len(seq.token_ids)
 
-    def _starts_large(self, room: int) -> bool:
-        """Whether prompts take the whole budget, not just the room that is left for them in a step
-        of one launch."""
+    def _starts_large(self, room: int, begun: Sequence | None) -> bool:
+        """Whether prompts, one of which may have begun, take the whole budget, not just the room
+        that is left for them in a step of one launch."""
         num_starting = min(len(self.free_rows), len(self.waiting))
         if self.waits_for_pages:
             num_starting = min(num_starting, 1)
-        seq = self._prefilling()
-        rest = seq.prefill_end - int(self.num_computed[seq.row]) if seq is not None else 0
+        rest = 0 if begun is None else begun.prefill_end - int(self.num_computed[begun.row])
         num_new = num_starting * self.mean_new
         if rest + num_new <= MIXED_STEPS * room:
             return False
@@ -239,7 +234,7 @@ class Scheduler:
         """Of waiting sequences, until something stops them; returns what."""
         while self.waiting:
             if not is_large:
-                budget = min(budget, self._mixed_room())
+                budget = min(budget, self._mixed_room(self.waiting[0]))
             if step.metrics.preemptions:
                 return "preemption"  # the pages are for the older sequences that needed them
             if len(self.running) == self.max_num_seqs:
