@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.model_config import ModelConfig
+from nanovllm.core.model_config import ModelConfig
 from tools.breakdown import Work, measure, print_breakdown
 
 TEMPERATURE = 0.6

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.async_llm import AsyncLLM
-    from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence
+    from nanovllm.frontend.beam_search import BeamSearchOutput, BeamSearchSequence
+    from nanovllm.frontend.prompts import TextPrompt, TokensPrompt
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
-    from nanovllm.prompts import TextPrompt, TokensPrompt
     from nanovllm.sampling_params import (
         BeamSearchParams,
         RequestOutputKind,
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "LLM": "nanovllm.llm",
     "AsyncLLM": "nanovllm.async_llm",
-    "BeamSearchOutput": "nanovllm.beam_search",
+    "BeamSearchOutput": "nanovllm.frontend.beam_search",
     "BeamSearchParams": "nanovllm.sampling_params",
-    "BeamSearchSequence": "nanovllm.beam_search",
+    "BeamSearchSequence": "nanovllm.frontend.beam_search",
     "CompletionOutput": "nanovllm.outputs",
     "Loglikelihood": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
@@ -29,8 +29,8 @@ _MODULES = {
     "RequestOutputKind": "nanovllm.sampling_params",
     "SamplingParams": "nanovllm.sampling_params",
     "StructuredOutputsParams": "nanovllm.sampling_params",
-    "TextPrompt": "nanovllm.prompts",
-    "TokensPrompt": "nanovllm.prompts",
+    "TextPrompt": "nanovllm.frontend.prompts",
+    "TokensPrompt": "nanovllm.frontend.prompts",
 }
 __all__ = [
     "LLM",

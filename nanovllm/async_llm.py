@@ -15,11 +15,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from nanovllm import prompts
+from nanovllm.core.metrics import Metric
+from nanovllm.frontend import prompts
+from nanovllm.frontend.requests import RequestError
 from nanovllm.llm import LLM, Message, Prompt
-from nanovllm.metrics import Metric
 from nanovllm.outputs import RequestOutput
-from nanovllm.requests import RequestError
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 

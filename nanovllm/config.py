@@ -1,14 +1,22 @@
 """The user's options, frozen and validated. llm.py makes them; everything else only reads them."""
 
 import difflib
+import json
 import logging
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from nanovllm.vllm_options import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS
-
 logger = logging.getLogger(__name__)
+
+# What vLLM 0.26's EngineArgs and LLM have and we do not: options with their defaults there (apart:
+# the ones that only tune speed), other values that ask for what we do anyway, and methods.
+_VLLM = json.loads((Path(__file__).parent / "core" / "vllm_options.json").read_text())
+SPEED_ONLY = frozenset(_VLLM["speed_only"])
+VLLM_DEFAULTS: dict[str, Any] = _VLLM["speed_only"] | _VLLM["supported_at_default"]
+ALSO_FINE: dict[str, Any] = _VLLM["also_fine"]
+UNSUPPORTED_METHODS: dict[str, str] = _VLLM["unsupported_methods"]
 
 DTYPES = {
     "auto": "auto",

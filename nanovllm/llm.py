@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from nanovllm import chat, platform, prompts, scoring, streaming, tokenization
-from nanovllm.beam_search import BeamSearchOutput, beam_search
-from nanovllm.checkpoint import read_checkpoint
-from nanovllm.config import EngineConfig
+from nanovllm.config import UNSUPPORTED_METHODS, EngineConfig
+from nanovllm.core.metrics import Metric
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import Metric
+from nanovllm.frontend import chat, prompts, scoring, streaming, tokenization
+from nanovllm.frontend.beam_search import BeamSearchOutput, beam_search
+from nanovllm.frontend.requests import Requests
+from nanovllm.frontend.shared_engine import SharedEngine
 from nanovllm.models import model_class
+from nanovllm.models.checkpoint import read_checkpoint
+from nanovllm.ops import platform
 from nanovllm.outputs import Loglikelihood, RequestOutput, SampleLogprobs
-from nanovllm.profiling import Profiler
-from nanovllm.requests import Requests
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-from nanovllm.shared_engine import SharedEngine
-from nanovllm.vllm_options import UNSUPPORTED_METHODS
 from nanovllm.worker.executor import InProcessExecutor
+from nanovllm.worker.profiling import Profiler
 from nanovllm.worker.worker import PARTS
 
 logger = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ from itertools import accumulate, chain
 
 import numpy as np
 
+from nanovllm.core.step import RowStart, StepInput, StepOutput
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart, StepInput, StepOutput
 
 VOCAB = 16
 EOS = (0,)
@@ -154,21 +154,21 @@ class FakeWorker:
         rows, lens = step.rows.tolist(), step.query_lens.tolist()
         assert rows and min(lens) > 0 and sum(lens) <= self.max_num_batched_tokens
         assert len(set(rows)) == len(rows) <= self.max_num_seqs
-        assert len(step.decode_pages) == len(step.decode_positions) == len(step.decode_rows)
+        assert len(step.decode_blocks[0]) == len(step.decode_positions) == len(step.decode_rows)
         assert {start.row for start in step.starts} <= {chunk.row for chunk in step.chunks}
 
     def _start_rows(self, step: StepInput) -> None:
         for start in step.starts:
             assert 0 <= start.row < self.max_num_seqs
-            assert start.block_table.dtype == np.int32
-            table = start.block_table.tolist()
+            assert start.block_tables[0].dtype == np.int32
+            table = start.block_tables[0].tolist()
             assert all(0 <= page < self.num_blocks for page in table)
             assert (len(start.token_ids) > 0) == start.params.needs_history
             self.rows[start.row] = Row(start, table, history=list(start.token_ids))
 
     def _open_pages(self, step: StepInput) -> None:
-        assert step.decode_pages.dtype == np.int32
-        columns = (step.decode_rows, step.decode_positions, step.decode_pages)
+        assert step.decode_blocks[0].dtype == np.int32
+        columns = (step.decode_rows, step.decode_positions, step.decode_blocks[0])
         for row, position, page in np.stack(columns, axis=1).tolist():
             table = self.rows[row].block_table
             # Just those whose last page is full open one.

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nanovllm import chat
+from nanovllm.frontend import chat
 
 OPTIONS = {"chat_template": None, "add_generation_prompt": True, "continue_final_message": False}
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm.config import EngineConfig
-from nanovllm.model_config import ModelConfig, token_id_tuple
-from nanovllm.vllm_options import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS
+from nanovllm.config import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS, EngineConfig
+from nanovllm.core.model_config import ModelConfig, token_id_tuple
 
 
 @pytest.fixture

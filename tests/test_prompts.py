@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nanovllm import SamplingParams
-from nanovllm import prompts as prompts_module
-from nanovllm.prompts import TokenizedPrompt, match_params
+from nanovllm.frontend import prompts as prompts_module
+from nanovllm.frontend.prompts import TokenizedPrompt, match_params
 
 
 def tokenizer(texts, **_):

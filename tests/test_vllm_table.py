@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
-from nanovllm.config import EngineConfig
-from nanovllm.vllm_options import VLLM_DEFAULTS
+from nanovllm.config import VLLM_DEFAULTS, EngineConfig
 
 ROOT = Path(__file__).parents[1]
 NAMES = json.loads((ROOT / "tests/data/vllm_0_26_names.json").read_text())

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanovllm import LLM
+from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import Chunk, RowStart, StepInput
 
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
 LLAMA3_ROPE = {
@@ -88,7 +88,7 @@ def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
         step = StepInput(chunks=[Chunk(0, start, query, samples=True)])
         if start == 0:
             table = np.array(pages, np.int32)
-            step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0, table))
+            step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0, (table,)))
         batch, _ = runner.inputs.build(step)
         logits.append(runner.model.logits(runner.model(batch, runner.kv)))
     return torch.cat(logits)

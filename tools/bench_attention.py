@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops import flash_attention
-from nanovllm.ops.triton_attention import TritonAttention
+from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.triton.attention import TritonAttention
 
 CUDA = torch.device("cuda")
 L2_BYTES = 2**28  # well above any GPU's

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from nanovllm import ops
+from nanovllm.core.step import StepInput, StepOutput
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.ops.triton_attention import TritonAttention
+from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import StepInput, StepOutput
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader, layout, pack

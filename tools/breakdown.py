@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:  # bench.py must start fast, and under interpreters that have only a peer
     from torch.profiler import profile
 
+    from nanovllm.core.step import PendingStep, StepInput
     from nanovllm.engine.engine import Engine
-    from nanovllm.step import PendingStep, StepInput
 
 # The first pattern that a name holds decides, in any case. Fused kernels are what they cost most:
 # one with "linear" in its name is a product, whatever it does to its input; FlashAttention is built

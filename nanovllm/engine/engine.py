@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Collection
 from itertools import chain
 
+from nanovllm.core.metrics import EngineMetrics
+from nanovllm.core.step import Executor, PendingStep, StepOutput
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import EngineMetrics
 from nanovllm.outputs import LogprobLines
-from nanovllm.step import Executor, PendingStep, StepOutput
 
 
 class Engine:

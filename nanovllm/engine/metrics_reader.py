@@ -1,8 +1,8 @@
 """What the engine has counted, as the objects that LLM.get_metrics gives. Names are vLLM's where it
 counts the same."""
 
+from nanovllm.core.metrics import Counter, Gauge, Histogram, Metric
 from nanovllm.engine.engine import Engine
-from nanovllm.metrics import Counter, Gauge, Histogram, Metric
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 

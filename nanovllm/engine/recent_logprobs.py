@@ -7,9 +7,9 @@ looked at while it runs.
 
 import numpy as np
 
+from nanovllm.core.step import StepInput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import LogprobLines
-from nanovllm.step import StepInput
 
 NUM_LINES = 64  # of a row; it has at most 11 KB of them
 

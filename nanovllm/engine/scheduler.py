@@ -16,13 +16,13 @@ from heapq import heappop, heappush
 
 import numpy as np
 
+from nanovllm.core.metrics import StepMetrics
+from nanovllm.core.step import Chunk, RowStart, Scoring, StepInput
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.forecast import expected_steps, peak_pages
 from nanovllm.engine.recent_logprobs import RecentLogprobs
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import StepMetrics
 from nanovllm.outputs import SampleLogprobs
-from nanovllm.step import Chunk, RowStart, Scoring, StepInput
 
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
 # over how many sequences means are.
@@ -181,7 +181,7 @@ class Scheduler:
         for i in np.flatnonzero(self._opens_page(positions)).tolist():
             pages[i] = self._open_page(step.sampled[i])
         step.input.decode_rows, step.input.decode_positions = rows, positions
-        step.input.decode_pages = pages
+        step.input.decode_blocks = pages[None]
         self.num_computed[rows] = positions + 1
         self.empty_slots -= len(rows)
         # The token fed has that position, the one sampled the next: is that the last?
@@ -326,7 +326,7 @@ class Scheduler:
                 seed=seq.seed,
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
                 min_len=min(seq.num_prompt_tokens + min_tokens, seq.max_len) if min_tokens else 0,
-                block_table=np.array(seq.block_table, np.int32),
+                block_tables=(np.array(seq.block_table, np.int32),),
                 num_prompt_tokens=seq.num_prompt_tokens,
                 token_ids=seq.token_ids[:] if seq.params.needs_history else (),
             )

@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}: pip install 'nanovllm[lm-eval]'") from None
 
-from nanovllm import scoring
+from nanovllm.frontend import scoring
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
 

@@ -9,7 +9,8 @@ from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
-from nanovllm import prompts, sampling_params, tokenization
+from nanovllm import sampling_params
+from nanovllm.frontend import prompts, tokenization
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import UNSUPPORTED, RequestOutputKind, SamplingParams

@@ -15,9 +15,9 @@ from uuid import uuid4
 from tqdm.auto import tqdm
 
 from nanovllm.entrypoints.openai_format import Request, make_response, read_request
+from nanovllm.frontend.requests import RequestError
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
-from nanovllm.requests import RequestError
 
 PREFIX = b'{"id": "batch_req_'  # what all results begin with; the line's number follows
 

@@ -7,9 +7,9 @@ metrics.py counts, and the block tables of the sequences that run.
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from nanovllm.core.metrics import StepMetrics
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.llm import LLM, Prompt
-from nanovllm.metrics import StepMetrics
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 

@@ -3,11 +3,11 @@
 from torch import nn
 
 from nanovllm import ops
-from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
+from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rope import Rope
-from nanovllm.model_config import ModelConfig
+from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
 
 
 class Attention(nn.Module):

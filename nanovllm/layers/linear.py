@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm import ops
-from nanovllm.batch import Residual
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.ops.batch import Residual
 
 
 class Linear(nn.Module):

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from nanovllm.batch import Residual
+from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
-from nanovllm.model_config import ModelConfig
+from nanovllm.ops.batch import Residual
 
 
 class GatedMLP(nn.Module):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from nanovllm.model_config import RopeConfig
+from nanovllm.core.model_config import RopeConfig
 
 
 class Rope(nn.Module):

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanovllm.models.decoder import CausalLM
+    from nanovllm.models.frame import CausalLM
 
 REGISTRY = {
     "LlamaForCausalLM": "nanovllm.models.llama",

@@ -1,10 +1,10 @@
 """Qwen2 and Qwen2.5, dense: biases on queries, keys and values, none elsewhere."""
 
+from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rope import Rope
-from nanovllm.model_config import ModelConfig
-from nanovllm.models.decoder import CausalLM, DecoderLayer
+from nanovllm.models.frame import CausalLM, DecoderLayer
 
 
 class Qwen2ForCausalLM(CausalLM):

@@ -1,11 +1,11 @@
 """Qwen3, dense: RMSNorm on every query and key head before RoPE; biases only if config.json asks
 for them."""
 
+from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rope import Rope
-from nanovllm.model_config import ModelConfig
-from nanovllm.models.decoder import CausalLM, DecoderLayer
+from nanovllm.models.frame import CausalLM, DecoderLayer
 
 
 class Qwen3ForCausalLM(CausalLM):

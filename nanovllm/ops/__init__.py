@@ -14,8 +14,8 @@ from nanovllm.ops import reference, reference_sampling
 from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
-    from nanovllm.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
-    from nanovllm.model_config import ModelConfig
+    from nanovllm.core.model_config import ModelConfig
+    from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
 
 __all__ = [
     "add_linear",
@@ -38,7 +38,7 @@ __all__ = [
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
-def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
+def _by_device(op: Op, kernels: str = "layers") -> Op:
     """The textbook's operation, or for tensors on a GPU that of the same name in the module with
     the kernels, which is not imported before."""
 
@@ -46,20 +46,20 @@ def _by_device(op: Op, kernels: str = "triton_ops") -> Op:
     def call(x: "torch.Tensor | Residual", *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
-        module = import_module(f"nanovllm.ops.{kernels}")
+        module = import_module(f"nanovllm.ops.triton.{kernels}")
         return getattr(module, op.__name__)(x, *args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 rms_norm = _by_device(reference.rms_norm)
-linear = _by_device(reference.linear, "triton_linear")
-add_linear = _by_device(reference.add_linear, "triton_linear")
+linear = _by_device(reference.linear, "linear")
+add_linear = _by_device(reference.add_linear, "linear")
 summed = _by_device(reference.summed)
 qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
-sample = _by_device(reference_sampling.sample, "triton_sampling")
-top_logprobs = _by_device(reference_sampling.top_logprobs, "triton_limits")
-keep_sampled = _by_device(reference.keep_sampled, "triton_rows")
+sample = _by_device(reference_sampling.sample, "sampling")
+top_logprobs = _by_device(reference_sampling.top_logprobs, "limits")
+keep_sampled = _by_device(reference.keep_sampled, "rows")
 
 
 def attention(
@@ -81,15 +81,15 @@ def attention(
 
 
 def begin_step(*args: Any) -> None:
-    """As triton_rows.begin_step, on a GPU alone."""
-    from nanovllm.ops import triton_rows
+    """As triton/rows.py's begin_step, on a GPU alone."""
+    from nanovllm.ops.triton import rows as triton_rows
 
     triton_rows.begin_step(*args)
 
 
 def copy_pinned(out: torch.Tensor, source: torch.Tensor) -> None:
     """Copy between a GPU and page-locked memory, without waiting; a multiple of four bytes."""
-    from nanovllm.ops import triton_ops
+    from nanovllm.ops.triton import layers as triton_ops
 
     triton_ops.copy(out, source)
 
@@ -132,7 +132,7 @@ def make_attention(
 
         return FlashAttention(config.head_dim, dtype, block_size)
     if name == "TRITON_ATTN":
-        from nanovllm.ops.triton_attention import TritonAttention
+        from nanovllm.ops.triton.attention import TritonAttention
 
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         sizes = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nanovllm.batch import Attention, ForwardBatch, KVLayer
+from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer
 
 try:
     import flash_attn

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
+from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
 from nanovllm.ops.cpu import matmul
 
 # Decodes attend in groups, padded to a common length. A group of several gathers at most so many

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm import platform
+from nanovllm.ops import platform
 
 logger = logging.getLogger(__name__)
 

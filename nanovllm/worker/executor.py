@@ -8,11 +8,11 @@ from itertools import cycle
 
 import torch
 
-from nanovllm import platform
 from nanovllm.config import EngineConfig
-from nanovllm.model_config import ModelConfig
-from nanovllm.step import StepInput, StepOutput
-from nanovllm.worker.model_runner import ModelRunner, Sampled
+from nanovllm.core.model_config import ModelConfig
+from nanovllm.core.step import StepInput, StepOutput
+from nanovllm.ops import platform
+from nanovllm.worker.runner import ModelRunner, Sampled
 from nanovllm.worker.worker import Worker
 
 STEPS_IN_FLIGHT = 4  # more than any engine has

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanovllm.core.step import RowStart
 from nanovllm.sampling_params import takes_prompt
-from nanovllm.step import RowStart
-from nanovllm.worker.logits_processors import keep_allowed
+from nanovllm.worker.logits import keep_allowed
 from nanovllm.worker.upload import Uploader
 
 BANNED = -1e30  # finite, also when divided by a temperature

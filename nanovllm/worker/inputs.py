@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from nanovllm import ops
-from nanovllm.batch import Attention, ForwardBatch
-from nanovllm.step import StepInput
-from nanovllm.worker.cuda_graph import StepGraphs
+from nanovllm.core.step import StepInput
+from nanovllm.ops.batch import Attention, ForwardBatch
+from nanovllm.worker.graphs import StepGraphs
 from nanovllm.worker.upload import RING, Uploader
 
 
@@ -107,7 +107,12 @@ class InputBuilder:
                 self.attention_arrays["sampled_tokens"] = self._padded_samples(step, size)
             self.listed_rows, self.listed_size, self.steps_listed = rows, size, 0
         host = self.host_lines[self.turn]
-        host[1, :n], host[2, :n], host[3, :n], host[4, :n] = rows, positions, step.decode_pages, -1
+        host[1, :n], host[2, :n], host[3, :n], host[4, :n] = (
+            rows,
+            positions,
+            step.decode_blocks[0],
+            -1,
+        )
         if step.chunks:
             n = self._add_chunks(step, host)
         host[0, :4] = n, size, self.turn, self.steps_listed
@@ -231,14 +236,14 @@ class InputBuilder:
         for start in step.starts:
             self.num_cached_tokens[start.row] = start.num_cached_tokens
             self.host_tables[start.row] = 0
-            self.host_tables[start.row, : len(start.block_table)] = start.block_table
-        if (step.decode_pages >= 0).any():
+            self.host_tables[start.row, : len(start.block_tables[0])] = start.block_tables[0]
+        if (step.decode_blocks[0] >= 0).any():
             rows, indices, pages = self._opened(step)
             self.host_tables[rows, indices] = pages
 
     def _upload_starts(self, step: StepInput) -> None:
         """The same for the device's, of rows that start."""
-        num_pages = max((len(start.block_table) for start in step.starts), default=0)
+        num_pages = max((len(start.block_tables[0]) for start in step.starts), default=0)
         if num_pages and self.block_tables.device.type != "cpu":
             # Behind these, rows keep the pages of their former sequences: no kernel reads there.
             rows = np.array([start.row for start in step.starts])
@@ -255,9 +260,9 @@ class InputBuilder:
 
     def _opened(self, step: StepInput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pages that decodes open: rows, indices in their tables, pages."""
-        opening = np.flatnonzero(step.decode_pages >= 0)
+        opening = np.flatnonzero(step.decode_blocks[0] >= 0)
         indices = step.decode_positions[opening] // self.block_size
-        return step.decode_rows[opening], indices, step.decode_pages[opening]
+        return step.decode_rows[opening], indices, step.decode_blocks[0][opening]
 
 
 def _tokens(
@@ -270,7 +275,7 @@ def _tokens(
 
 
 def _step_inputs(size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Memory for triton_rows.begin_step."""
+    """Memory for ops.begin_step."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from nanovllm import ops
+from nanovllm.core.step import StepInput
 from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.step import StepInput
 from nanovllm.worker.upload import RING, Uploader
 
 NORMALIZED_LOGITS = 2**25  # there is a float32 copy of so many at a time

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from nanovllm import ops
-from nanovllm.step import RowStart
+from nanovllm.core.step import RowStart
 from nanovllm.worker.host_processors import HostProcessors
-from nanovllm.worker.logits_processors import LogitsProcessors
+from nanovllm.worker.logits import LogitsProcessors
 from nanovllm.worker.logprobs import LogprobsReader
 from nanovllm.worker.upload import Uploader
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from nanovllm import ops
+from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
-from nanovllm.step import Chunk, RowStart, StepInput
 from nanovllm.worker.cache_plan import GPUMemory
-from nanovllm.worker.cuda_graph import graph_sizes
-from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.graphs import graph_sizes
+from nanovllm.worker.runner import ModelRunner
 
 if TYPE_CHECKING:
-    from nanovllm.ops.compile_ahead import KernelCompiler
+    from nanovllm.ops.triton.compile_ahead import KernelCompiler
 
 
 def largest_step(max_num_seqs: int, num_tokens: int, max_model_len: int) -> StepInput:
@@ -40,7 +40,7 @@ def _mixed_step(num_decodes: int) -> StepInput:
     """Decodes beside a chunk: they run other kernels than decodes alone."""
     rows = np.arange(num_decodes)
     zeros = np.zeros_like(rows)
-    step = StepInput(decode_rows=rows, decode_positions=zeros, decode_pages=zeros - 1)
+    step = StepInput(decode_rows=rows, decode_positions=zeros, decode_blocks=zeros[None] - 1)
     params = SamplingParams(temperature=0.0)
     step.starts.append(RowStart(num_decodes, 1, params, 0, (), 0))
     step.chunks.append(Chunk(num_decodes, 0, [0], samples=True))
@@ -70,7 +70,7 @@ def compile_kernels(
 
     Returns: what to wait for before the first step.
     """
-    from nanovllm.ops.kernel_configs import MAX_GEMV_ROWS, PARTIAL_LINEAR
+    from nanovllm.ops.triton.kernel_configs import MAX_GEMV_ROWS, PARTIAL_LINEAR
 
     def decode(num_decodes: int, size: int, position: int = 0) -> None:
         arrays = runner.begin_decodes(num_decodes, size, position)

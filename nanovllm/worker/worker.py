@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm import ops, platform
-from nanovllm.batch import Attention, KVCache
-from nanovllm.checkpoint import resolve_folder
+from nanovllm import ops
 from nanovllm.config import EngineConfig
-from nanovllm.metrics import Laps
-from nanovllm.model_config import ModelConfig
-from nanovllm.models.decoder import CausalLM
-from nanovllm.models.weights import (
+from nanovllm.core.metrics import Laps
+from nanovllm.core.model_config import ModelConfig
+from nanovllm.models.checkpoint import resolve_folder
+from nanovllm.models.frame import CausalLM
+from nanovllm.models.loader import (
     allocate,
     build_model,
     fill_dummy_weights,
@@ -27,6 +26,8 @@ from nanovllm.models.weights import (
     pack_weights,
     weight_bytes,
 )
+from nanovllm.ops import platform
+from nanovllm.ops.batch import Attention, KVCache
 from nanovllm.worker import trial
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
@@ -36,14 +37,14 @@ from nanovllm.worker.cache_plan import (
     check_model_len,
     plan_cache,
 )
-from nanovllm.worker.cuda_graph import graph_sizes
+from nanovllm.worker.graphs import graph_sizes
 from nanovllm.worker.inputs import InputBuilder
-from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.runner import ModelRunner
 from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
 
 if TYPE_CHECKING:
-    from nanovllm.ops.compile_ahead import KernelCompiler
+    from nanovllm.ops.triton.compile_ahead import KernelCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -326,6 +327,6 @@ class Worker:
 
 
 def _make_compiler(device: torch.device) -> "KernelCompiler":
-    from nanovllm.ops.compile_ahead import KernelCompiler
+    from nanovllm.ops.triton.compile_ahead import KernelCompiler
 
     return KernelCompiler(device)

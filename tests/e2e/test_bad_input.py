@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm import LLM, SamplingParams, platform
+from nanovllm import LLM, SamplingParams
+from nanovllm.ops import platform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

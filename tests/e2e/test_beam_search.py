@@ -14,7 +14,7 @@ from fake_worker import logprob_lines
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, BeamSearchParams, Logprob, SamplingParams
-from nanovllm.beam_search import Search
+from nanovllm.frontend.beam_search import Search
 from nanovllm.outputs import SampleLogprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

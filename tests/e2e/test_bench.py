@@ -12,7 +12,7 @@ import pytest
 
 import bench
 from nanovllm import LLM, SamplingParams
-from nanovllm.model_config import ModelConfig
+from nanovllm.core.model_config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "workloads.py"

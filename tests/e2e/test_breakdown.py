@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nanovllm import SamplingParams
-from nanovllm.step import Chunk, StepInput
+from nanovllm.core.step import Chunk, StepInput
 from tools import breakdown
 from tools.breakdown import Event, Step, Work
 

@@ -21,7 +21,7 @@ from tiny_models import (
 )
 
 from nanovllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
-from nanovllm.worker.cuda_graph import graph_sizes
+from nanovllm.worker.graphs import graph_sizes
 
 pytestmark = pytest.mark.gpu
 FAMILIES = {

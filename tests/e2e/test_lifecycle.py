@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, BeamSearchParams, SamplingParams
-from nanovllm.fair_lock import FairLock
-from nanovllm.metrics import Counter, Gauge, Histogram
+from nanovllm.core.metrics import Counter, Gauge, Histogram
+from nanovllm.frontend.fair_lock import FairLock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

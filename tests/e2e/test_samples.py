@@ -6,7 +6,7 @@ import pytest
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams
 from nanovllm.engine.sequence import Sequence
-from nanovllm.requests import _sequence_seed
+from nanovllm.frontend.requests import _sequence_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +32,7 @@ def alone(llm, prompt, params):
     for index in range(params.n):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "nanovllm.requests._sequence_seed",
+                "nanovllm.frontend.requests._sequence_seed",
                 lambda seed, engine_seed, number, _, index=index: _sequence_seed(
                     seed, engine_seed, number, index
                 ),

@@ -15,8 +15,8 @@ from tiny_models import load_oracle, make_checkpoint, oracle_logits
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams, StructuredOutputsParams
-from nanovllm.step import RowStart
-from nanovllm.structured_outputs import _closed
+from nanovllm.core.step import RowStart
+from nanovllm.frontend.structured_outputs import _closed
 from nanovllm.worker.host_processors import HostProcessors
 from nanovllm.worker.upload import Uploader
 
@@ -205,7 +205,7 @@ def test_a_grammar_is_compiled_once(llm, monkeypatch):
     generate(llm, ["a"] * 6, params)
     generate(llm, ["a"] * 3, params[0])
     assert len(calls) == 2
-    monkeypatch.setattr("nanovllm.structured_outputs.NUM_KEPT", len(compiler.compiled))
+    monkeypatch.setattr("nanovllm.frontend.structured_outputs.NUM_KEPT", len(compiler.compiled))
     generate(llm, "a", ask(dict(regex="[a-o]{2}")))
     assert len(compiler.compiled) == len(calls) + len(compiler.compiled) - 3 and len(calls) == 3
 

@@ -10,14 +10,7 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from nanovllm import (
-    LLM,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-    TextPrompt,
-    TokensPrompt,
-)
+from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams, TextPrompt, TokensPrompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

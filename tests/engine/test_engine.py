@@ -21,9 +21,9 @@ from fake_worker import (
 )
 
 import nanovllm.engine
+from nanovllm.core.metrics import Observations
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
-from nanovllm.metrics import Observations
 from nanovllm.outputs import SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.ops.reference import TorchAttention
-from nanovllm.ops.triton_attention import TritonAttention
+from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import Chunk, RowStart, StepInput
-from nanovllm.worker.cuda_graph import graph_sizes
+from nanovllm.worker.graphs import graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import noise_keys
 from nanovllm.worker.upload import ALIGNMENT, Uploader, layout, pack, views
@@ -63,7 +63,7 @@ def no_state(num_rows):
 
 def decode_step(rows, positions, pages=None):
     pages = np.full(len(rows), -1, np.int32) if pages is None else pages
-    return StepInput(decode_rows=rows, decode_positions=positions, decode_pages=pages)
+    return StepInput(decode_rows=rows, decode_positions=positions, decode_blocks=pages[None])
 
 
 @pytest.mark.parametrize("size", [1, 8, 40])
@@ -126,7 +126,7 @@ def test_a_list_of_work_serves_while_the_decodes_are_the_same():
     # Row 3 ends, another sequence takes it.
     inputs.build(
         StepInput(
-            starts=[RowStart(3, 0, SamplingParams(), 0, (), 0, np.array([5], np.int32))],
+            starts=[RowStart(3, 0, SamplingParams(), 0, (), 0, (np.array([5], np.int32),))],
             chunks=[Chunk(3, 0, [1, 2], samples=True)],
         )
     )
@@ -166,7 +166,7 @@ def check_step_inputs(device):
         for row in chunk_rows.tolist():
             table = rng.permutation(6000)[:20].astype(np.int32)
             cached, samples = int(rng.integers(0, 3)), bool(rng.integers(0, 2))
-            step.starts.append(RowStart(row, cached, SamplingParams(), 0, (), 0, table))
+            step.starts.append(RowStart(row, cached, SamplingParams(), 0, (), 0, (table,)))
             tokens = rng.integers(0, 150_000, rng.integers(1, 9)).tolist()
             step.chunks.append(Chunk(row, max(0, cached - 1), tokens, samples))
         n = int(step.query_lens.sum())

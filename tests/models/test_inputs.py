@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.ops.reference import TorchAttention
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import Chunk, RowStart, StepInput
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.upload import Uploader
 
@@ -17,13 +17,13 @@ def make_inputs(num_rows, max_blocks):
 
 def start(row, block_table, num_cached_tokens=0):
     table = np.array(block_table, np.int32)
-    return RowStart(row, num_cached_tokens, SamplingParams(), 0, (), 0, table)
+    return RowStart(row, num_cached_tokens, SamplingParams(), 0, (), 0, (table,))
 
 
 def make_step(starts, chunks, decodes=()):
     """Decodes as (row, position, page)."""
     rows, positions, pages = np.array(decodes, np.int64).reshape(-1, 3).T
-    return StepInput(starts, rows, positions, pages.astype(np.int32), chunks)
+    return StepInput(starts, rows, positions, pages.astype(np.int32)[None], chunks)
 
 
 def test_decodes_feed_on_their_rows_last_token_and_chunks_on_the_steps():

@@ -11,7 +11,7 @@ from logits_oracle import asked_greedy
 from tiny_models import load_oracle
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.prompts import bind_params
+from nanovllm.frontend.prompts import bind_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_TOKENS = 14

@@ -12,8 +12,8 @@ from conftest import TINY
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams
+from nanovllm.core.step import Chunk, Scoring, StepInput
 from nanovllm.ops.reference_sampling import top_logprobs
-from nanovllm.step import Chunk, Scoring, StepInput
 from nanovllm.worker.logprobs import LogprobsReader
 from nanovllm.worker.upload import Uploader
 

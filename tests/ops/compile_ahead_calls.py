@@ -13,8 +13,10 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from nanovllm.ops import triton_linear, triton_ops, triton_sampling  # noqa: E402
-from nanovllm.ops.compile_ahead import KernelCompiler  # noqa: E402
+from nanovllm.ops.triton import layers as triton_ops  # noqa: E402
+from nanovllm.ops.triton import linear as triton_linear  # noqa: E402
+from nanovllm.ops.triton import sampling as triton_sampling  # noqa: E402
+from nanovllm.ops.triton.compile_ahead import KernelCompiler  # noqa: E402
 
 launchers, early = [], set()
 

@@ -15,7 +15,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nanovllm.ops.triton_ops import TRITON_HAS_PDL  # noqa: E402
+from nanovllm.ops.triton.layers import TRITON_HAS_PDL  # noqa: E402
 
 # Heads for which decodes from the projection are compiled: all would take minutes.
 PROJECTED = [(128, torch.bfloat16), (80, torch.float16), (64, torch.float32)]
@@ -32,8 +32,12 @@ def record_launches() -> dict[str, tuple]:
     """Run every wrapper on small CPU tensors, with launches noted down instead of made."""
     from kernel_calls import paged_case
 
-    from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
-    from nanovllm.ops import triton_limits, triton_linear, triton_ops, triton_rows, triton_sampling
+    from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
+    from nanovllm.ops.triton import layers as triton_ops
+    from nanovllm.ops.triton import limits as triton_limits
+    from nanovllm.ops.triton import linear as triton_linear
+    from nanovllm.ops.triton import rows as triton_rows
+    from nanovllm.ops.triton import sampling as triton_sampling
     from nanovllm.worker.inputs import _step_inputs
 
     launches: dict[str, tuple] = {}

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from nanovllm.batch import ForwardBatch, KVLayer
-from nanovllm.ops.triton_attention import TritonAttention
+from nanovllm.ops.batch import ForwardBatch, KVLayer
+from nanovllm.ops.triton.attention import TritonAttention
 
 # Query and context lengths by name.
 LENS = {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanovllm import ops, platform
+from nanovllm import ops
+from nanovllm.ops import platform
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

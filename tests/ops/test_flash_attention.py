@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nanovllm.batch import KVLayer
+from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.ops import flash_attention, reference
+from nanovllm.ops.batch import KVLayer
 from nanovllm.ops.flash_attention import FlashAttention
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import Chunk, RowStart, StepInput
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.upload import Uploader
 
@@ -77,7 +77,7 @@ def test_it_attends_as_the_reference(monkeypatch, num_decodes, query_lens, conte
     for row, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         count = -(-context_len // BLOCK_SIZE)
         table = np.array([pages.pop() for _ in range(count)], np.int32)
-        step.starts.append(RowStart(row, 0, SamplingParams(), 0, (), 0, table))
+        step.starts.append(RowStart(row, 0, SamplingParams(), 0, (), 0, (table,)))
         if row >= num_decodes:
             step.chunks.append(Chunk(row, firsts[row], [0] * query_len, samples=True))
     batch, _ = inputs.build(step)

@@ -12,7 +12,7 @@ COMPILE = Path(__file__).parent / "compile_kernels.py"
 
 
 def test_kernels_compile_and_fit():
-    from nanovllm.ops.kernel_configs import MAX_SHARED_BYTES
+    from nanovllm.ops.triton.kernel_configs import MAX_SHARED_BYTES
 
     with ThreadPoolExecutor(2) as pool:
         for capability, result in zip(

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.ops import triton_blocks, triton_limits, triton_sampling
+from nanovllm.ops.triton import blocks as triton_blocks
+from nanovllm.ops.triton import limits as triton_limits
+from nanovllm.ops.triton import sampling as triton_sampling
 from nanovllm.worker.sampler import noise_keys
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from logits_oracle import asked_logits
 
+from nanovllm.core.step import RowStart
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart
 from nanovllm.worker.sampler import Sampler
 from nanovllm.worker.upload import Uploader
 

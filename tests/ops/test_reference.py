@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nanovllm import ops
-from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
+from nanovllm.core.model_config import RopeConfig
 from nanovllm.layers.rope import Rope
-from nanovllm.model_config import RopeConfig
 from nanovllm.ops import reference
+from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
 
 
 def make_batch(query_lens, context_lens, block_size, num_blocks):

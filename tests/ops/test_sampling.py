@@ -6,9 +6,9 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import ops
+from nanovllm.core.step import RowStart
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.step import RowStart
 from nanovllm.worker.sampler import Sampler, noise_keys
 from nanovllm.worker.upload import Uploader
 

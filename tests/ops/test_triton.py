@@ -19,13 +19,16 @@ from kernel_calls import (
     tolerance,
 )
 
-from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
+from nanovllm.core.model_config import RopeConfig
 from nanovllm.layers.rope import Rope
-from nanovllm.model_config import RopeConfig
-from nanovllm.ops import reference, reference_sampling, triton_linear, triton_ops, triton_sampling
-from nanovllm.ops.kernel_configs import max_partial_rows
+from nanovllm.ops import reference, reference_sampling
+from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits
-from nanovllm.ops.triton_attention import TritonAttention
+from nanovllm.ops.triton import layers as triton_ops
+from nanovllm.ops.triton import linear as triton_linear
+from nanovllm.ops.triton import sampling as triton_sampling
+from nanovllm.ops.triton.attention import TritonAttention
+from nanovllm.ops.triton.kernel_configs import max_partial_rows
 from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -180,7 +183,7 @@ def test_chunks_in_a_graphs_tiles_interpreted(heads, kv_heads, head_dim, num_sms
 
 @interpreted
 def test_long_contexts_interpreted(monkeypatch):
-    monkeypatch.setattr("nanovllm.ops.triton_attention.DEEP_KEYS", 100)
+    monkeypatch.setattr("nanovllm.ops.triton.attention.DEEP_KEYS", 100)
     case = [1] * 3, [50, 1000, 300], 4, 2, 32, 16, torch.float32, CPU
     batch = check_attention(*case, num_sms=1)
     assert (batch.attention_arrays["deep_items"][:, 8] > 1).any()

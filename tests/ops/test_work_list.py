@@ -4,8 +4,8 @@ are sized by."""
 import numpy as np
 import pytest
 
-from nanovllm.ops.shared_prefix import find_groups, gain_of, max_tiles
-from nanovllm.ops.work_list import (
+from nanovllm.ops.triton.shared_prefix import find_groups, gain_of, max_tiles
+from nanovllm.ops.triton.work_list import (
     Prefixes,
     Sizes,
     max_items,

@@ -7,9 +7,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK
-from nanovllm.ops.triton_blocks import blocks_of, is_kept, log2e_over
-from nanovllm.ops.triton_limits import find_limits
-from nanovllm.ops.triton_ops import pdl_options
+from nanovllm.ops.triton.blocks import blocks_of, is_kept, log2e_over
+from nanovllm.ops.triton.layers import pdl_options
+from nanovllm.ops.triton.limits import find_limits
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from sys import maxsize
 from typing import Any, NamedTuple
 
-from nanovllm import prompts
+from nanovllm.frontend import prompts
 from nanovllm.outputs import Loglikelihood, SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 

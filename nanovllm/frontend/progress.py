@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from nanovllm.metrics import EngineMetrics
+from nanovllm.core.metrics import EngineMetrics
 
 
 class Progress:

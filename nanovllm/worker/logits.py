@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.step import RowStart
+from nanovllm.core.step import RowStart
 from nanovllm.worker.upload import Uploader
 
 NO_TOKEN = -1

@@ -19,8 +19,8 @@ def _no_rows() -> np.ndarray:
     return np.empty(0, np.int64)
 
 
-def _no_pages() -> np.ndarray:
-    return np.empty(0, np.int32)
+def _no_blocks() -> np.ndarray:
+    return np.empty((1, 0), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class RowStart:
         seed: 64 bits; with the position it determines the sampling noise.
         stop_token_ids: tokens that may not be drawn at positions below min_len.
         min_len: prompt length plus min_tokens; 0 without min_tokens.
-        block_table: [pages] int32, those of all its known tokens.
+        block_tables: for each group of layers the blocks of all its known tokens, [blocks] int32.
         num_prompt_tokens: the tokens from there on are generated ones.
         token_ids: all its known tokens, if params.needs_history.
     """
@@ -46,7 +46,7 @@ class RowStart:
     seed: int
     stop_token_ids: tuple[int, ...]
     min_len: int
-    block_table: np.ndarray = field(default_factory=_no_pages)
+    block_tables: tuple[np.ndarray, ...] = (np.empty(0, np.int32),)
     num_prompt_tokens: int = 0
     token_ids: Sequence[int] = ()
 
@@ -94,8 +94,9 @@ class StepInput:
         decode_rows: [decodes] int64. Each feeds the token last sampled for it, which only the
             worker knows, and samples the next one.
         decode_positions: [decodes] int64, of the tokens that are fed.
-        decode_pages: [decodes] int32, the pages that they open, -1 where the last one has room.
-            Chunks need none: a row starts with the pages of all its known tokens.
+        decode_blocks: [groups, decodes] int32, the block that each decode opens in each group of
+            layers; -1: its last block has room. Chunks open none: a row starts with the blocks of
+            all its known tokens.
         chunks: all others.
         scorings: what is asked of chunks beside.
     """
@@ -103,7 +104,7 @@ class StepInput:
     starts: list[RowStart] = field(default_factory=list)
     decode_rows: np.ndarray = field(default_factory=_no_rows)
     decode_positions: np.ndarray = field(default_factory=_no_rows)
-    decode_pages: np.ndarray = field(default_factory=_no_pages)
+    decode_blocks: np.ndarray = field(default_factory=_no_blocks)
     chunks: list[Chunk] = field(default_factory=list)
     scorings: list[Scoring] = field(default_factory=list)
 

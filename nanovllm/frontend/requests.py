@@ -15,15 +15,15 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from nanovllm import prompts, scoring
-from nanovllm.checkpoint import Checkpoint
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
+from nanovllm.frontend import prompts, scoring
+from nanovllm.frontend.scoring import Scored
+from nanovllm.frontend.structured_outputs import GrammarCompiler
+from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.scoring import Scored
-from nanovllm.structured_outputs import GrammarCompiler
 
 
 class RequestError(RuntimeError):

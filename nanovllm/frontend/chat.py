@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanovllm.prompts import check_unicode
+from nanovllm.frontend.prompts import check_unicode
 
 
 def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from nanovllm import ops
-from nanovllm.batch import ForwardBatch, KVCache, KVLayer, Residual
+from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import Embedding, Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rope import Rope
-from nanovllm.model_config import ModelConfig
+from nanovllm.ops.batch import ForwardBatch, KVCache, KVLayer, Residual
 
 
 class DecoderLayer(nn.Module):

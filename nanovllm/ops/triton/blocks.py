@@ -1,7 +1,7 @@
 """The pass over rows of logits that draws, limits and log-probabilities begin with, and how their
 kernels see a logit: its key, its softmax weight, whether it is within the row's limits.
 
-triton_sampling.py and triton_limits.py call it.
+sampling.py and limits.py call it.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.kernel_configs import GROUP, cdiv, next_power_of_2
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK
-from nanovllm.ops.triton_ops import pdl_options
+from nanovllm.ops.triton.kernel_configs import GROUP, cdiv, next_power_of_2
+from nanovllm.ops.triton.layers import pdl_options
 
 
 @triton.jit

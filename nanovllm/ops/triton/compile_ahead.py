@@ -21,8 +21,8 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from nanovllm.ops.kernel_configs import COPY_BLOCK
-from nanovllm.ops.triton_ops import copy_kernel
+from nanovllm.ops.triton.kernel_configs import COPY_BLOCK
+from nanovllm.ops.triton.layers import copy_kernel
 
 logger = logging.getLogger(__name__)
 

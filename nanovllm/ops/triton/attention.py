@@ -5,9 +5,9 @@ on them, in the configurations of kernel_configs.py.
 import numpy as np
 import torch
 
-from nanovllm.batch import Attention, ForwardBatch, KVLayer, Rotary
-from nanovllm.ops.attention_kernel import merge_prefixes_kernel, paged_attention_kernel
-from nanovllm.ops.kernel_configs import (
+from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.triton.attention_kernel import merge_prefixes_kernel, paged_attention_kernel
+from nanovllm.ops.triton.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
     DEEP_KEYS,
     DEEP_SHARE,
@@ -20,9 +20,9 @@ from nanovllm.ops.kernel_configs import (
     attention_configs,
     next_power_of_2,
 )
-from nanovllm.ops.shared_prefix import find_groups, max_tiles
-from nanovllm.ops.triton_ops import pdl_options, qk_norm_rope_store
-from nanovllm.ops.work_list import (
+from nanovllm.ops.triton.layers import pdl_options, qk_norm_rope_store
+from nanovllm.ops.triton.shared_prefix import find_groups, max_tiles
+from nanovllm.ops.triton.work_list import (
     ITEM_WIDTH,
     Prefixes,
     Sizes,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.batch import ForwardBatch, KVLayer, Residual, Rotary
-from nanovllm.ops.kernel_configs import (
+from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
+from nanovllm.ops.triton.kernel_configs import (
     COPY_BLOCK,
     HEADS_PER_PROGRAM,
     SILU_BLOCK,

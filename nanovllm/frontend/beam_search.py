@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from nanovllm import prompts
+from nanovllm.frontend import prompts
+from nanovllm.frontend.requests import Requests
 from nanovllm.outputs import Logprob, SampleLogprobs
-from nanovllm.requests import Requests
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 
 

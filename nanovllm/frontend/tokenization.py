@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from nanovllm import prompts
+from nanovllm.frontend import prompts
 
 KEYS = {"add_special_tokens", "truncate_prompt_tokens", "truncation_side"}
 

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.fair_lock import FairLock
-from nanovllm.progress import Progress
+from nanovllm.frontend.fair_lock import FairLock
+from nanovllm.frontend.progress import Progress
 
 Output = TypeVar("Output")
 

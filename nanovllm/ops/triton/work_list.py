@@ -1,4 +1,4 @@
-"""Divides a step's attention into items of like size, for triton_attention.py.
+"""Divides a step's attention into items of like size, for attention.py.
 
 It works on the host, from lengths that the worker knows without asking the device.
 """
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovllm.ops.kernel_configs import cdiv
+from nanovllm.ops.triton.kernel_configs import cdiv
 
 ITEM_WIDTH = 13
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.batch import Residual
-from nanovllm.ops.kernel_configs import (
+from nanovllm.ops.batch import Residual
+from nanovllm.ops.triton.kernel_configs import (
     MAX_PARTS,
     MIN_PART,
     PARTIAL_PROGRAMS,
@@ -25,7 +25,7 @@ from nanovllm.ops.kernel_configs import (
     next_power_of_2,
     partial_linear_config,
 )
-from nanovllm.ops.triton_ops import pdl_options, rms_norm, silu_and_mul, summed
+from nanovllm.ops.triton.layers import pdl_options, rms_norm, silu_and_mul, summed
 
 
 @triton.jit

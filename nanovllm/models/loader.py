@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm import ops
+from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.linear import Linear
-from nanovllm.model_config import ModelConfig
 from nanovllm.models import model_class
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.frame import CausalLM
 
 GPU_LOADERS = 8  # threads that copy weights to a GPU
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

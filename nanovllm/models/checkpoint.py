@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.model_config import ModelConfig, token_id_tuple
+from nanovllm.core.model_config import ModelConfig, token_id_tuple
 from nanovllm.sampling_params import SamplingParams
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")

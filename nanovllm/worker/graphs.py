@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from nanovllm import platform
+from nanovllm.ops import platform
 from nanovllm.worker.upload import Uploader, layout
 
 MIXED_SIZES = [128, 256, 512]  # for steps with prompts, where there are few rows

@@ -9,8 +9,8 @@ from typing import Any
 
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
+from nanovllm.frontend.requests import Requests, by_request
 from nanovllm.outputs import RequestOutput
-from nanovllm.requests import Requests, by_request
 
 
 def stream(

@@ -1,5 +1,5 @@
 """Finds decodes whose block tables begin with the same pages (a system prompt, samples of one
-prompt), for triton_attention.py: the keys that they share are read once a step.
+prompt), for attention.py: the keys that they share are read once a step.
 
 Source: Hydragen (Juravsky et al. 2024); FlashInfer's cascade attention (Ye et al. 2025). One level
 of sharing is used: every decode is in one group at most.

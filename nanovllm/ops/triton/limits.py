@@ -1,7 +1,7 @@
 """What top_k, top_p and min_p leave of a row of logits, and its most likely tokens, as Triton
 kernels: a search, not a sort (docs/decisions/0020).
 
-triton_sampling.py draws within the limits; ops/__init__.py calls top_logprobs.
+sampling.py draws within the limits; ops/__init__.py calls top_logprobs.
 """
 
 import torch
@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nanovllm.ops.kernel_configs import CANDIDATES, SEARCH_BLOCK, SEARCH_WARPS, next_power_of_2
-from nanovllm.ops.triton_blocks import (
+from nanovllm.ops.triton.blocks import (
     Blocks,
     blocks_of,
     is_kept,
@@ -19,7 +18,13 @@ from nanovllm.ops.triton_blocks import (
     value_of,
     weights_of,
 )
-from nanovllm.ops.triton_ops import pdl_options
+from nanovllm.ops.triton.kernel_configs import (
+    CANDIDATES,
+    SEARCH_BLOCK,
+    SEARCH_WARPS,
+    next_power_of_2,
+)
+from nanovllm.ops.triton.layers import pdl_options
 
 
 @triton.jit

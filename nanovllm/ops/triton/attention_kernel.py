@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.work_list import ITEM_WIDTH
+from nanovllm.ops.triton.work_list import ITEM_WIDTH
 
 
 class _Column(tl.constexpr):

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nanovllm.ops.kernel_configs import ROWS_BLOCK, cdiv
-from nanovllm.ops.triton_ops import pdl_options
+from nanovllm.ops.triton.kernel_configs import ROWS_BLOCK, cdiv
+from nanovllm.ops.triton.layers import pdl_options
 
 
 @triton.jit

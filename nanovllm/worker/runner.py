@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from nanovllm import ops
-from nanovllm.batch import KVCache
-from nanovllm.models.decoder import CausalLM
+from nanovllm.core.step import StepInput
+from nanovllm.models.frame import CausalLM
+from nanovllm.ops.batch import KVCache
 from nanovllm.outputs import LogprobLines
-from nanovllm.step import StepInput
-from nanovllm.worker.cuda_graph import GraphOutput, StepGraphs
+from nanovllm.worker.graphs import GraphOutput, StepGraphs
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
 
@@ -191,7 +191,7 @@ class ModelRunner:
         step = StepInput(
             decode_rows=rows,
             decode_positions=np.full_like(rows, position),
-            decode_pages=np.full_like(rows, -1),
+            decode_blocks=np.full_like(rows, -1)[None],
         )
         self.inputs.last_tokens.zero_()  # nobody has drawn any
         self.inputs.steps_listed = 0  # it does not follow the step before

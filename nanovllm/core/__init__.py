@@ -1,0 +1,1 @@
+"""What crosses rooms: steps, the model's configuration, metrics. No torch."""

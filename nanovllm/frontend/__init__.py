@@ -1,0 +1,1 @@
+"""Text and requests: prompts and chats to token ids, requests to sequences and back to text."""

@@ -1,0 +1,1 @@
+"""Triton kernels: what the operations run on an NVIDIA GPU."""
