@@ -23,7 +23,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.ops.triton.work_list import ITEM_WIDTH
 
-
 # Columns of a work list.
 (
     ROW, TOKEN, NUM_TOKENS, POSITION, KEY_START, KEY_END, SLOT, FIRST_SLOT, NUM_PARTS,
