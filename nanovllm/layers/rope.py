@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nanovllm.core.model_config import RopeConfig
+from nanovllm.ops import reference
 
 
 class Rope(nn.Module):
@@ -31,6 +32,11 @@ class Rope(nn.Module):
         angles = torch.outer(positions, inv_freq)
         table = torch.cat((angles.cos(), angles.sin()), dim=-1)
         self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Heads [T, n, head_dim] at these positions, [T], rotated: for attention that does other
+        things to heads than layers/attention.py."""
+        return reference.apply_rope(x, self.table[positions])
 
 
 def _llama3_scale(inv_freq: torch.Tensor, config: RopeConfig) -> torch.Tensor:

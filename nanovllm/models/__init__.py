@@ -1,5 +1,5 @@
 """The model families, by the name that a config.json gives in `architectures`. A family's file is
-imported when needed."""
+imported when a checkpoint needs it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -7,17 +7,55 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nanovllm.models.frame import CausalLM
 
-REGISTRY = {
-    "LlamaForCausalLM": "nanovllm.models.llama",
-    "Qwen2ForCausalLM": "nanovllm.models.qwen2",
-    "Qwen3ForCausalLM": "nanovllm.models.qwen3",
+REGISTRY: "dict[str, str | type[CausalLM]]" = {
+    "LlamaForCausalLM": "nanovllm.models.llama:LlamaForCausalLM",
+    "Qwen2ForCausalLM": "nanovllm.models.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "nanovllm.models.qwen3:Qwen3ForCausalLM",
 }
+
+
+def register(architecture: str, model: "str | type[CausalLM]") -> None:
+    """Make a family of your own known, or replace one, before `LLM(...)` loads a checkpoint of it.
+
+    Args:
+        architecture: the name in config.json's `architectures`.
+        model: a subclass of models/frame.py's CausalLM, or "package.module:Class", which is
+            imported when a checkpoint needs it.
+
+    Raises:
+        ValueError: `model` is neither.
+    """
+    if isinstance(model, str) and all(part.strip() for part in model.split(":")) and ":" in model:
+        REGISTRY[architecture] = model
+        return
+    REGISTRY[architecture] = _checked(architecture, model)
 
 
 def model_class(architecture: str) -> "type[CausalLM]":
     """The class of an architecture. Raises ValueError for one that is not supported."""
-    if architecture not in REGISTRY:
+    model = REGISTRY.get(architecture)
+    if model is None:
         raise ValueError(
-            f"architecture {architecture!r} is not supported; supported: {', '.join(REGISTRY)}"
+            f"architecture {architecture!r} is not supported; supported: {', '.join(REGISTRY)} "
+            f"(nanovllm.models.register adds others)"
         )
-    return getattr(import_module(REGISTRY[architecture]), architecture)
+    if isinstance(model, str):
+        module, _, name = model.partition(":")
+        try:
+            model = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"architecture {architecture!r} is registered as {model!r}: {error}"
+            ) from error
+    return _checked(architecture, model)
+
+
+def _checked(architecture: str, model: object) -> "type[CausalLM]":
+    from nanovllm.models.frame import CausalLM
+
+    if not (isinstance(model, type) and issubclass(model, CausalLM)):
+        raise ValueError(
+            f"architecture {architecture!r}: a model is a subclass of nanovllm.models.frame."
+            f"CausalLM or 'module:Class', not {model!r}"
+        )
+    return model

@@ -11,27 +11,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from nanovllm.ops import reference, reference_sampling
-from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
     from nanovllm.core.model_config import ModelConfig
-    from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
+    from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
 
 __all__ = [
-    "add_linear",
+    "add_parts",
+    "attend",
     "attention",
     "begin_step",
     "copy_pinned",
     "default_block_size",
     "keep_sampled",
-    "linear",
     "make_attention",
-    "pack_weight",
-    "packs_weights",
     "qk_norm_rope_store",
     "rms_norm",
     "sample",
-    "summed",
+    "silu_and_mul",
+    "store",
     "top_logprobs",
 ]
 
@@ -43,7 +41,7 @@ def _by_device(op: Op, kernels: str = "layers") -> Op:
     the kernels, which is not imported before."""
 
     @functools.wraps(op)
-    def call(x: "torch.Tensor | Residual", *args: Any, **kwargs: Any) -> Any:
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
         module = import_module(f"nanovllm.ops.triton.{kernels}")
@@ -52,14 +50,67 @@ def _by_device(op: Op, kernels: str = "layers") -> Op:
     return call  # type: ignore[return-value]
 
 
-rms_norm = _by_device(reference.rms_norm)
-linear = _by_device(reference.linear, "linear")
-add_linear = _by_device(reference.add_linear, "linear")
-summed = _by_device(reference.summed)
-qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference_sampling.sample, "sampling")
 top_logprobs = _by_device(reference_sampling.top_logprobs, "limits")
 keep_sampled = _by_device(reference.keep_sampled, "rows")
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, parts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """RMSNorm over the last dimension of x, in new memory.
+
+    Args:
+        parts: [n, *x.shape] float32, partial sums that are added to x, in place, before.
+    """
+    if not x.is_cuda:
+        assert parts is None  # products on a CPU leave none
+        return reference.rms_norm(x, weight, eps)
+    from nanovllm.ops.triton import layers
+
+    return layers.rms_norm(x, weight, eps, parts)
+
+
+def add_parts(x: torch.Tensor, parts: torch.Tensor) -> None:
+    """Add partial sums, [n, *x.shape] float32, to x in place; on a GPU alone."""
+    from nanovllm.ops.triton import layers
+
+    layers.add_parts(x, parts)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for [..., gate | up]."""
+    if not gate_up.is_cuda:
+        return reference.silu_and_mul(gate_up)
+    from nanovllm.ops.triton import layers
+
+    return layers.silu_and_mul(gate_up)
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor, rotary: "Rotary", batch: "ForwardBatch", kv: "KVLayer"
+) -> torch.Tensor:
+    """As reference.qk_norm_rope_store."""
+    if not qkv.is_cuda:
+        return reference.qk_norm_rope_store(qkv, rotary, batch, kv)
+    from nanovllm.ops.triton import layers
+
+    return layers.qk_norm_rope_store(qkv, rotary, batch, kv)
+
+
+def store(k: torch.Tensor, v: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch") -> None:
+    """Put keys and values, [T, K, D] each, into the batch's slots of the cache, before `attend`."""
+    if not k.is_cuda:
+        reference.store(k, v, kv, batch.slot_mapping)
+        return
+    from nanovllm.ops.triton import layers
+
+    layers.store(k, v, kv, batch.slot_mapping)
+
+
+def attend(q: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch", scale: float) -> torch.Tensor:
+    """Causal attention of queries [T, H, D] over their sequences' blocks; returns [T, H, D]."""
+    return batch.attention.attend(q.contiguous(), kv, batch, scale)
 
 
 def attention(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
+from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.triton.kernel_configs import (
     COPY_BLOCK,
     HEADS_PER_PROGRAM,
@@ -80,25 +80,27 @@ def rms_norm_kernel(
         tl.store(out + row * SIZE + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
 
 
-def rms_norm(x: torch.Tensor | Residual, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As reference.rms_norm; of a residual, which has nothing left to be added then."""
-    residual = x if isinstance(x, Residual) else Residual(x)
-    out = torch.empty_like(residual.total)
-    _rms_norm(out, residual, weight, eps)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, parts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As ops.rms_norm."""
+    out = torch.empty_like(x)
+    _rms_norm(out, x, weight, eps, parts)
     return out
 
 
-def summed(residual: Residual) -> torch.Tensor:
-    """As reference.summed."""
-    if residual.parts is not None:
-        _rms_norm(None, residual, None, 0.0)
-    return residual.total
+def add_parts(x: torch.Tensor, parts: torch.Tensor) -> None:
+    """As ops.add_parts."""
+    _rms_norm(None, x, None, 0.0, parts)
 
 
 def _rms_norm(
-    out: torch.Tensor | None, residual: Residual, weight: torch.Tensor | None, eps: float
+    out: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    parts: torch.Tensor | None,
 ) -> None:
-    x, parts = residual.total, residual.parts
     size = x.shape[-1]
     block = next_power_of_2(size)
     num_rows, num_parts = x.numel() // size, 0 if parts is None else parts.shape[0]
@@ -107,7 +109,6 @@ def _rms_norm(
             out, x, weight, eps, parts, num_rows, SIZE=size, BLOCK=block, NUM_PARTS=num_parts,
             num_warps=min(16, max(1, block // 512)), **pdl_options(x.device),
         )  # fmt: skip
-    residual.parts = None
 
 
 @triton.jit
@@ -210,3 +211,34 @@ def qk_norm_rope_store(
         NORM=rotary.norm_weights is not None, num_warps=4, **pdl_options(qkv.device),
     )  # fmt: skip
     return q
+
+
+@triton.jit
+def store_kernel(
+    k_cache, v_cache, k, v, slot_mapping, k_stride, v_stride,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program stores BLOCK elements of a token's keys and values, SIZE elements each."""
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slot_mapping + token)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    ok = (dims < SIZE) & (slot >= 0)
+    key = tl.load(k + token * k_stride + dims, mask=ok, other=0.0)
+    value = tl.load(v + token * v_stride + dims, mask=ok, other=0.0)
+    tl.store(k_cache + slot * SIZE + dims, key, mask=ok)
+    tl.store(v_cache + slot * SIZE + dims, value, mask=ok)
+
+
+def store(k: torch.Tensor, v: torch.Tensor, kv: KVLayer, slots: torch.Tensor) -> None:
+    """As reference.store."""
+    num_tokens, size = k.shape[0], k.shape[1] * k.shape[2]
+    # Heads may be a part of a projection's row, but have to follow one another in it.
+    k, v = (x if x[:1].is_contiguous() else x.contiguous() for x in (k, v))
+    if num_tokens:
+        store_kernel[(num_tokens, cdiv(size, SILU_BLOCK))](
+            kv.k, kv.v, k, v, slots, k.stride(0), v.stride(0), SIZE=size, BLOCK=SILU_BLOCK,
+            num_warps=4, **pdl_options(k.device),
+        )  # fmt: skip

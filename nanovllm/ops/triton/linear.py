@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.batch import Residual
 from nanovllm.ops.triton.kernel_configs import (
     MAX_PARTS,
     MIN_PART,
@@ -25,7 +24,7 @@ from nanovllm.ops.triton.kernel_configs import (
     next_power_of_2,
     partial_linear_config,
 )
-from nanovllm.ops.triton.layers import pdl_options, rms_norm, silu_and_mul, summed
+from nanovllm.ops.triton.layers import pdl_options
 
 
 @triton.jit
@@ -136,43 +135,43 @@ def partial_linear_kernel(
     tl.store(out_ptrs, tl.trans(total), mask=(rows < num_rows)[:, None] & (n < N)[None, :])
 
 
+def fuses(weight: torch.Tensor, num_rows: int) -> bool:
+    """Whether `linear` takes a norm and a gate along, for inputs of num_rows rows."""
+    return 0 < num_rows <= max_gemv_rows(weight.numel())
+
+
 def linear(
-    x: torch.Tensor | Residual,
+    x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As reference.linear."""
-    assert out is None or (bias is None and not gated)
-    num_rows = (x.total if isinstance(x, Residual) else x).shape[0]
-    is_few = 0 < num_rows <= max_gemv_rows(weight.numel())
-    if norm is not None and not is_few:
-        x = rms_norm(x, *norm)
-    if isinstance(x, Residual):
-        x = summed(x)
-    if is_few:
+    """As WeightFormat.multiply."""
+    x = x.contiguous()
+    if fuses(weight, x.shape[0]):
         return _gemv(x, weight, bias, norm, gated, out)
-    if out is not None:
+    assert norm is None and not gated
+    if out is not None and bias is None:
         return torch.mm(x, weight.T, out=out)
-    y = F.linear(x, weight, bias)
-    return silu_and_mul(y) if gated else y
+    return F.linear(x, weight, bias)
 
 
 def add_linear(
-    residual: Residual, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
-    """As reference.add_linear; a product of some rows leaves its parts to the norm that follows."""
-    total, num_rows, num_weights = summed(residual), x.shape[0], weight.numel()
-    if 0 < num_rows <= max_gemv_rows(num_weights):
+    total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """As WeightFormat.add; a product of some rows returns parts, for the norm that follows."""
+    x, num_rows, num_weights = x.contiguous(), x.shape[0], weight.numel()
+    if fuses(weight, num_rows):
         _gemv(x, weight, bias, residual=total)
     elif bias is None and x.element_size() == 2 and 0 < num_rows <= max_partial_rows(num_weights):
-        residual.parts = _partial_linear(x, weight)
+        return _partial_linear(x, weight)
     elif bias is None:
         total.addmm_(x, weight.T)
     else:
         total.add_(F.linear(x, weight, bias))
+    return None
 
 
 def _partial_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
