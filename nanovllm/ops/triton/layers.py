@@ -225,11 +225,12 @@ def store_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    ok = (dims < SIZE) & (slot >= 0)
-    key = tl.load(k + token * k_stride + dims, mask=ok, other=0.0)
-    value = tl.load(v + token * v_stride + dims, mask=ok, other=0.0)
-    tl.store(k_cache + slot * SIZE + dims, key, mask=ok)
-    tl.store(v_cache + slot * SIZE + dims, value, mask=ok)
+    if slot >= 0:
+        ok = dims < SIZE
+        key = tl.load(k + token * k_stride + dims, mask=ok, other=0.0)
+        value = tl.load(v + token * v_stride + dims, mask=ok, other=0.0)
+        tl.store(k_cache + slot * SIZE + dims, key, mask=ok)
+        tl.store(v_cache + slot * SIZE + dims, value, mask=ok)
 
 
 def store(k: torch.Tensor, v: torch.Tensor, kv: KVLayer, slots: torch.Tensor) -> None:
