@@ -10,6 +10,7 @@ from torch import nn
 
 from nanovllm import ops
 from nanovllm.layers.activation import ACTIVATIONS
+from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.stream import Normed
 from nanovllm.quantization.weight_format import Plain, WeightFormat
 
@@ -30,17 +31,16 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, *sizes: int, bias: bool = False):
         super().__init__()
         self.in_features, self.sizes = in_features, sizes
+        self.weight = nn.Parameter(torch.empty(sum(sizes), in_features))
         self.bias = nn.Parameter(torch.empty(sum(sizes))) if bias else None
-        self.use(Plain())
+        self.format: WeightFormat = Plain()
 
     def use(self, format: WeightFormat) -> None:
-        """Hold the weight in this format from now on; what was loaded is dropped."""
-        for name, _ in list(self.named_parameters(recurse=False)):
-            if name != "bias":
-                delattr(self, name)
-        self.format = format
+        """Hold the weight in another format from now on: its tensors take the place of `weight`."""
+        del self.weight
         for name, tensor in format.tensors(self.in_features, sum(self.sizes)).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.format = format
 
     def forward(self, x: "torch.Tensor | Normed") -> "Product":
         """The product with x, [T, in]."""
@@ -69,17 +69,16 @@ class Product:
         num_rows = (x if isinstance(x, torch.Tensor) else x.stream.total).shape[0]
         fuses = linear.format.fuses(linear, num_rows)
         if isinstance(x, Normed):
-            x, norm = x.for_kernel() if fuses else (x.tensor(), None)
+            if fuses and isinstance(rms := x.norm, RMSNorm) and x.value is None:
+                x.check()
+                x, norm = x.stream.total, (rms.weight, rms.eps)
+            else:
+                x = x.tensor()
         gates = fuses and gate == "silu"
         y = linear.format.multiply(linear, x, norm, gates, out)
         if gate == "silu" and not gates:
             y = ops.silu_and_mul(y)
         elif gate is not None and not gates:
-            half, up = y.chunk(2, dim=-1)
-            y = ACTIVATIONS[gate](half) * up
+            gate_half, up = y.chunk(2, dim=-1)
+            y = ACTIVATIONS[gate](gate_half) * up
         return y if out is None or y is out else out.copy_(y)
-
-    def add_to(self, total: torch.Tensor) -> torch.Tensor | None:
-        """Add the result to `total`, [T, out]; returns what WeightFormat.add does."""
-        x = self.x if isinstance(self.x, torch.Tensor) else self.x.tensor()
-        return self.linear.format.add(self.linear, x, total)

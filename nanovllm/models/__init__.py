@@ -12,6 +12,7 @@ REGISTRY: "dict[str, str | type[CausalLM]]" = {
     "Qwen2ForCausalLM": "nanovllm.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "nanovllm.models.qwen3:Qwen3ForCausalLM",
 }
+NO_MODEL = "a model is a subclass of nanovllm.models.frame.CausalLM or 'module:Class'"
 
 
 def register(architecture: str, model: "str | type[CausalLM]") -> None:
@@ -25,10 +26,10 @@ def register(architecture: str, model: "str | type[CausalLM]") -> None:
     Raises:
         ValueError: `model` is neither.
     """
-    if isinstance(model, str) and all(part.strip() for part in model.split(":")) and ":" in model:
-        REGISTRY[architecture] = model
-        return
-    REGISTRY[architecture] = _checked(architecture, model)
+    is_path = isinstance(model, str) and all(model.partition(":"))
+    if not is_path and not isinstance(model, type):
+        raise ValueError(f"{architecture!r}: {NO_MODEL}, not {model!r}")
+    REGISTRY[architecture] = model
 
 
 def model_class(architecture: str) -> "type[CausalLM]":
@@ -47,15 +48,8 @@ def model_class(architecture: str) -> "type[CausalLM]":
             raise ValueError(
                 f"architecture {architecture!r} is registered as {model!r}: {error}"
             ) from error
-    return _checked(architecture, model)
-
-
-def _checked(architecture: str, model: object) -> "type[CausalLM]":
     from nanovllm.models.frame import CausalLM
 
     if not (isinstance(model, type) and issubclass(model, CausalLM)):
-        raise ValueError(
-            f"architecture {architecture!r}: a model is a subclass of nanovllm.models.frame."
-            f"CausalLM or 'module:Class', not {model!r}"
-        )
+        raise ValueError(f"{architecture!r}: {NO_MODEL}, not {model!r}")
     return model

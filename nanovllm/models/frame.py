@@ -43,11 +43,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """What checkpoints call `model`: all parameters but the LM head's."""
 
-    def __init__(self, config: ModelConfig, layers: list[nn.Module], norm: nn.Module):
+    def __init__(self, config: ModelConfig, layers: list[nn.Module]):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
-        self.norm = norm
+        self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class CausalLM(nn.Module):
@@ -61,6 +61,7 @@ class CausalLM(nn.Module):
     Attributes:
         rope: RoPE as config.json has it, for all layers that use it.
         attention_specs: of each layer; the worker sizes the KV cache by them.
+        formats: by a Linear's name, the format of its weight in the checkpoint; not named: plain.
     """
 
     # Which tensors of a checkpoint are rows of one parameter here, in their order.
@@ -76,8 +77,9 @@ class CausalLM(nn.Module):
         self.config, self.max_positions = config, max_positions
         self.rope = Rope(config.rope, config.head_dim, max_positions)
         layers: list[Any] = [self.make_layer(config, i) for i in range(config.num_layers)]
-        self.model = Decoder(config, layers, self.make_norm(config))
+        self.model = Decoder(config, layers)
         self.attention_specs: list[AttentionSpec] = [layer.self_attn.spec for layer in layers]
+        self.formats: dict[str, WeightFormat] = {}
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.is_tied = config.tie_word_embeddings
         if self.is_tied:
@@ -94,14 +96,6 @@ class CausalLM(nn.Module):
         """Layer i: called as layer(stream, batch, kv); its `self_attn.spec` says what it caches."""
         raise NotImplementedError
 
-    def make_norm(self, config: ModelConfig) -> nn.Module:
-        """The norm before the LM head."""
-        return RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def weight_format(self, name: str) -> WeightFormat | None:
-        """In which format the checkpoint holds the Linear of this name; None: plain."""
-        return None
-
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T, hidden], in new memory: the residual stream begins with it."""
         return self.model.embed_tokens(token_ids)
@@ -112,7 +106,7 @@ class CausalLM(nn.Module):
         x = Stream(self.embed(batch.token_ids))
         for layer, layer_kv in zip(self.model.layers, kv.layers, strict=False):
             layer(x, batch, layer_kv)
-        return x.tensor()
+        return x.total
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[n, vocab] from [n, hidden]; in `out` if it is given."""
@@ -134,6 +128,7 @@ class CausalLM(nn.Module):
             linear, first = self.get_submodule(path), 0
             assert isinstance(linear, Linear)
             for part, size in zip(self.packed[leaf], linear.sizes, strict=True):
-                view = linear.format.part(kind, param, first, first + size)
-                targets[f"{parent}.{part}.{kind}"], first = view, first + size
+                dim, per_element = linear.format.outputs.get(kind, (0, 1))
+                rows = param.narrow(dim, first // per_element, size // per_element)
+                targets[f"{parent}.{part}.{kind}"], first = rows, first + size
         return targets

@@ -18,7 +18,7 @@ from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.models import model_class
 from nanovllm.models.frame import CausalLM
-from nanovllm.quantization.packed import packs_weights
+from nanovllm.quantization.weight_format import packs_weights
 
 GPU_LOADERS = 8  # threads that copy weights to a GPU
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,9 +36,10 @@ def build_model(config: ModelConfig, max_positions: int, dtype: torch.dtype) -> 
         model = model_class(config.architecture)(config, max_positions)
         for param in model.parameters():  # not the buffers: RoPE's table stays in float32
             param.data = param.data.to(dtype)
-        for name, module in model.named_modules():
-            if isinstance(module, Linear) and (weight_format := model.weight_format(name)):
-                module.use(weight_format)  # its tensors have dtypes of their own
+        for name, weight_format in model.formats.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, Linear)
+            linear.use(weight_format)  # its tensors have dtypes of their own
     return model.requires_grad_(False).eval()
 
 
@@ -83,7 +84,14 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal place
         for place in files:
-            yield from _read(place)
+            try:
+                with safe_open(place, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (a safe_open is not iterable)
+                        yield name, file.get_tensor(name)  # a view, read when it is copied
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{place} is truncated or not a safetensors file ({error}); fetch it again"
+                ) from None
         place = folder
 
     try:
@@ -111,7 +119,15 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
         for name, tensor in tensors:
             if name in targets:
                 target = targets.pop(name)
-                _check(name, tensor, target)
+                if target.shape != tensor.shape:
+                    raise WeightError(
+                        f"{name} has shape {list(tensor.shape)}, config.json says "
+                        f"{list(target.shape)}"
+                    )
+                if tensor.dtype not in (target.dtype, *WEIGHT_DTYPES):
+                    raise WeightError(
+                        f"{name} is in {tensor.dtype}: quantized weights are not supported yet"
+                    )
                 copies.append(pool.submit(target.copy_, tensor))
             elif model.is_tied and name == "lm_head.weight":
                 tied_head = tensor.to(model.lm_head.weight)
@@ -169,24 +185,3 @@ def _checkpoint_files(folder: Path) -> list[Path]:
             f"load_format='dummy' draws random weights)"
         )
     return files
-
-
-def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a safetensors file: views of the file, read when they are copied."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (a safe_open is not iterable)
-                yield name, tensors.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or not a safetensors file ({error}); fetch it again"
-        ) from None
-
-
-def _check(name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
-    if target.shape != tensor.shape:
-        raise WeightError(
-            f"{name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
-        )
-    if tensor.dtype != target.dtype and tensor.dtype not in WEIGHT_DTYPES:
-        raise WeightError(f"{name} is in {tensor.dtype}: quantized weights are not supported yet")

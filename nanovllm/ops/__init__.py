@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm.ops import reference, reference_sampling
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
 
 __all__ = [
-    "add_parts",
     "attend",
     "attention",
     "begin_step",
@@ -25,7 +25,6 @@ __all__ = [
     "default_block_size",
     "keep_sampled",
     "make_attention",
-    "qk_norm_rope_store",
     "rms_norm",
     "sample",
     "silu_and_mul",
@@ -55,47 +54,23 @@ top_logprobs = _by_device(reference_sampling.top_logprobs, "limits")
 keep_sampled = _by_device(reference.keep_sampled, "rows")
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, parts: torch.Tensor | None = None
-) -> torch.Tensor:
-    """RMSNorm over the last dimension of x, in new memory.
-
-    Args:
-        parts: [n, *x.shape] float32, partial sums that are added to x, in place, before.
-    """
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension of x, in new memory."""
     if not x.is_cuda:
-        assert parts is None  # products on a CPU leave none
         return reference.rms_norm(x, weight, eps)
     from nanovllm.ops.triton import layers
 
-    return layers.rms_norm(x, weight, eps, parts)
-
-
-def add_parts(x: torch.Tensor, parts: torch.Tensor) -> None:
-    """Add partial sums, [n, *x.shape] float32, to x in place; on a GPU alone."""
-    from nanovllm.ops.triton import layers
-
-    layers.add_parts(x, parts)
+    return layers.rms_norm(x, weight, eps)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for [..., gate | up]."""
     if not gate_up.is_cuda:
-        return reference.silu_and_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
     from nanovllm.ops.triton import layers
 
     return layers.silu_and_mul(gate_up)
-
-
-def qk_norm_rope_store(
-    qkv: torch.Tensor, rotary: "Rotary", batch: "ForwardBatch", kv: "KVLayer"
-) -> torch.Tensor:
-    """As reference.qk_norm_rope_store."""
-    if not qkv.is_cuda:
-        return reference.qk_norm_rope_store(qkv, rotary, batch, kv)
-    from nanovllm.ops.triton import layers
-
-    return layers.qk_norm_rope_store(qkv, rotary, batch, kv)
 
 
 def store(k: torch.Tensor, v: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch") -> None:
@@ -127,6 +102,10 @@ def attention(
     fused = batch.attention.attend_projected
     if fused is not None and batch.is_decode:
         return fused(qkv, rotary, kv, batch, scale)
+    if qkv.is_cuda:
+        from nanovllm.ops.triton.layers import qk_norm_rope_store
+    else:
+        from nanovllm.ops.reference import qk_norm_rope_store
     q = qk_norm_rope_store(qkv, rotary, batch, kv)
     return batch.attention.attend(q, kv, batch, scale)
 

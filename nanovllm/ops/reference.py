@@ -27,12 +27,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * x32.to(x.dtype)
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for [..., gate | up]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 def apply_rope(x_THD: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     """Rotate each pair (i, i + D/2) of a head by its position's angle (Su et al. 2021, in Llama's
     half-split layout).

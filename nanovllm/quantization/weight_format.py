@@ -1,17 +1,20 @@
-"""The weight format of a Linear: its protocol, and the plain one, which most checkpoints have.
+"""The weight format of a Linear: how its tensors look in a checkpoint and in memory, and how they
+multiply. There is the plain one, and the one that it becomes on a CPU.
 
-layers/linear.py multiplies through it, models/loader.py fills and prepares what it holds. A format
+layers/linear.py multiplies through it, models/loader.py fills and prepares its tensors. A format
 keeps no state: all tensors are the Linear's own.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-
-from nanovllm.quantization import packed
+from torch import nn
 
 Norm = tuple[torch.Tensor, float]  # weight and eps of an RMSNorm
+# The number of rows that oneDNN's order of a weight is chosen for; it serves others too. Few rows,
+# decodes, gain most.
+PACKED_FOR = 32
 
 
 class Weights(Protocol):
@@ -22,18 +25,21 @@ class Weights(Protocol):
 
 
 class WeightFormat:
-    """The base: what a new format has to say (tensors, part, multiply), and what it may."""
+    """The base: a new format says `tensors` and `multiply`, and may say the rest.
+
+    Attributes:
+        outputs: how the outputs lie in a tensor, by its name: the dimension that they run along,
+            and outputs per element of it. The loader finds there the part of each projection of
+            several packed in a Linear. (0, 1), one output a row, if it is not named.
+    """
+
+    outputs: ClassVar[dict[str, tuple[int, int]]] = {}
 
     def tensors(self, in_features: int, out_features: int) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint that replace `weight`, by the ends of their names: empty,
-        in their shapes and dtypes. FP8 in blocks, for one, has `weight` [out, in] and
-        `weight_scale_inv` [out / 128, in / 128]; AWQ has `qweight` [in, out / 8] and two more.
-        """
-        raise NotImplementedError
-
-    def part(self, name: str, tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """The part of a tensor (or of the bias) that belongs to outputs first to last - 1: a view,
-        into which the loader copies one of several projections packed in a Linear."""
+        """The tensors of a checkpoint that replace `weight`, by the ends of their names: empty, in
+        their shapes and dtypes. FP8 in blocks, for one, has `weight` [out, in] and
+        `weight_scale_inv` [out / 128, in / 128], of outputs (0, 128); AWQ has `qweight`
+        [in, out / 8], of outputs (1, 8), and two more."""
         raise NotImplementedError
 
     def prepare(self, linear: Weights) -> "WeightFormat":
@@ -59,36 +65,28 @@ class WeightFormat:
             linear: holds the tensors.
             x: [T, in].
             norm: of the RMSNorm that x goes through first; only where `fuses` says so.
-            gated: the outputs are gate, then up: return silu(gate) * up; only where `fuses` says
-                so.
+            gated: the outputs are gate, then up, and the result is silu(gate) * up; only where
+                `fuses` says so.
             out: [T, out], memory that may be used for the result.
 
         Returns: [T, out], or [T, out / 2] if gated.
         """
         raise NotImplementedError
 
-    def add(self, linear: Weights, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor | None:
-        """Add the product of x to `total`, [T, out], in place.
-
-        Returns: [n, T, out] float32, partial sums that the caller has to add; None: no such sums.
-        """
+    def add(self, linear: Weights, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the product of x to `total`, [T, out], in place."""
         total.add_(self.multiply(linear, x))
-        return None
 
 
 class Plain(WeightFormat):
     """`weight`, [out, in], in the dtype that the model computes in."""
 
-    def tensors(self, in_features: int, out_features: int) -> dict[str, torch.Tensor]:
-        return {"weight": torch.empty(out_features, in_features)}
-
-    def part(self, name: str, tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        return tensor[first:last]
-
     def prepare(self, linear: Weights) -> WeightFormat:
-        if not packed.packs_weights(linear.weight.device, linear.weight.dtype):
+        weight = linear.weight
+        if not packs_weights(weight.device, weight.dtype):
             return self
-        linear.weight = torch.nn.Parameter(packed.pack(linear.weight), requires_grad=False)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+        linear.weight = nn.Parameter(packed, requires_grad=False)
         return Packed()
 
     def fuses(self, linear: Weights, num_rows: int) -> bool:
@@ -112,12 +110,13 @@ class Plain(WeightFormat):
 
         return triton_linear.linear(x, linear.weight, linear.bias, norm, gated, out)
 
-    def add(self, linear: Weights, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor | None:
+    def add(self, linear: Weights, x: torch.Tensor, total: torch.Tensor) -> None:
         if not x.is_cuda:
-            return super().add(linear, x, total)
+            super().add(linear, x, total)
+            return
         from nanovllm.ops.triton import linear as triton_linear
 
-        return triton_linear.add_linear(total, x, linear.weight, linear.bias)
+        triton_linear.add_linear(total, x, linear.weight, linear.bias)
 
 
 class Packed(WeightFormat):
@@ -133,3 +132,16 @@ class Packed(WeightFormat):
     ) -> torch.Tensor:
         # As torch's own compiler calls it: takes any number of rows.
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
+
+
+def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights have an order of their own on this device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False  # not measured there
+    return {
+        torch.float32: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }.get(dtype, False)

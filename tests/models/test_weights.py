@@ -1,5 +1,7 @@
 """Weight formats and loading from anything that yields names and tensors."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from conftest import TINY
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.core.model_config import ModelConfig
+from nanovllm.layers.linear import Linear
 from nanovllm.models import REGISTRY, register
 from nanovllm.models.checkpoint import read_json
 from nanovllm.models.loader import (
@@ -25,14 +28,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Int8(WeightFormat):
     """Made up: [in, out] with a scale for each output, in the checkpoint; [out, in] in memory."""
 
+    outputs: ClassVar = {"qweight": (1, 1)}
+
     def tensors(self, in_features, out_features):
         return {
             "qweight": torch.empty(in_features, out_features, dtype=torch.int8),
             "scales": torch.empty(out_features),
         }
-
-    def part(self, name, tensor, first, last):
-        return tensor[:, first:last] if name == "qweight" else tensor[first:last]
 
     def prepare(self, linear):
         linear.qweight.data = linear.qweight.T.contiguous()
@@ -44,8 +46,11 @@ class Int8(WeightFormat):
 
 
 class Int8Qwen3(Qwen3ForCausalLM):
-    def weight_format(self, name):
-        return None if name == "lm_head" else Int8()
+    def __init__(self, config, max_positions):
+        super().__init__(config, max_positions)
+        for name, module in self.model.named_modules(prefix="model"):
+            if isinstance(module, Linear):
+                self.formats[name] = Int8()
 
 
 def tokens(folder):

@@ -97,11 +97,6 @@ def record_launches() -> dict[str, tuple]:
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
         triton_ops.rms_norm(x, x[0], 1e-6)
-        label = f"{dtype}, with parts"
-        triton_ops.rms_norm(x, x[0], 1e-6, torch.zeros(3, 2, 4096))
-        label = f"{dtype}, parts alone"
-        triton_ops.add_parts(x, torch.zeros(3, 2, 4096))
-        label = str(dtype)
         triton_ops.silu_and_mul(x)
         triton_ops.copy(x[0], x[1])
         weight = torch.zeros(64, 4096, dtype=dtype)
@@ -111,12 +106,6 @@ def record_launches() -> dict[str, tuple]:
             triton_linear.linear(few, weight, norm=(x[0], 1e-6), gated=True)
             label += ", added"
             triton_linear.add_linear(few[:, :64].contiguous(), few, weight)
-        for rows in (5, 50, 100) if dtype == torch.bfloat16 else ():
-            some = torch.zeros(rows, 4096, dtype=dtype)
-            for num_out in (64, 60):
-                label = f"{dtype}, {rows} rows of {num_out}"
-                total = torch.zeros(rows, num_out, dtype=dtype)
-                triton_linear.add_linear(total, some, weight[:num_out])
         label = str(dtype)
         kv = KVLayer(*torch.zeros(2, 4, 16, 8, 128, dtype=dtype))
         batch = ForwardBatch(

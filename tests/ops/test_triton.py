@@ -28,7 +28,6 @@ from nanovllm.ops.triton import layers as triton_ops
 from nanovllm.ops.triton import linear as triton_linear
 from nanovllm.ops.triton import sampling as triton_sampling
 from nanovllm.ops.triton.attention import TritonAttention
-from nanovllm.ops.triton.kernel_configs import max_partial_rows
 from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -428,37 +427,16 @@ def test_linear(device, dtype, size, num_out, norm, gated, has_bias):
     [(5000, 33, 1), (3072, 64, 0), (2048, 128, 0), (1100, 96, 0), (90, 129, 0)],
 )
 def test_a_product_is_added(device, dtype, size, num_out, has_bias):
-    """And the product after it, whose norm adds what is left of the first one."""
-
     def tensor(*shape):
         return torch.randn(shape, device=device).to(dtype)
 
     weight = tensor(num_out, size) / size**0.5
     bias = tensor(num_out) if has_bias else None
-    after, norm_weight = tensor(40, num_out) / num_out**0.5, tensor(num_out)
     for rows in ROWS:
-        if device.type == "cpu" and rows > 4 and dtype == torch.bfloat16:
-            break  # Triton's interpreter multiplies its bits
-        if device.type == "cpu" and rows * size * num_out > 20 * 2048 * 1024:
-            break  # it takes long
         x, total = tensor(rows, size), tensor(rows, num_out)
         exact = total.double() + x.double() @ weight.double().T + (bias if has_bias else 0)
-        parts = triton_linear.add_linear(total, x, weight, bias)
-        is_few = 4 < rows <= max_partial_rows(weight.numel())
-        is_left = is_few and dtype != torch.float32 and not has_bias
-        assert (parts is not None) == is_left
-        normed = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm_weight
-        if parts is not None:  # added by the norm, or by themselves
-            alone = total.clone()
-            triton_ops.add_parts(alone, parts)
-        out = triton_ops.rms_norm(total, norm_weight, 1e-6, parts)
-        if rows:
-            assert relative_error(out, normed) < 2 * tolerance(dtype)
-            assert relative_error(total, exact) < tolerance(dtype)
-            assert parts is None or torch.equal(alone, total)
-        out = triton_linear.linear(out, after)
-        if rows:
-            assert relative_error(out, normed @ after.double().T) < 3 * tolerance(dtype)
+        triton_linear.add_linear(total, x, weight, bias)
+        assert rows == 0 or relative_error(total, exact) < tolerance(dtype)
 
 
 # Query and key norms, RoPE, store

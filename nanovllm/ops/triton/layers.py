@@ -52,63 +52,35 @@ def copy(out: torch.Tensor, source: torch.Tensor) -> None:
         copy_kernel[(cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def rms_norm_kernel(
-    out, x, weight, eps, parts, num_rows,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
+    out, x, weight, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """A program takes a row of x, to which it adds the row's NUM_PARTS parts first; and, if `out`
-    is there, normalises it."""
+    """A program normalises a row of x."""
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     ok = dims < SIZE
-    if out is not None:
-        w = tl.load(weight + dims, mask=ok, other=0.0)
+    w = tl.load(weight + dims, mask=ok, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     value = tl.load(x + row * SIZE + dims, mask=ok, other=0.0)
     x32 = value.to(tl.float32)
-    if NUM_PARTS:
-        for part in tl.static_range(NUM_PARTS):
-            x32 += tl.load(parts + (part * num_rows + row) * SIZE + dims, mask=ok, other=0.0)
-        value = x32.to(value.dtype)
-        tl.store(x + row * SIZE + dims, value, mask=ok)
-        x32 = value.to(tl.float32)
-    if out is not None:
-        normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
-        tl.store(out + row * SIZE + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
+    normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
+    tl.store(out + row * SIZE + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, parts: torch.Tensor | None = None
-) -> torch.Tensor:
-    """As ops.rms_norm."""
-    out = torch.empty_like(x)
-    _rms_norm(out, x, weight, eps, parts)
-    return out
-
-
-def add_parts(x: torch.Tensor, parts: torch.Tensor) -> None:
-    """As ops.add_parts."""
-    _rms_norm(None, x, None, 0.0, parts)
-
-
-def _rms_norm(
-    out: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    parts: torch.Tensor | None,
-) -> None:
-    size = x.shape[-1]
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As reference.rms_norm."""
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.shape[-1]
     block = next_power_of_2(size)
-    num_rows, num_parts = x.numel() // size, 0 if parts is None else parts.shape[0]
-    if num_rows:
-        rms_norm_kernel[(num_rows,)](
-            out, x, weight, eps, parts, num_rows, SIZE=size, BLOCK=block, NUM_PARTS=num_parts,
+    if x.numel():
+        rms_norm_kernel[(x.numel() // size,)](
+            out, x, weight, eps, SIZE=size, BLOCK=block,
             num_warps=min(16, max(1, block // 512)), **pdl_options(x.device),
         )  # fmt: skip
+    return out
 
 
 @triton.jit
