@@ -41,7 +41,7 @@ class Rope(nn.Module):
 
 def _llama3_scale(inv_freq: torch.Tensor, config: RopeConfig) -> torch.Tensor:
     """Llama 3.1's scaling: wavelengths longer than the original context are stretched by `factor`,
-    short ones are kept, those between are blended (Meta's llama-models, apply_scaling)."""
+    short ones are kept, wavelengths between are blended (Meta's llama-models, apply_scaling)."""
     wavelength = 2 * math.pi / inv_freq
     turns = config.original_max_position / wavelength
     keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)

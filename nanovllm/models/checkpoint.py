@@ -33,9 +33,8 @@ class Checkpoint:
     @cached_property
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config recommends. Raises ValueError for values out of range."""
-        names = {name: name for name in _RECOMMENDED}
-        names["max_new_tokens"] = "max_tokens"
-        found = {ours: self.generation_config.get(theirs) for theirs, ours in names.items()}
+        names = {name: name for name in _RECOMMENDED} | {"max_new_tokens": "max_tokens"}
+        found = {name: self.generation_config.get(key) for key, name in names.items()}
         try:
             return SamplingParams(**{name: x for name, x in found.items() if x is not None})
         except (ValueError, TypeError) as error:

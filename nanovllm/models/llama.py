@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x: no norms on heads; biases only if config.json asks for them."""
+"""Llama 2 and 3.x: no norms on heads; biases only if config.json sets them."""
 
 from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.attention import Attention

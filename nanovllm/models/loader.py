@@ -135,7 +135,7 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
                 raise WeightError(
                     f"{name} has no place in {type(model).__name__} (surplus, or there twice)"
                 )
-            if len(copies) > 2 * num_threads:  # the tensors that wait take memory
+            if len(copies) > 4 * num_threads:  # the tensors that wait take memory
                 copies.popleft().result()
         for copy in copies:
             copy.result()

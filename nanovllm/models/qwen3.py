@@ -1,5 +1,5 @@
-"""Qwen3, dense: RMSNorm on every query and key head before RoPE; biases only if config.json asks
-for them."""
+"""Qwen3, dense: RMSNorm on every query and key head before RoPE; biases only if config.json sets
+attention_bias."""
 
 from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.attention import Attention

@@ -91,7 +91,7 @@ def attend(q: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch", scale: float) 
 def attention(
     qkv: torch.Tensor, rotary: "Rotary", kv: "KVLayer", batch: "ForwardBatch", scale: float
 ) -> torch.Tensor:
-    """From the QKV projection to the heads' outputs: norms, RoPE, keys and values into their pages,
+    """From the QKV projection to the heads' outputs: norms, RoPE, keys and values into the cache,
     attention.
 
     Args:

@@ -43,7 +43,7 @@ def qk_norm_rope_store(
     qkv: torch.Tensor, rotary: Rotary, batch: ForwardBatch, kv: KVLayer
 ) -> torch.Tensor:
     """From the QKV projection to attention: RMSNorm on query and key heads if the model has it,
-    RoPE, and keys and values into their pages.
+    RoPE, and keys and values into the cache.
 
     Args:
         qkv: [T, (H + 2K) * D].

@@ -28,7 +28,8 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch options for programmatic dependent launch, which Hopper and newer GPUs have: a kernel
     starts while the one before it ends, and waits for its results with gdc_wait. Before the wait
     it may read only what was there before the step's first kernel: weights, inputs, older keys.
-    (Attention to everybody's own keys after that to shared ones is the exception.)"""
+    (Attention to a sequence's own keys, launched behind attention to shared keys, is the
+    exception.)"""
     has_pdl = (
         TRITON_HAS_PDL
         and device.type == "cuda"

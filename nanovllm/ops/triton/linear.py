@@ -1,10 +1,8 @@
-"""Matrix products on a GPU, with what stands before and after them fused where it can be.
+"""Matrix products on a GPU; quantization/weight_format.py calls them.
 
-With few rows of input a product is as fast as its weight is read: gemv_kernel streams it once,
-normalises the input on the way in, and gates or adds on the way out. With more the norm and the
-gate are kernels of their own. Up to some number, products that are added are divided over their
-inputs, so that they have work for the whole GPU, and the norm adds the parts; the rest is
-cuBLAS's.
+With few rows of input a product is as fast as its weight is read: gemv_kernel streams the weight
+once, normalises the input on the way in, and gates or adds on the way out. With more rows norm and
+gate are kernels of their own (layers.py), and the product is cuBLAS's.
 """
 
 import torch
