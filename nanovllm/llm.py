@@ -77,18 +77,19 @@ class LLM:
             config.max_num_seqs, config.max_num_batched_tokens, device
         )
         executor = InProcessExecutor(
-            config, self.model_config, device, max_num_seqs, max_num_batched_tokens
-        )
-        plan = executor.plan
-        self.max_model_len = plan.max_model_len
-        self._requests = Requests(self._checkpoint, detokenizer, plan.max_model_len, config.seed)
+            config, self.model_config, device, max_num_seqs, max_num_batched_tokens,
+            self._checkpoint.recommends_limits,
+        )  # fmt: skip
+        [group] = executor.groups
+        self.max_model_len = executor.max_model_len
+        self._requests = Requests(self._checkpoint, detokenizer, self.max_model_len, config.seed)
         overlaps = config.async_scheduling
         if overlaps is None:
             overlaps = device.type == "cuda"
         engine = Engine(
             executor,
-            num_blocks=plan.num_blocks,
-            block_size=plan.block_size,
+            num_blocks=group.num_blocks,
+            block_size=group.block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching is not False,
@@ -101,13 +102,13 @@ class LLM:
         self._shared = SharedEngine(engine)
         self._use_engine = self._shared.use
         logger.info(
-            "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
+            "%s on %s; KV cache of %d tokens in blocks of %d, %.1f requests of %d tokens",
             self.model_config.architecture,
             executor.description,
-            plan.num_tokens,
-            plan.block_size,
-            plan.num_blocks / plan.max_blocks,
-            plan.max_model_len,
+            group.num_blocks * group.block_size,
+            group.block_size,
+            group.num_blocks / -(-self.max_model_len // group.block_size),
+            self.max_model_len,
         )
 
     @classmethod
@@ -466,10 +467,7 @@ class LLM:
         """Call a function with the model (a torch.nn.Module; weights that we pack have other names
         than vLLM's). Returns its result, in a list of one: there is one worker."""
         with self._use_engine() as engine:
-            model = engine.executor.worker.model  # type: ignore[attr-defined]
-            if model is None:
-                raise RuntimeError("the weights sleep: call wake_up() first")
-            return [func(model)]
+            return engine.executor.apply_model(func)
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """How many GPUs, or CPU workers, the model is spread over."""

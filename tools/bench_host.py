@@ -17,6 +17,7 @@ from array import array
 
 import numpy as np
 import torch
+from nanovllm.worker.upload import Uploader, layout, pack
 
 from nanovllm import ops
 from nanovllm.core.step import StepInput, StepOutput
@@ -26,7 +27,6 @@ from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
-from nanovllm.worker.upload import Uploader, layout, pack
 
 BLOCK_SIZE = 16
 NUM_STEPS = 320

@@ -60,7 +60,7 @@ def llm(shared):
 def test_after_sleep_the_tokens_are_the_same(llm, level):
     expected = generate(llm)
     worker = llm.llm_engine.executor.worker
-    cache = weakref.ref(worker.runner.kv.data)
+    cache = weakref.ref(worker.runner.kv.data[0])
     weight = weakref.ref(next(worker.model.parameters()))
     llm.sleep(level)
     assert llm.is_sleeping()
@@ -156,7 +156,7 @@ def test_tags_that_there_are_not(llm, tags):
 
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("method", ["_load", "_make_cache"])
+@pytest.mark.parametrize("method", ["_load", "_allocate"])
 def test_a_wake_up_that_fails_may_be_tried_again(llm, level, error, method, monkeypatch):
     expected = generate(llm)
     llm.sleep(level)

@@ -117,10 +117,15 @@ def test_no_parameters_take_the_checkpoints(llm):
     assert (default.temperature, default.top_k, default.top_p) == (0.6, 20, 0.95)
     assert default.max_tokens == 16
     seen = []
-    start_row = llm.llm_engine.executor.runner.sampler.start_row
+    rows = llm.llm_engine.executor.runner.rows
+    start = rows.start
     with pytest.MonkeyPatch.context() as patch:
-        spy = lambda start: seen.append(start.params) or start_row(start)  # noqa: E731
-        patch.setattr(llm.llm_engine.executor.runner.sampler, "start_row", spy)
+
+        def spy(starts, record):
+            seen.extend(start.params for start in starts)
+            start(starts, record)
+
+        patch.setattr(rows, "start", spy)
         llm.generate([TEXT, TEXT], use_tqdm=False)
         llm.generate(TEXT, SamplingParams(), use_tqdm=False)
     assert seen == [default, default, SamplingParams()]
@@ -421,7 +426,7 @@ def test_the_memory_is_freed_at_once(tiny, end, unfinished):
             llm.add_request([5], greedy())
             llm.step()
         runner = llm.llm_engine.executor.runner
-        parts = [runner.model, runner.kv.data, next(runner.model.parameters()), llm.llm_engine]
+        parts = [runner.model, runner.kv.data[0], next(runner.model.parameters()), llm.llm_engine]
         refs = [weakref.ref(part) for part in parts if type(part).__weakrefoffset__]
         assert len(refs) == 4
         del runner, parts
@@ -572,8 +577,8 @@ def test_one_line_at_the_start_says_what_runs_where(tiny, caplog):
         torch.device("cpu"), torch.float32
     )  # then the tied head is there twice
     assert f"weights {0.02 if packed else 0.01} GiB" in line
-    # 4 MiB / (2 * 5 layers * 2 heads * 64 * 4 bytes) = 819 tokens, 51 pages of 16
-    assert "cache of 816 tokens in pages of 16, 12.8 requests of 64 tokens" in line
+    # 4 MiB / (2 * 5 layers * 2 heads * 64 * 4 bytes) = 819 tokens, 51 blocks of 16
+    assert "cache of 816 tokens in blocks of 16, 12.8 requests of 64 tokens" in line
 
 
 def test_importing_nanovllm_imports_no_torch():

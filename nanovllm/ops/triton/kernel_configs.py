@@ -17,7 +17,6 @@ MAX_HEAD_DIM = 256
 
 # Elements a program, the same on all GPUs.
 SILU_BLOCK = 1024
-COPY_BLOCK = 1024
 ROWS_BLOCK = 128  # of the rows' state
 SEARCH_BLOCK, SEARCH_WARPS = 2048, 8  # of kernels that a row of logits has a program of
 GROUP = 128  # tokens whose best logit says whether the others are worth a look
