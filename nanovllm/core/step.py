@@ -5,7 +5,7 @@ its sampling parameters. A StepInput carries only what changes, so a step of pla
 arrays: row numbers, positions, new pages. It can go to another process.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -168,10 +168,48 @@ class PendingStep(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CacheGroup:
+    """The KV cache of a group of layers, which have one block table.
+
+    Attributes:
+        num_blocks: its blocks; enough for the longest sequence.
+        block_size: tokens per block; the same in all groups.
+        window: tokens that a query token sees, itself included; None: all.
+    """
+
+    num_blocks: int
+    block_size: int
+    window: int | None = None
+
+
+# How many steps more than with the whole budget in each a prompt may take, where steps are kept
+# small for it (docs/decisions/0023).
+MIXED_STEPS = 4
+
+
 class Executor(Protocol):
-    """Runs steps strictly in the order of submission."""
+    """What the engine knows of the worker. Steps run strictly in the order of submission.
+
+    Attributes:
+        groups: the KV cache, group by group.
+    """
+
+    groups: tuple[CacheGroup, ...]
 
     def submit(self, step: StepInput) -> PendingStep: ...
+
+    def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
+        """How many prompt tokens may join num_decodes decodes in one step; without decodes, the
+        whole token budget. At least 1 if anything waits and the token budget has room. No prompt
+        takes more than MIXED_STEPS steps more than it would with the whole budget in each.
+
+        Args:
+            waiting: (tokens still to compute, tokens of the sequence), of the prompt that has
+                begun and of the waiting sequences that have a row, next first. It is read only as
+                far as it matters.
+        """
+        ...
 
     @property
     def sleeping(self) -> Collection[str]:

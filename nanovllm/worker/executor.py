@@ -2,7 +2,7 @@
 process."""
 
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from itertools import cycle
 
@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.model_config import ModelConfig
-from nanovllm.core.step import StepInput, StepOutput
+from nanovllm.core.step import MIXED_STEPS, CacheGroup, StepInput, StepOutput
 from nanovllm.ops import platform
 from nanovllm.worker.runner import ModelRunner, Sampled
 from nanovllm.worker.worker import Worker
@@ -25,7 +25,7 @@ class InProcessExecutor:
         plan: how large the cache is.
         device, dtype: where and in what the model computes.
         description: of all that was chosen, for the log.
-        mixed_tokens, mixed_keys: as the engine's.
+        groups: as the protocol's.
     """
 
     def __init__(
@@ -52,8 +52,29 @@ class InProcessExecutor:
             self.events = cycle([torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)])
         self.plan, self.dtype = self.worker.plan, self.worker.dtype
         self.description = self.worker.description
-        self.mixed_tokens = self.worker.mixed_tokens
-        self.mixed_keys = self.worker.attention.mixed_keys
+        self.groups: tuple[CacheGroup, ...] = (
+            CacheGroup(self.plan.num_blocks, self.plan.block_size),
+        )
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.mixed_tokens = self.worker.mixed_tokens  # of the largest graph, 0; None: all eager
+
+    def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
+        """As the protocol's: a few tokens join a step that one CUDA graph holds; where that would
+        take more than MIXED_STEPS steps, one eager step takes all."""
+        full = self.max_num_batched_tokens - num_decodes
+        if self.mixed_tokens is None or not num_decodes:
+            return full
+        num_tokens = budget = 0
+        room, keys = self.mixed_tokens - num_decodes, self.worker.attention.mixed_keys
+        for new_tokens, seq_tokens in waiting:
+            num_tokens += new_tokens
+            if room > 0:
+                joining = min(new_tokens, room, keys // seq_tokens)
+                room = room - joining if joining == new_tokens else 0
+                budget, keys = budget + joining, keys - joining * seq_tokens
+            if num_tokens > MIXED_STEPS * budget:
+                return full
+        return budget
 
     @property
     def runner(self) -> ModelRunner:
