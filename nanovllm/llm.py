@@ -21,6 +21,7 @@ from nanovllm.engine.engine import Engine
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
 from nanovllm.frontend import chat, prompts, scoring, streaming, tokenization
+from nanovllm.frontend.batch_order import batch_order
 from nanovllm.frontend.beam_search import BeamSearchOutput, beam_search
 from nanovllm.frontend.requests import Requests
 from nanovllm.frontend.shared_engine import SharedEngine
@@ -88,13 +89,9 @@ class LLM:
             overlaps = device.type == "cuda"
         engine = Engine(
             executor,
-            num_blocks=group.num_blocks,
-            block_size=group.block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching is not False,
-            mixed_tokens=executor.mixed_tokens,
-            mixed_keys=executor.mixed_keys,
             # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
             depth=2 if overlaps else 1,
             detokenizer=detokenizer,
@@ -319,7 +316,7 @@ class LLM:
             seqs = self._requests.make(engine, prompts, sampling_params)
             for seq in seqs:
                 seq.params.output_kind = RequestOutputKind.FINAL_ONLY
-            engine.add_batch(seqs)
+            engine.add_batch(batch_order(seqs, engine.scheduler))
             request_ids = dict.fromkeys(seq.request_id for seq in seqs)
             self._completed.update(request_ids)
             return list(request_ids)

@@ -10,8 +10,8 @@ from itertools import chain
 
 from nanovllm.core.metrics import EngineMetrics
 from nanovllm.core.step import Executor, PendingStep, StepOutput
-from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.policy import Policy
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import LogprobLines
@@ -21,17 +21,13 @@ class Engine:
     """Continuous batching over an executor.
 
     Args:
-        executor: runs the steps, in order.
-        num_blocks: pages of the KV cache; enough for the longest sequence that is ever added.
-        block_size: tokens a page.
+        executor: runs the steps, in order; its cache is large enough for the longest sequence that
+            is ever added.
         max_num_seqs: sequences resident at a time.
         max_num_batched_tokens: query tokens a step.
-        enable_prefix_caching: whether sequences share the pages of equal prefixes.
-        mixed_tokens: a step with prompts is one launch if it has no more tokens, decodes included;
-            larger ones, and all with 0, are hundreds of launches, which take longer than a few
-            steps of one. None: all steps are launched alike.
-        mixed_keys: and if its prompts have no more than this: the tokens of each that are computed
-            times those of its sequence, and nobody asks for their log-probabilities.
+        enable_prefix_caching: whether sequences share the blocks of equal prefixes.
+        policy: which sequence is admitted next, and which is preempted; None: first come, first
+            served.
         depth: steps in flight. 1 waits for each; with 2 the next step is scheduled while one runs.
         detokenizer: finds stop strings; None: no sequence has any.
     """
@@ -40,13 +36,10 @@ class Engine:
         self,
         executor: Executor,
         *,
-        num_blocks: int,
-        block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
-        mixed_tokens: int | None = None,
-        mixed_keys: int = 2**62,
+        policy: Policy | None = None,
         depth: int = 1,
         detokenizer: Detokenizer | None = None,
     ):
@@ -55,11 +48,7 @@ class Engine:
         self.detokenizer = detokenizer
         self.metrics = EngineMetrics()
         self.scheduler = Scheduler(
-            BlockManager(num_blocks, block_size, enable_prefix_caching),
-            max_num_seqs,
-            max_num_batched_tokens,
-            mixed_tokens,
-            mixed_keys,
+            executor, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, policy
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
         # Request id -> its samples, in order.
@@ -84,9 +73,9 @@ class Engine:
         self.dirty = dirty
 
     def add_batch(self, seqs: list[Sequence]) -> None:
-        """Queue sequences that may run in any order, all of them or none."""
+        """Queue sequences, all of them or none."""
         try:
-            for seq in self.scheduler.best_order(seqs):
+            for seq in seqs:
                 self.add(seq)
         except BaseException:
             self.abort(seqs)

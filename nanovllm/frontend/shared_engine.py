@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
+from nanovllm.frontend.batch_order import batch_order
 from nanovllm.frontend.fair_lock import FairLock
 from nanovllm.frontend.progress import Progress
 
@@ -105,7 +106,7 @@ class SharedEngine:
             with self.use() as engine:
                 seqs = make(engine)
                 stack.enter_context(self.own(seqs))
-                engine.add_batch(seqs)
+                engine.add_batch(batch_order(seqs, engine.scheduler))
             running = set(seqs)
             request_ids = dict.fromkeys(seq.request_id for seq in seqs)
             progress = stack.enter_context(Progress(len(request_ids), engine.metrics, use_tqdm))

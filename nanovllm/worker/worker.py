@@ -60,6 +60,8 @@ class Worker:
         plan: how large the cache is.
         attentions: the backend of each group of layers.
         graph_sizes: of the CUDA graphs, in tokens, ascending; empty: steps run without.
+        mixed_tokens: tokens of the largest graph that may hold chunks; 0: no graph may.
+        mixed_keys: keys that its chunks may read, as in ops.batch.Attention.
         sleeping: which of PARTS have no memory.
         model, kv: None: weights or cache have no memory.
         runner: of model and cache; None: one of them has no memory.
@@ -100,9 +102,13 @@ class Worker:
             for group in self.layers
         )  # fmt: skip
         self.graph_sizes: list[int] = []
+        self.mixed_tokens = 0
+        self.mixed_keys = min(attention.mixed_keys for attention in self.attentions)
         if self.is_gpu and not config.enforce_eager:
             least_mixed = least_mixed_of(self.attentions)
             self.graph_sizes = graph_sizes(max_num_seqs, least_mixed, max_num_batched_tokens)
+            if least_mixed is not None and self.graph_sizes[-1] >= least_mixed:
+                self.mixed_tokens = self.graph_sizes[-1]
         self.sleeping: set[str] = set()
         self.runner: ModelRunner | None = None
 

@@ -23,7 +23,7 @@ from fake_worker import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanovllm.engine import block_manager
+from nanovllm.engine.policy import FirstComeFirstServed, Priority, RoundRobin
 from nanovllm.engine.sequence import Sequence
 
 FUZZ = int(os.environ.get("NANOVLLM_FUZZ", "0"))
@@ -52,6 +52,14 @@ class FailNext:
             raise error
 
 
+# Of the groups of layers: one that sees all, two of which one has a window, or windows alone.
+SEEN = st.integers(2, 24)
+WINDOWS = st.one_of(
+    st.just((None,)), st.tuples(st.none(), SEEN), st.tuples(SEEN), st.tuples(SEEN, st.none(), SEEN)
+)
+POLICIES = [FirstComeFirstServed, FirstComeFirstServed, Priority, RoundRobin]
+
+
 @st.composite
 def engines(draw):
     """Engine options, and the longest sequence that they allow for."""
@@ -61,6 +69,8 @@ def engines(draw):
     smallest = -(-max_model_len // block_size)
     return max_model_len, dict(
         block_size=block_size,
+        windows=draw(WINDOWS),
+        policy=draw(st.sampled_from(POLICIES))(),
         num_blocks=smallest + draw(st.sampled_from([0, 1, smallest // 2, smallest, 3 * smallest])),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 0, 1, 3, 10, 50])),
@@ -104,12 +114,9 @@ SCHEDULES = st.lists(
 
 @pytest.fixture(scope="module", autouse=True)
 def small_constants():
-    """So that sequences take their log-probabilities many times, and wait to start together though
-    there are few."""
+    """So that sequences take their log-probabilities many times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanovllm.engine.recent_logprobs.NUM_LINES", 3)
-        patch.setattr("nanovllm.engine.scheduler.STARTING_ROWS", 0.6)
-        patch.setattr("nanovllm.engine.scheduler.STARTING_STEPS", 4)
         yield
 
 
@@ -173,6 +180,8 @@ class Run:
                 stop_token_ids=stop_token_ids,
                 logprobs=length % 4 if seed else None,
                 presence_penalty=seed,  # the worker gets the tokens so far
+                priority=length % 3,
+                caller=len(self.seqs) % 4,
                 **scores,
             )
             for index in range(n)
@@ -219,19 +228,6 @@ def test_every_schedule_gives_the_right_tokens(engine, schedule):
     Run(*engine).play(schedule)
 
 
-@fuzz(1000)
-@given(engines(), SCHEDULES, st.integers(0, 2))
-def test_colliding_hashes_never_give_wrong_tokens(engine, schedule, bits):
-    real_hash = block_manager.xxh3_64_intdigest
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            block_manager,
-            "xxh3_64_intdigest",
-            lambda data, seed: 1 + real_hash(data, seed) % 2**bits,
-        )
-        Run(*engine).play(schedule)
-
-
 CERTAIN = st.lists(
     st.tuples(
         st.sampled_from(TEXTS),
@@ -253,6 +249,8 @@ def engines_of_small_steps(draw):
     max_num_seqs, block_size = draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 2]))
     return 40, dict(
         block_size=block_size,
+        windows=draw(WINDOWS),
+        policy=draw(st.sampled_from(POLICIES))(),
         num_blocks=40 // block_size * draw(st.sampled_from([2, 3])),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=200,
