@@ -59,22 +59,20 @@ class InProcessExecutor:
         self.mixed_tokens = self.worker.mixed_tokens  # of the largest graph, 0; None: all eager
 
     def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
-        """As the protocol's: a few tokens join a step that one CUDA graph holds; where that would
-        take more than MIXED_STEPS steps, one eager step takes all."""
-        full = self.max_num_batched_tokens - num_decodes
-        if self.mixed_tokens is None or not num_decodes:
-            return full
-        num_tokens = budget = 0
-        room, keys = self.mixed_tokens - num_decodes, self.worker.attention.mixed_keys
-        for new_tokens, seq_tokens in waiting:
-            num_tokens += new_tokens
-            if room > 0:
-                joining = min(new_tokens, room, keys // seq_tokens)
-                room = room - joining if joining == new_tokens else 0
-                budget, keys = budget + joining, keys - joining * seq_tokens
-            if num_tokens > MIXED_STEPS * budget:
-                return full
-        return budget
+        """As in the protocol. Beside decodes, prompts fill the largest CUDA graph, unless they are
+        worth a step of their own; a graph's attention reads a bounded number of keys."""
+        budget = self.max_num_batched_tokens - num_decodes
+        if num_decodes == 0 or self.mixed_tokens is None:
+            return budget
+        room, mixed_keys = max(0, self.mixed_tokens - num_decodes), self.worker.attention.mixed_keys
+        num_new = 0
+        for num_tokens, length in waiting:
+            if num_new < room:  # it would join
+                room = min(room, mixed_keys // length)
+            num_new += num_tokens
+            if num_new > MIXED_STEPS * room:
+                return budget
+        return min(room, budget)
 
     @property
     def runner(self) -> ModelRunner:
