@@ -152,19 +152,19 @@ class FakeWorker:
         self.num_stored = 0
 
     def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
-        full = self.max_num_batched_tokens - num_decodes
-        if self.mixed_tokens is None or not num_decodes:
-            return full
-        room, keys, budget = self.mixed_tokens - num_decodes, self.mixed_keys, 0
-        rest = 0
-        for new_tokens, seq_tokens in waiting:
-            assert 0 < new_tokens <= seq_tokens
-            joining = max(0, min(new_tokens, room, keys // seq_tokens)) if not rest else 0
-            budget, room, keys = budget + joining, room - joining, keys - joining * seq_tokens
-            rest += new_tokens - joining
-            if rest > (MIXED_STEPS - 1) * budget:
-                return full
-        return min(budget, full)
+        """The rule of worker/executor.py."""
+        budget = self.max_num_batched_tokens - num_decodes
+        if num_decodes == 0 or self.mixed_tokens is None:
+            return budget
+        room, num_new = max(0, self.mixed_tokens - num_decodes), 0
+        for num_tokens, length in waiting:
+            assert 0 < num_tokens <= length
+            if num_new < room:
+                room = min(room, self.mixed_keys // length)
+            num_new += num_tokens
+            if num_new > MIXED_STEPS * room:
+                return budget
+        return min(room, budget)
 
     def submit(self, step: StepInput) -> Pending:
         number = len(self.steps)
@@ -482,7 +482,7 @@ def check_invariants(engine: Engine) -> None:
     assert [scheduler.seqs[row] for row in rows] == list(running)
     assert set(decoding(engine)) <= set(running)
     assert sorted(rows + scheduler.free_rows) == list(range(scheduler.max_num_seqs))
-    for column in scheduler.max_len, scheduler.num_computed, scheduler.num_slots:
+    for column in scheduler.max_len, scheduler.num_slots, scheduler.max_slots:
         assert set(np.flatnonzero(column).tolist()) <= set(rows)
     assert len(engine.pending) <= engine.depth
     # Prompts are computed one after another.
@@ -522,6 +522,7 @@ def check_blocks(engine: Engine, group: int) -> None:
         num_tokens = max(num_computed(engine, seq), seq.prefill_end)
         assert len(table) == -(-num_tokens // size)
         assert scheduler.num_slots[seq.row] == len(table) * size
+        assert scheduler.max_slots[seq.row] == -(-(seq.max_len - 1) // size) * size
         row = worker.rows[seq.row]
         pairs = list(zip(table, row.block_tables[group], strict=True))
         assert all(block in (-1, known) for block, known in pairs)

@@ -90,6 +90,7 @@ class BlockManager:
     Attributes:
         prefixes: contents of a block -> the prefix that it ends.
         num_prefixes: how many have been known.
+        last_tokens, last_path: of the last lookup, and all prefixes that it found.
     """
 
     def __init__(self, groups: tuple[CacheGroup, ...], enable_prefix_caching: bool = True):
@@ -102,6 +103,7 @@ class BlockManager:
         self.has_windows = any(group.window is not None for group in groups)
         self.prefixes: dict[Content, int] = {}
         self.num_prefixes = 0
+        self.last_tokens, self.last_path = np.empty(0, np.uint32), list[int]()
 
     @property
     def num_blocks(self) -> int:
@@ -120,18 +122,27 @@ class BlockManager:
         """The cached blocks of a sequence's longest prefix that all groups have, [groups, blocks]
         int32. A group with a window needs only the last window of the prefix; its blocks before
         that are -1."""
-        size, prefix, path = 4 * self.block_size, 0, []
-        if self.prefixes and (limit := seq.num_cacheable // self.block_size):
-            tokens = seq.token_ids.tobytes()
-            for start in range(0, limit * size, size):
-                prefix = self.prefixes.get((prefix, tokens[start : start + size]), 0)
-                if not prefix:
-                    break
-                path.append(prefix)
-        if not path:
+        size = self.block_size
+        num_blocks = seq.num_cacheable // size
+        if not self.prefixes or not num_blocks:
             return np.empty((len(self.pools), 0), np.int32)
-        index = np.arange(len(path))
+        # Where it begins like the sequence before, as many do, only the rest is looked up.
+        tokens, last_tokens = np.array(seq.token_ids[: num_blocks * size]), self.last_tokens
+        num_common = min(len(tokens), len(last_tokens))
+        differ = np.flatnonzero(tokens[:num_common] != last_tokens[:num_common])
+        num_equal = int(differ[0]) if differ.size else num_common
+        path = self.last_path[: num_equal // size]
+        prefix, rest = path[-1] if path else 0, tokens[len(path) * size :].tobytes()
+        for start in range(0, len(rest), 4 * size):
+            prefix = self.prefixes.get((prefix, rest[start : start + 4 * size]), 0)
+            if not prefix:
+                break
+            path.append(prefix)
+        self.last_tokens, self.last_path = tokens, path
         blocks = np.array([[pool.cached.get(p, -1) for p in path] for pool in self.pools], np.int32)
+        if (len(self.pools) == 1 and not self.has_windows) or not path:
+            return blocks
+        index = np.arange(len(path))
         # A prefix that ends with block i is a hit if no block of its last window is missing.
         last_missing = np.maximum.accumulate(np.where(blocks < 0, index, -1), axis=1)
         is_hit = index - last_missing >= np.minimum(index + 1, self.window_blocks)
@@ -227,5 +238,6 @@ class BlockManager:
             del pool.cached[prefix]
             if not any(prefix in other.cached for other in self.pools):
                 del self.prefixes[content]
+                self.last_path = []
         pool.ref_counts[block], pool.owners[block] = 1, row
         return block

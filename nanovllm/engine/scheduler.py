@@ -19,13 +19,12 @@ from itertools import islice
 import numpy as np
 
 from nanovllm.core.metrics import StepMetrics
-from nanovllm.core.step import MIXED_STEPS, Chunk, Executor, RowStart, Scoring, StepInput
+from nanovllm.core.step import MIXED_STEPS, Chunk, Executor, RowStart, StepInput
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.forecast import expected_steps, peak_blocks
 from nanovllm.engine.policy import FirstComeFirstServed, Policy
 from nanovllm.engine.recent_logprobs import RecentLogprobs
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import SampleLogprobs
 
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
 # over how many sequences the mean is.
@@ -64,7 +63,8 @@ class Scheduler:
             is 0 in free rows.
         num_computed: [rows] tokens whose keys and values are stored, or will be by the steps
             submitted so far.
-        num_slots: [rows] tokens that the sequence's blocks have room for.
+        num_slots, max_slots: [rows] tokens that the sequence's blocks have room for, now and in the
+            end.
         decodes: [rows] whether the next step computes one token more: the prompt is computed, and
             the last token isn't in flight.
         logprobs: [rows] log-probabilities that sequences have not taken yet.
@@ -91,6 +91,7 @@ class Scheduler:
         self.may_stop = np.zeros(max_num_seqs, bool)
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         self.num_slots = np.zeros(max_num_seqs, np.int64)
+        self.max_slots = np.zeros(max_num_seqs, np.int64)
         self.decodes = np.zeros(max_num_seqs, bool)
         self.logprobs = RecentLogprobs(max_num_seqs)
         self.mean_output = float(MEAN_OUTPUT)
@@ -106,7 +107,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self.free_rows = list(range(self.max_num_seqs))
         self.seqs[:], self.decodes[:] = None, False
-        self.max_len[:] = self.num_computed[:] = self.num_slots[:] = 0
+        self.max_len[:] = self.num_computed[:] = self.num_slots[:] = self.max_slots[:] = 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting[seq] = None
@@ -192,46 +193,39 @@ class Scheduler:
     def _prefill(self, step: ScheduledStep) -> str:
         """The rest of a prompt that the last step's budget cut, then admissions, until something
         stops them; returns what."""
-        begun = next(reversed(self.running), None)
-        if begun is not None and self.num_computed[begun.row] >= begun.prefill_end:
-            begun = None
-        if begun is None and (not self.waiting or self._is_closed(step)):
-            return self._is_closed(step) if self.waiting else ""
-        size = self.block_manager.block_size
-        # Free blocks that are left if all running sequences grow to their ends.
-        last_slots = -(-np.maximum(self.max_len - 1, 0) // size) * size
-        num_spare = self.block_manager.num_free - int((last_slots - self.num_slots).sum()) // size
-        prompts = self._prompts(begun, num_spare)
-        budget = self.executor.prompt_budget(step.input.num_decodes, prompts)
-        is_full = budget == self.max_num_batched_tokens - step.input.num_decodes
-        stopped_by = "max_num_batched_tokens" if is_full else "prompt_budget"
-        if begun is not None:
-            budget -= self._add_chunk(step, begun, budget)
-            if self.num_computed[begun.row] < begun.prefill_end:
-                return stopped_by
-        while self.waiting:
-            if reason := self._is_closed(step):
-                return reason
+        blocks, num_decodes = self.block_manager, step.input.num_decodes
+        seq, stopped_by, budget, num_spare = next(reversed(self.running), None), "", 0, 0
+        if seq is not None and self.num_computed[seq.row] >= seq.prefill_end:
+            seq = None
+        while seq is not None or self.waiting:
+            if seq is None:
+                if step.metrics.preemptions:
+                    return "preemption"  # the blocks are for running sequences that needed them
+                if len(self.running) >= self.max_num_seqs:
+                    return "max_num_seqs"
+            if not stopped_by:
+                slots_to_come = int((self.max_slots - self.num_slots).sum())
+                num_spare = blocks.num_free - slots_to_come // blocks.block_size
+                prompts = self._prompts(seq, num_spare)
+                budget = self.executor.prompt_budget(num_decodes, prompts)
+                is_whole = budget == self.max_num_batched_tokens - num_decodes
+                stopped_by = "max_num_batched_tokens" if is_whole else "prompt_budget"
             if budget == 0:
                 return stopped_by
-            seq = self.policy.next(self.waiting)
-            hits = self.block_manager.find_prefix(seq)
-            needed = self.block_manager.num_needed(seq, hits)
-            num_to_come = max(needed) + self._growth(seq)
-            if num_to_come > num_spare and not self._has_blocks(seq, hits, needed, budget):
-                return "blocks"
-            num_spare -= num_to_come
-            self._start(step, seq, hits)
+            if seq is None:
+                seq = self.policy.next(self.waiting)
+                hits = blocks.find_prefix(seq)
+                needed = blocks.num_needed(seq, hits)
+                num_to_come = max(needed) + self._growth(seq)
+                if num_to_come > num_spare and not self._has_blocks(seq, hits, needed, budget):
+                    return "blocks"
+                num_spare -= num_to_come
+                self._start(step, seq, hits)
             budget -= self._add_chunk(step, seq, budget)
             if self.num_computed[seq.row] < seq.prefill_end:
                 return stopped_by
+            seq = None
         return ""
-
-    def _is_closed(self, step: ScheduledStep) -> str:
-        """Why no sequence can be admitted at all, or ""."""
-        if step.metrics.preemptions:
-            return "preemption"  # the blocks are for the running sequences that needed them
-        return "max_num_seqs" if len(self.running) >= self.max_num_seqs else ""
 
     def _prompts(self, begun: Sequence | None, num_spare: int) -> Iterator[tuple[int, int]]:
         """(tokens still to compute, tokens) of the prompt that has begun, of the first waiting
@@ -306,7 +300,8 @@ class Scheduler:
         self.seqs[row], self.max_len[row] = seq, seq.max_len
         self.num_prompt_tokens[row], self.may_stop[row] = seq.num_prompt_tokens, seq.may_stop
         self.num_computed[row] = num_cached
-        self.num_slots[row] = blocks.blocks_for(seq.prefill_end) * blocks.block_size
+        self.num_slots[row] = len(seq.block_tables[0]) * blocks.block_size
+        self.max_slots[row] = blocks.blocks_for(seq.max_len - 1) * blocks.block_size
         min_len = seq.num_prompt_tokens + params.min_tokens if params.min_tokens else 0
         step.input.starts.append(
             RowStart(
@@ -329,8 +324,9 @@ class Scheduler:
         end = min(seq.prefill_end, start + budget)
         samples = end == seq.prefill_end
         step.input.chunks.append(Chunk(seq.row, start, seq.token_ids[start:end], samples))
-        if seq.scores is not None:
-            self._score(step, seq, seq.scores, start, end)
+        if scoring := seq.scoring(len(step.input.chunks) - 1, start, end):
+            step.input.scorings.append(scoring)
+            step.scored.append(seq)
         self.num_computed[seq.row] = end
         if samples:
             step.sampled.append(seq)
@@ -338,18 +334,6 @@ class Scheduler:
         self.block_manager.register(seq, end)
         self.block_manager.free_outside(seq, start)
         return end - start
-
-    def _score(
-        self, step: ScheduledStep, seq: Sequence, scores: SampleLogprobs, start: int, end: int
-    ) -> None:
-        """Score the tokens after the last chunk's, [start, end), as far as they are wanted and were
-        not read before a preemption."""
-        first = max(start + 1, seq.score_from + len(scores))
-        token_ids = seq.targets[first - seq.score_from : max(0, end + 1 - seq.score_from)]
-        if token_ids:
-            chunk, num_top = len(step.input.chunks) - 1, scores.width - 1
-            step.input.scorings.append(Scoring(chunk, first - 1 - start, token_ids, num_top))
-            step.scored.append(seq)
 
     def _release(self, seq: Sequence) -> None:
         """Take back a running sequence's row and blocks. Its full blocks stay in the prefix cache
@@ -361,6 +345,7 @@ class Scheduler:
         self.block_manager.register(seq, int(self.num_computed[row]))
         self.block_manager.free(seq)
         self.seqs[row], self.decodes[row] = None, False
-        self.max_len[row] = self.num_computed[row] = self.num_slots[row] = 0
+        self.max_len[row] = self.num_computed[row] = 0
+        self.num_slots[row] = self.max_slots[row] = 0
         heappush(self.free_rows, row)
         seq.row = -1

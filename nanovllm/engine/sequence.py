@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from nanovllm.core.step import Scoring
 from nanovllm.outputs import RequestMetrics, SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -198,6 +199,17 @@ class Sequence:
         if self.scores is None or len(self.scores) == len(self.targets):
             return len(self.token_ids)
         return self.score_from + len(self.scores) - 1
+
+    def scoring(self, chunk: int, start: int, end: int) -> Scoring | None:
+        """What to score with a chunk of its tokens, [start, end): the tokens after them, as far as
+        they are targets and were not read before a preemption. None: nothing."""
+        if self.scores is None:
+            return None
+        first = max(start + 1, self.score_from + len(self.scores))
+        token_ids = self.targets[first - self.score_from : max(0, end + 1 - self.score_from)]
+        if not token_ids:
+            return None
+        return Scoring(chunk, first - 1 - start, token_ids, self.scores.width - 1)
 
     def check_stop(self) -> None:
         """Set finish_reason if the last token ends the sequence."""

@@ -140,7 +140,8 @@ def test_tokens_are_the_same_when_requests_wait_for_rows(setting, eager):
     with load(folder, max_num_seqs=100) as llm:
         expected = generate(llm, prompts, params)
     with load(folder, max_num_seqs=24, enforce_eager=eager) as llm:
-        assert llm.llm_engine.executor.worker.mixed_tokens == (0 if eager else 512)
+        budget = llm.llm_engine.executor.prompt_budget(1, [(1, 1)])
+        assert budget == (llm.llm_engine.scheduler.max_num_batched_tokens if eager else 512) - 1
         by_graph = count_calls(
             llm.llm_engine.executor.runner, "graph_size", lambda size: size is not None
         )
@@ -172,7 +173,9 @@ def test_tokens_are_the_same_however_steps_mix(setting, mixed_tokens, chunk):
     with load(folder, max_num_seqs=100, enforce_eager=True) as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
     with load(folder, max_num_seqs=24, max_num_batched_tokens=chunk) as llm:
-        llm.llm_engine.executor.worker.mixed_tokens = mixed_tokens
+        llm.llm_engine.executor.prompt_budget = lambda num_decodes, waiting: min(
+            chunk - num_decodes, max(1, mixed_tokens - num_decodes) if num_decodes else chunk
+        )
         outputs = llm.generate(prompts, params, use_tqdm=False)
     for output, other in zip(outputs, expected, strict=True):
         assert output["token_ids"] == other["token_ids"]

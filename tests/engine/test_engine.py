@@ -236,7 +236,7 @@ def test_long_prompts_come_in_smaller_pieces_or_at_once():
     assert pieces(60 * 15, make_sequence([5] * 60, "a")) == [15, 15, 15, 15]
     assert pieces(60 * 11, make_sequence([5] * 60, "a")) == [60]
     assert pieces(59, make_sequence([5] * 60, "a")) == [60]
-    for mixed_keys, expected in (60 * 11, [65]), (60 * 14, [5 + 12, 14, 14, 14, 6]):
+    for mixed_keys, expected in (60 * 14, [65]), (60 * 17, [5 + 12, 16, 16, 16]):
         behind = make_sequence([6] * 5, "b"), make_sequence([5] * 60, "a")
         assert pieces(mixed_keys, *behind) == expected
 

@@ -104,6 +104,6 @@ def test_a_prompt_cut_by_the_budget_goes_on_before_others_start(policy, depth):
     engine.add(long)
     take_step(engine)
     first = make_sequence([2] * 3, "first", max_tokens=4, priority=0, caller=1)
-    order, _ = admissions(engine, [first])
+    admissions(engine, [first])
     assert_right(long, first)
     assert long.metrics.first_token_time <= first.metrics.first_token_time
