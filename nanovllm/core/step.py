@@ -5,9 +5,9 @@ its sampling parameters. A StepInput carries only what changes, so a step of pla
 arrays: row numbers, positions, new pages. It can go to another process.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -186,6 +186,10 @@ class Executor(Protocol):
     def wake_up(self, tags: Collection[str]) -> None:
         """Undo that for some; the cache is empty. Raises RuntimeError if memory is too small; then
         both sleep."""
+        ...
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Call a function with each worker's model."""
         ...
 
     def is_usable(self) -> bool:

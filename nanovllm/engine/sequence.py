@@ -50,7 +50,9 @@ class Sequence:
             one token beyond the prompt.
         score_from: the position of the first of them.
         scores: of the targets, as far as they were read; None: nobody asks.
-        error: why its next token could not be drawn, which ended it.
+        error: what ended it, after the finish_reason "error".
+        priority, caller: what a scheduling policy may look at: a lower priority runs first; the
+            number of the call that it is of.
         block_table: its pages, in order of position.
         block_hashes: chained hashes of its full pages, made when first needed.
         num_registered: how many of its pages were offered to the prefix cache.
@@ -60,6 +62,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "cached_parent",
+        "caller",
         "check_from",
         "delivered",
         "eos_token_ids",
@@ -75,6 +78,7 @@ class Sequence:
         "num_registered",
         "params",
         "prefill_end",
+        "priority",
         "prompt",
         "request_id",
         "row",
@@ -103,6 +107,7 @@ class Sequence:
         arrival_time: float = 0.0,
         targets: Iterable[int] | None = None,
         score_from: int = 1,
+        priority: int = 0,
     ):
         """The array of its prompt becomes its own. If params.prompt_logprobs asks: of `targets`, or
         of the prompt from its second token on."""
@@ -111,6 +116,8 @@ class Sequence:
         self.token_ids = prompt_token_ids
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
+        self.priority = priority
+        self.caller: int | str = 0
         self.seed = seed
         self.eos_token_ids = eos_token_ids
         self.stop_token_ids = tuple(params.stop_token_ids or ())
@@ -134,7 +141,7 @@ class Sequence:
         self.failed_at = 0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.error: Exception | None = None
+        self.error: str | None = None
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )

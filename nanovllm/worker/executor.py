@@ -2,9 +2,10 @@
 process."""
 
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from itertools import cycle
+from typing import Any
 
 import torch
 
@@ -68,6 +69,12 @@ class InProcessExecutor:
             if written is not None:
                 written.record()
         return SampledTokens(sampled, written)
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Raises RuntimeError while the weights sleep."""
+        if self.worker.model is None:
+            raise RuntimeError("the weights sleep: call wake_up() first")
+        return [func(self.worker.model)]
 
     @property
     def sleeping(self) -> Collection[str]:

@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from nanovllm.frontend.fair_lock import FairLock
 
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.core.metrics import Counter, Gauge, Histogram
-from nanovllm.frontend.fair_lock import FairLock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
