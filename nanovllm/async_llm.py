@@ -194,8 +194,10 @@ class _Client(Stream):
 
     def drop(self, consumer: _Consumer) -> None:
         self.thread.drop(self, consumer.seqs)
-        if self.consumers.get(consumer.seqs[0].request_id) is consumer:
-            del self.consumers[consumer.seqs[0].request_id]
+        request_id = consumer.seqs[0].request_id
+        if self.consumers.get(request_id) is consumer:
+            del self.consumers[request_id]
+            self.untaken.discard(request_id)
 
     def advance(self, seqs: list[Sequence]) -> None:
         super().advance(seqs)
@@ -206,6 +208,7 @@ class _Client(Stream):
     def _hand_on(self, news: list[RequestOutput] | BaseException) -> None:
         if isinstance(news, BaseException):
             woken, self.consumers = list(self.consumers.values()), {}
+            self.untaken.clear()
             for consumer in woken:
                 consumer.error = news
         else:

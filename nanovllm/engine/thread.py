@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context, copy_context
 from queue import Empty, SimpleQueue
@@ -204,10 +204,12 @@ class EngineThread:
             ended = self.engine.abort(seq.samples)
             self._tell({self.clients[request_id]: ended}, ended)
 
-    def drop(self, client: Client, seqs: Iterable[Sequence]) -> None:
+    def drop(self, client: Client, seqs: list[Sequence]) -> None:
         """End some of a client's sequences, of which the caller wants to hear no more."""
         assert self.engine is not None
         self._forget(self.engine.abort(seqs))
+        for seq in seqs:
+            client.news.pop(seq, None)
         if not client.seqs:
             self.driving.pop(client, None)
 
@@ -256,7 +258,7 @@ class EngineThread:
         client.fail(error)
         self.driving.pop(client, None)
         if client is not self.by_hand:
-            self.drop(client, list(client.seqs))
+            self.drop(client, [*client.seqs, *client.news])
 
     def _close_if_lost(self, error: BaseException) -> None:
         """After some errors of a kernel every call to CUDA fails."""

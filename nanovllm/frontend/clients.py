@@ -127,7 +127,7 @@ class Stream(Client):
         for seq in due:
             del self.news[seq]
         if outputs := self.requests.news(due):
-            self.untaken.update(output.request_id for output in outputs)
+            self.untaken.update(output.request_id for output in outputs if not output.finished)
             self.put(outputs)
 
     def fail(self, error: BaseException) -> None:

@@ -676,21 +676,21 @@ def test_a_batch_that_fits_or_has_too_few_pages_keeps_its_order(options):
     assert list(engine.scheduler.waiting) == seqs
 
 
-def test_an_interrupt_between_logprobs_and_tokens_repeats_neither(monkeypatch):
+def test_an_error_between_logprobs_and_tokens_repeats_neither(monkeypatch):
     engine = make_engine(depth=2)
     seqs = [make_sequence([1, 2, i], str(i), logprobs=i % 3, max_tokens=9) for i in range(4)]
     put, calls = engine.scheduler.logprobs.put, []
 
-    def interrupted(*step):
+    def failing(*step):
         calls.append(put(*step))
         if len(calls) in (1, 4):
-            raise KeyboardInterrupt
+            raise MemoryError
 
-    monkeypatch.setattr(engine.scheduler.logprobs, "put", interrupted)
+    monkeypatch.setattr(engine.scheduler.logprobs, "put", failing)
     for seq in seqs:
         engine.add(seq)
     while engine.has_unfinished:
-        with suppress(KeyboardInterrupt):
+        with suppress(MemoryError):
             take_step(engine)
     assert_right(*seqs)
 
@@ -937,24 +937,25 @@ def test_plain_sequences_are_not_scored():
 
 
 @both_depths
-def test_an_interrupt_amid_scores_repeats_and_loses_none(monkeypatch, depth):
+@pytest.mark.parametrize("nth", [2, 4])
+def test_an_error_amid_scores_repeats_and_loses_none(monkeypatch, nth, depth):
     engine = make_engine(depth=depth, max_num_batched_tokens=6)
     seqs = sequences([1] * 9, [2] * 14, max_tokens=3, prompt_logprobs=1)
     extend, calls = SampleLogprobs.extend, []
 
-    def interrupted(scores, lines):
+    def failing(scores, lines):
         calls.append(scores)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
+        if len(calls) == nth == 4:
+            raise MemoryError
         extend(scores, lines)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+        if len(calls) == nth == 2:
+            raise MemoryError
 
-    monkeypatch.setattr(SampleLogprobs, "extend", interrupted)
+    monkeypatch.setattr(SampleLogprobs, "extend", failing)
     for seq in seqs:
         engine.add(seq)
     while engine.has_unfinished:
-        with suppress(KeyboardInterrupt):
+        with suppress(MemoryError):
             take_step(engine)
     assert len(calls) > 4
     assert_right(*seqs)

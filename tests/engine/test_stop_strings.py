@@ -102,8 +102,10 @@ def test_a_stop_string_ends_the_request_wherever_it_lies(
 def test_an_error_of_the_tokenizer_ends_its_request_alone(depth):
     class Breaks(Pieces):
         def decode(self, token_ids, **options):
-            return 1 / 0 if len(token_ids) > 2 else super().decode(token_ids, **options)
+            calls.append(token_ids)
+            return 1 / 0 if len(calls) == 4 else super().decode(token_ids, **options)
 
+    calls = []
     engine = make_engine(depth=depth, detokenizer=Detokenizer(Breaks(["a"] * VOCAB)))
     bad, good = make_sequence([5], "bad", max_tokens=6, stop="b"), make_sequence([5], max_tokens=6)
     run(engine, bad, good)
