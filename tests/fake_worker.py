@@ -404,11 +404,11 @@ def make_sequence(
 
 
 def take_step(engine: Engine) -> list[Sequence]:
-    """Step, and take what came of it."""
-    engine.step()
-    advanced = list(engine.advanced)
-    engine.advanced.clear()
-    return advanced
+    """Step. Returns the sequences that have news, or raises what the step failed with."""
+    news = engine.step()
+    if news.error is not None:
+        raise news.error
+    return news.advanced
 
 
 def run(engine: Engine, *seqs: Sequence) -> list[Sequence]:
@@ -470,9 +470,7 @@ def decoding(engine: Engine) -> list[Sequence]:
 
 
 def check_invariants(engine: Engine) -> None:
-    """What holds between any two steps; a failed one is mended when the next begins."""
-    if engine.dirty:
-        return
+    """What holds between any two steps, of which the first may have failed."""
     scheduler, running = engine.scheduler, engine.scheduler.running
     for group in range(len(engine.executor.groups)):
         check_blocks(engine, group)

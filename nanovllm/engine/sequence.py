@@ -120,6 +120,8 @@ class Sequence:
         self.token_ids = prompt_token_ids
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
+        self.priority = priority
+        self.caller: int | str = 0
         self.seed = seed
         self.eos_token_ids = eos_token_ids
         self.stop_token_ids = tuple(params.stop_token_ids or ())
@@ -144,7 +146,7 @@ class Sequence:
         self.failed_at = 0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.error: Exception | None = None
+        self.error: str | None = None
         self.text = TextState(
             max(0, self.num_prompt_tokens - NUM_CONTEXT_TOKENS), self.num_prompt_tokens
         )

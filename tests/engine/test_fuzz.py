@@ -18,7 +18,6 @@ from fake_worker import (
     decoding,
     make_engine,
     make_sequence,
-    take_step,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,7 +128,7 @@ class Run:
         self.engine = make_engine(**options)
         self.worker: FakeWorker = self.engine.executor
         self.worker.fail_on = self.failure = FailNext()
-        self.seqs, self.delivered, self.dropped = [], [], []
+        self.seqs, self.delivered = [], []
         self.num_errors = 0
 
     def play(self, schedule):
@@ -144,8 +143,7 @@ class Run:
         assert_right(*self.seqs, max_model_len=self.max_model_len, cut=("abort", "error"))
         assert self.num_errors > 1 or all(seq.finish_reason != "error" for seq in self.seqs)
         ended = [seq for seq in self.seqs if seq.finish_reason != "abort"]
-        expected = {seq: 1 for seq in ended if seq not in self.dropped}
-        assert Counter(self.delivered) == Counter(expected)
+        assert Counter(self.delivered) == Counter(ended)
         assert self.caching or not self.engine.metrics.cached_tokens
 
     def add(
@@ -192,16 +190,15 @@ class Run:
 
     def step(self, times=1):
         for _ in range(times):
-            decodes = [] if self.engine.dirty else decoding(self.engine)
-            num_steps = len(self.worker.steps)
-            try:
-                self.delivered += [seq for seq in take_step(self.engine) if seq.finished]
-            except (RuntimeError, KeyboardInterrupt) as error:
+            decodes, num_steps = decoding(self.engine), len(self.worker.steps)
+            news = self.engine.step()
+            assert set(news.ended) <= set(news.advanced)
+            self.delivered += news.ended
+            if news.error is not None:
                 assert not self.failure.armed
-                self.num_errors += isinstance(error, RuntimeError)
-            else:
-                if len(self.worker.steps) > num_steps:
-                    self.check_all_decoded(decodes)
+                self.num_errors += 1
+            elif len(self.worker.steps) > num_steps:
+                self.check_all_decoded(decodes)
             check_invariants(self.engine)
 
     def check_all_decoded(self, decodes):
@@ -210,12 +207,7 @@ class Run:
         assert len(decodes) - preempted <= num_decodes <= len(decodes)
 
     def abort(self, back):
-        samples = self.seqs[-min(back, len(self.seqs))].samples
-        for seq in samples:
-            fails = seq.finish_reason == "error" and seq not in self.delivered  # not told yet
-            if seq in self.engine.advanced or fails:
-                self.dropped.append(seq)
-        self.engine.abort(samples)
+        self.engine.abort(self.seqs[-min(back, len(self.seqs))].samples)
         check_invariants(self.engine)
 
     def fail(self, stage, error):
