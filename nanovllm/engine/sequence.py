@@ -120,8 +120,6 @@ class Sequence:
         self.token_ids = prompt_token_ids
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
-        self.priority = priority
-        self.caller: int | str = 0
         self.seed = seed
         self.eos_token_ids = eos_token_ids
         self.stop_token_ids = tuple(params.stop_token_ids or ())
