@@ -120,7 +120,7 @@ class Worker:
         try:
             sizes = self.max_positions, self.graph_sizes
             with compiled_ahead(compiler, self._trial_runner, *sizes, laps):
-                self._load()
+                self._load(self.model)
             laps.end("weights")
             if cache_bytes is None:
                 self.plan = self._plan_cache(self._measure())
@@ -161,14 +161,13 @@ class Worker:
         allocate(model, self.device)
         return model
 
-    def _load(self) -> None:
+    def _load(self, model: CausalLM) -> None:
         """Read the weights."""
-        assert self.model is not None
         if self.config.load_format == "dummy":
-            fill_dummy_weights(self.model, self.config.seed)
+            fill_dummy_weights(model, self.config.seed)
         else:
-            load_weights(self.model, resolve_folder(self.config, with_weights=True))
-        pack_weights(self.model)
+            load_weights(model, resolve_folder(self.config, with_weights=True))
+        pack_weights(model)
 
     def _measure(self) -> int:
         """Try the largest step, and CUDA graphs, on a cache of one block. Returns the bytes that
@@ -268,8 +267,9 @@ class Worker:
         woken = self.sleeping.intersection(tags)
         try:
             if "weights" in woken and self.model is None:
-                self.model = self._allocated_model()
-                self._load()
+                model = self._allocated_model()
+                self._load(model)
+                self.model = model
             elif "weights" in woken and self.model is not None:
                 self.model.to(self.device)
             if "kv_cache" in woken:
