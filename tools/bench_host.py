@@ -14,12 +14,13 @@ when sequences end in each.
 import sys
 import time
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from nanovllm import ops
-from nanovllm.core.step import StepInput, StepOutput
+from nanovllm.core.step import CacheGroup, StepInput, StepOutput
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.ops.triton.attention import TritonAttention
@@ -41,6 +42,12 @@ class Done:
 
 
 class NullExecutor:
+    def __init__(self, num_seqs: int = 1024):
+        self.groups = (CacheGroup(num_seqs * 40, BLOCK_SIZE),)
+
+    def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
+        return 16384 - num_decodes
+
     def submit(self, step: StepInput) -> Done:
         return Done(step)
 
@@ -52,6 +59,7 @@ class HostExecutor(NullExecutor):
     """The host's part of ModelRunner's steps of decodes, timed."""
 
     def __init__(self, max_num_seqs: int, steps_per_list: int | None = None):
+        super().__init__(max_num_seqs)
         device = torch.device("cpu")
         attention = TritonAttention(
             16, 8, 128, BLOCK_SIZE, torch.bfloat16, device, num_sms=132, max_decodes=max_num_seqs
@@ -96,8 +104,6 @@ def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
     """An engine with that many sequences in the middle of their decodes."""
     engine = Engine(
         executor,
-        num_blocks=num_seqs * 40,
-        block_size=BLOCK_SIZE,
         max_num_seqs=num_seqs,
         max_num_batched_tokens=max(16384, num_seqs),
         depth=2,
@@ -108,7 +114,6 @@ def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
         engine.add(Sequence(str(i), prompt, params, seed=i, max_model_len=4096))
     for _ in range(20):
         engine.step()
-        engine.advanced.clear()
     return engine
 
 
@@ -118,7 +123,6 @@ def run(engine: Engine) -> list[float]:
         start = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - start)
-        engine.advanced.clear()
     return seconds
 
 

@@ -28,16 +28,16 @@ class Counts:
         prefill_tokens: prompt tokens computed (and tokens computed again after a preemption).
         decode_tokens: tokens computed one at a time for running sequences.
         cached_tokens: tokens that were not computed because the prefix cache had them.
-        preemptions: sequences put back to make room for older ones.
-        page_slots: places for tokens in the pages that sequences hold, a shared page counted once.
-        empty_slots: those of them that hold no token.
+        preemptions: sequences put back to make room for others.
+        block_slots: slots of the blocks that sequences hold, a shared block counted once.
+        empty_slots: slots among them that hold no token.
     """
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
-    page_slots: int = 0
+    block_slots: int = 0
     empty_slots: int = 0
 
 
@@ -46,12 +46,12 @@ class StepMetrics(Counts):
     """One step.
 
     Attributes:
-        running: sequences that hold pages.
+        running: sequences that hold blocks.
         waiting: sequences that hold none.
-        stopped_by: why no more tokens joined the batch: "max_num_batched_tokens"; "mixed_tokens", a
-            step of one launch is full, and there is too little to do yet for a larger one;
-            "max_num_seqs" or "pages", too few rows or pages are free; "preemption", those just
-            freed are for older sequences; or "", there were none.
+        stopped_by: why no more prompt tokens joined the batch: "max_num_batched_tokens";
+            "prompt_budget", the executor keeps the step small; "max_num_seqs" or "blocks", too few
+            rows or blocks are free; "preemption", the blocks just freed are for running sequences;
+            or "", there were none.
     """
 
     running: int = 0
@@ -84,8 +84,8 @@ class EngineMetrics(Counts):
 
     @property
     def kv_cache_waste(self) -> float:
-        """The share of the slots in allocated pages that held no token, over all steps."""
-        return self.empty_slots / self.page_slots if self.page_slots else 0.0
+        """The share of the slots in allocated blocks that held no token, over all steps."""
+        return self.empty_slots / self.block_slots if self.block_slots else 0.0
 
     def add(self, step: StepMetrics) -> None:
         for count in fields(Counts):

@@ -168,14 +168,19 @@ class CacheGroup:
     """The KV cache of a group of layers, which have one block table.
 
     Attributes:
-        num_blocks: its blocks.
-        block_size: tokens per block.
+        num_blocks: its blocks; enough for the longest sequence.
+        block_size: tokens per block; the same in all groups.
         window: tokens that a query token sees, itself included; None: all.
     """
 
     num_blocks: int
     block_size: int
     window: int | None = None
+
+
+# How many steps more than with the whole budget in each a prompt may take, where steps are kept
+# small for it (docs/decisions/0023).
+MIXED_STEPS = 4
 
 
 class Executor(Protocol):
@@ -191,7 +196,8 @@ class Executor(Protocol):
 
     def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
         """How many prompt tokens may join num_decodes decodes in one step; without decodes, the
-        whole token budget.
+        whole token budget. At least 1 if a request waits and the token budget has room. No prompt
+        takes more than MIXED_STEPS steps more than it would with the whole budget in each.
 
         Args:
             waiting: (tokens still to compute, tokens of the sequence), of the prompt that has

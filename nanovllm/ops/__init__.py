@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm.ops import reference, reference_rows, reference_sampling
-from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
     from nanovllm.ops.batch import (
@@ -24,19 +24,16 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "add_linear",
+    "attend",
     "attention",
     "begin_step",
     "default_block_size",
     "keep_sampled",
-    "linear",
     "make_attention",
-    "pack_weight",
-    "packs_weights",
-    "qk_norm_rope_store",
     "rms_norm",
     "sample",
-    "summed",
+    "silu_and_mul",
+    "store",
     "top_logprobs",
 ]
 
@@ -48,7 +45,7 @@ def _by_device(op: Op, kernels: str) -> Op:
     of triton/, which is imported when it is first called."""
 
     @functools.wraps(op)
-    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
         module = import_module(f"nanovllm.ops.triton.{kernels}")
@@ -57,11 +54,6 @@ def _by_device(op: Op, kernels: str) -> Op:
     return call  # type: ignore[return-value]
 
 
-rms_norm = _by_device(reference.rms_norm, "layers")
-linear = _by_device(reference.linear, "linear")
-add_linear = _by_device(reference.add_linear, "linear")
-summed = _by_device(reference.summed, "layers")
-qk_norm_rope_store = _by_device(reference.qk_norm_rope_store, "layers")
 sample = _by_device(reference_sampling.sample, "sampling")
 top_logprobs = _by_device(reference_sampling.top_logprobs, "limits")
 keep_sampled = _by_device(reference_rows.keep_sampled, "rows")
@@ -74,6 +66,41 @@ def begin_step(columns: "StepColumns", state: "RowState", *args: Any) -> None:
     from nanovllm.ops.triton import rows as triton_rows
 
     return triton_rows.begin_step(columns, state, *args)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension of x, in new memory."""
+    if not x.is_cuda:
+        return reference.rms_norm(x, weight, eps)
+    from nanovllm.ops.triton import layers
+
+    return layers.rms_norm(x, weight, eps)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for [..., gate | up]."""
+    if not gate_up.is_cuda:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    from nanovllm.ops.triton import layers
+
+    return layers.silu_and_mul(gate_up)
+
+
+def store(k: torch.Tensor, v: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch") -> None:
+    """Put keys and values, [T, K, D] each, into the batch's slots of the cache, before `attend`."""
+    slots = batch.groups[kv.group].slot_mapping
+    if not k.is_cuda:
+        reference.store(k, v, kv, slots)
+        return
+    from nanovllm.ops.triton import layers
+
+    layers.store(k, v, kv, slots)
+
+
+def attend(q: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch", scale: float) -> torch.Tensor:
+    """Causal attention of queries [T, H, D] over their sequences' blocks; returns [T, H, D]."""
+    return batch.groups[kv.group].attention.attend(q.contiguous(), kv, batch, scale)
 
 
 def attention(
@@ -90,6 +117,10 @@ def attention(
     backend = batch.groups[kv.group].attention
     if batch.is_decode and backend.attend_projected is not None:
         return backend.attend_projected(qkv, rotary, kv, batch, scale)
+    if qkv.is_cuda:
+        from nanovllm.ops.triton.layers import qk_norm_rope_store
+    else:
+        from nanovllm.ops.reference import qk_norm_rope_store
     q = qk_norm_rope_store(qkv, rotary, batch, kv)
     return backend.attend(q, kv, batch, scale)
 

@@ -133,22 +133,21 @@ class ForwardBatch:
     is_decode: bool = False
 
 
-@dataclass(slots=True)
-class Residual:
-    """What layers add to.
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The attention of a layer. Layers of one KV shape and window form a group of the cache.
 
     Attributes:
-        total: [T, hidden], changed in place.
-        parts: [n, T, hidden] float32, still to be added: a product that was divided over its inputs
-            leaves them to the norm after it, which reads the total anyway. None: nothing is.
+        num_heads, num_kv_heads, head_dim: sizes of queries, and of keys and values.
+        scale: of the products of queries and keys.
+        window: tokens that a query sees, itself included; None: all before it.
     """
 
-    total: torch.Tensor
-    parts: torch.Tensor | None = None
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.total.is_cuda
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,23 +164,6 @@ class Rotary:
     norm_weights: tuple[torch.Tensor, torch.Tensor] | None
     eps: float
     table: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """What a layer's attention is.
-
-    Attributes:
-        num_heads, num_kv_heads, head_dim: query heads, key/value heads, and their size.
-        scale: of the products of queries and keys.
-        window: tokens that a query token sees, itself included; None: all.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,11 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.model_config import ModelConfig
-from nanovllm.core.step import StepInput
+from nanovllm.core.step import MIXED_STEPS, StepInput
 from nanovllm.ops import platform
-from nanovllm.worker.graphs import least_mixed_of
 from nanovllm.worker.record import StepRecord
 from nanovllm.worker.runner import ModelRunner
 from nanovllm.worker.worker import Worker
-
-# A step without a CUDA graph takes as long as this number of steps with one, or more.
-MIXED_STEPS = 4
 
 
 class InProcessExecutor:
@@ -65,34 +61,24 @@ class InProcessExecutor:
             return self.runner.run(step)
 
     def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
-        """As in the protocol. Beside decodes, prompts fill the largest CUDA graph, unless they are
-        worth a step of their own; a graph's attention reads a bounded number of keys."""
-        budget = self.worker.max_num_batched_tokens - num_decodes
-        if num_decodes == 0 or self.mixed_tokens is None:
-            return budget
-        room = min(budget, max(0, self.mixed_tokens - num_decodes))
-        num_new = 0
-        for num_tokens, length in waiting:
-            if num_new < room:  # it would join
-                room = min(room, self.mixed_keys // length)
-            num_new += num_tokens
-            if num_new > MIXED_STEPS * room:
-                return budget
-        return room
-
-    @property
-    def mixed_tokens(self) -> int | None:
-        """Tokens of the largest CUDA graph, 0 if no graph may hold chunks; None: there are no
-        graphs."""
-        sizes, least = self.worker.graph_sizes, least_mixed_of(self.worker.attentions)
-        if not sizes:
-            return None
-        return 0 if least is None or sizes[-1] < least else sizes[-1]
-
-    @property
-    def mixed_keys(self) -> int:
-        """As in ops.batch.Attention."""
-        return min(attention.mixed_keys for attention in self.worker.attentions)
+        """As in the protocol. Prompts fill the largest CUDA graph beside the decodes, as far as its
+        attention may read their keys; if that would take more than MIXED_STEPS steps, one step that
+        is launched kernel by kernel takes all."""
+        worker = self.worker
+        full = worker.max_num_batched_tokens - num_decodes
+        if not num_decodes or not worker.graph_sizes:
+            return full
+        num_tokens = budget = 0
+        room, keys = worker.mixed_tokens - num_decodes, worker.mixed_keys
+        for new_tokens, seq_tokens in waiting:
+            num_tokens += new_tokens
+            if room > 0:
+                joining = min(new_tokens, room, keys // seq_tokens)
+                room = room - joining if joining == new_tokens else 0
+                budget, keys = budget + joining, keys - joining * seq_tokens
+            if num_tokens > MIXED_STEPS * budget:
+                return full
+        return budget
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
         if self.worker.model is None:

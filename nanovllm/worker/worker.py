@@ -19,12 +19,12 @@ from nanovllm.models.loader import (
     allocate,
     build_model,
     fill_dummy_weights,
-    load_weights,
-    pack_weights,
+    load_checkpoint,
+    prepare_weights,
     weight_bytes,
 )
 from nanovllm.ops import platform
-from nanovllm.ops.batch import AttentionSpec, KVCache
+from nanovllm.ops.batch import KVCache
 from nanovllm.worker.cache_plan import (
     SMALLER_STEP,
     CachePlan,
@@ -60,6 +60,8 @@ class Worker:
         plan: how large the cache is.
         attentions: the backend of each group of layers.
         graph_sizes: of the CUDA graphs, in tokens, ascending; empty: steps run without.
+        mixed_tokens: tokens of the largest graph that may hold chunks; 0: no graph may.
+        mixed_keys: keys that its chunks may read, as in ops.batch.Attention.
         sleeping: which of PARTS have no memory.
         model, kv: None: weights or cache have no memory.
         runner: of model and cache; None: one of them has no memory.
@@ -89,7 +91,7 @@ class Worker:
         # A model without memory is cheap; this one only says how large its weights are.
         sketch = build_model(model_config, 1, self.dtype)
         self.weight_bytes = weight_bytes(sketch, device)
-        self.layers = layer_groups(_attention_specs(sketch, model_config))
+        self.layers = layer_groups(sketch.attention_specs)
         check_memory(self.memory, self.weight_bytes, cache_bytes=0)
         self.block_size = config.block_size or ops.default_block_size(config.attention_backend)
         self.attentions = tuple(
@@ -100,9 +102,13 @@ class Worker:
             for group in self.layers
         )  # fmt: skip
         self.graph_sizes: list[int] = []
+        self.mixed_tokens = 0
+        self.mixed_keys = min(attention.mixed_keys for attention in self.attentions)
         if self.is_gpu and not config.enforce_eager:
             least_mixed = least_mixed_of(self.attentions)
             self.graph_sizes = graph_sizes(max_num_seqs, least_mixed, max_num_batched_tokens)
+            if least_mixed is not None and self.graph_sizes[-1] >= least_mixed:
+                self.mixed_tokens = self.graph_sizes[-1]
         self.sleeping: set[str] = set()
         self.runner: ModelRunner | None = None
 
@@ -166,8 +172,8 @@ class Worker:
         if self.config.load_format == "dummy":
             fill_dummy_weights(model, self.config.seed)
         else:
-            load_weights(model, resolve_folder(self.config, with_weights=True))
-        pack_weights(model)
+            load_checkpoint(model, resolve_folder(self.config, with_weights=True))
+        prepare_weights(model)
 
     def _measure(self) -> int:
         """Try the largest step, and CUDA graphs, on a cache of one block. Returns the bytes that
@@ -280,10 +286,3 @@ class Worker:
             self.sleep(level=1)
             raise
         self.sleeping -= woken
-
-
-def _attention_specs(model: CausalLM, config: ModelConfig) -> list[AttentionSpec]:
-    """Of each layer."""
-    sizes = config.num_heads, config.num_kv_heads, config.head_dim
-    same = [AttentionSpec(*sizes, config.head_dim**-0.5)] * config.num_layers
-    return getattr(model, "attention_specs", same)

@@ -469,9 +469,7 @@ def test_options_are_checked_before_the_checkpoint_is_looked_for(options, error,
 
 def test_a_cache_without_room_for_a_block(tiny):
     size = 16 * TOKEN_BYTES
-    message = (
-        f"{size - 1} bytes does not hold one block of 16 tokens ({size} bytes); raise kv_cache"
-    )
+    message = f"{size - 1} bytes does not hold one block of 16 tokens ({size} bytes); raise kv_c"
     with says(ValueError, message):
         load(tiny, kv_cache_memory_bytes=size - 1, max_model_len=None)
     with load(tiny, kv_cache_memory_bytes=size, max_model_len=None) as llm:

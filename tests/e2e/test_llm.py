@@ -267,10 +267,10 @@ def test_a_batch_that_runs_longest_first_comes_back_in_order(tiny):
 
 
 def test_generate_makes_outputs_while_others_run(llm, monkeypatch):
-    left, make_output = [], llm._requests.output
+    left, make_output, engine = [], llm._requests.output, llm.llm_engine
 
     def output(*args):
-        left.append(len(llm.llm_engine.unfinished))
+        left.append(len(engine.unfinished))
         return make_output(*args)
 
     monkeypatch.setattr(llm._requests, "output", output)

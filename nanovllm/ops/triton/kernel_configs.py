@@ -158,38 +158,3 @@ def gemv_config(size: int, itemsize: int, gated: bool) -> GemvConfig:
     if size <= 1024:
         return GemvConfig(block_n, min(next_power_of_2(size), 1024 // itemsize), 1)
     return GemvConfig(block_n, 4096 // itemsize, 4 if gated else 8)
-
-
-@dataclass(frozen=True)
-class PartialLinearConfig:
-    """One way to run the product of some rows with part of a weight.
-
-    Attributes:
-        rows: input rows at most.
-        block_n, block_k: outputs a program, and inputs a turn of its loop.
-        num_warps, num_stages: Triton's.
-    """
-
-    rows: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-PARTIAL_LINEAR = (
-    PartialLinearConfig(16, 64, 64, 4, 6),
-    PartialLinearConfig(64, 64, 64, 4, 6),
-    PartialLinearConfig(128, 64, 64, 4, 4),
-)
-PARTIAL_PROGRAMS = 128  # about one a multiprocessor, by as many parts as needed
-MAX_PARTS, MIN_PART = 8, 512  # parts; inputs of each at least
-
-
-def max_partial_rows(num_weights: int) -> int:
-    """Input rows up to which a product in parts is faster than cuBLAS."""
-    return PARTIAL_LINEAR[-1 if num_weights < 2**22 else -2].rows
-
-
-def partial_linear_config(num_rows: int) -> PartialLinearConfig:
-    return next(config for config in PARTIAL_LINEAR if num_rows <= config.rows)
