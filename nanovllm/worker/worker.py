@@ -150,13 +150,17 @@ class Worker:
 
     @property
     def description(self) -> str:
-        """Device, dtype, attention backend and weights, for the log."""
+        """Device, dtype, attention backend, weights and cache, for the log."""
         dtype = str(self.dtype).removeprefix("torch.")
         gib = self.weight_bytes / platform.GIB
         graphs = f", {len(self.graph_sizes)} CUDA graphs" if self.graph_sizes else ""
+        plan, group = self.plan, self.plan.groups[0]
+        sizes = plan.max_model_len, self.block_size, self.max_num_batched_tokens
+        num_seqs = group.num_blocks / self.layers[0].num_blocks(*sizes)
         return (
             f"{self.device} in {dtype}, attention {self.attentions[0].name}{graphs}, "
-            f"weights {gib:.2f} GiB"
+            f"weights {gib:.2f} GiB; KV cache of {group.num_blocks * group.block_size} tokens in "
+            f"blocks of {group.block_size}, {num_seqs:.1f} requests of {plan.max_model_len} tokens"
         )
 
     # Load, measure, allocate, capture
