@@ -1,4 +1,4 @@
-"""A worker for engine tests: no model, but the state a real one keeps, and tokens that nobody gets
+"""A worker for engine tests: no model, but the state a real one keeps, and tokens that no engine gets
 right by accident.
 
 Its caches, one for each group of layers, map a slot to the token and position stored there and a

@@ -81,7 +81,8 @@ class BlockManager:
 
     The prefix cache knows prefixes, whole blocks long, by numbers that are never used twice. A
     lookup goes from one to the next by the tokens of the block between, so no block is ever taken
-    for one with other contents. A prefix is known for as long as a block of some group ends it.
+    for one with other contents. A prefix is known for as long as a block of some group ends it. (So
+    where all groups have windows, hits end where the first block of a prefix was reused.)
 
     Args:
         groups: the groups of layers, all of one block size.
@@ -120,8 +121,8 @@ class BlockManager:
 
     def find_prefix(self, seq: Sequence) -> np.ndarray:
         """The cached blocks of a sequence's longest prefix that all groups have, [groups, blocks]
-        int32. A group with a window needs only the last window of the prefix; its blocks before
-        that are -1."""
+        int32. A group with a window needs only the last window of the prefix; before it, the blocks
+        are -1."""
         size = self.block_size
         num_blocks = seq.num_cacheable // size
         if not self.prefixes or not num_blocks:
@@ -230,7 +231,7 @@ class BlockManager:
         seq.block_tables = []
 
     def _take(self, pool: BlockPool, row: int) -> int:
-        """A free block for the sequence of a row; what it contained is forgotten."""
+        """A free block for the sequence of a row; what the block contained is forgotten."""
         block, _ = pool.free_blocks.popitem(last=False)
         content = pool.contents[block]
         if content is not None:

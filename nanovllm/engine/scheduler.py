@@ -5,9 +5,9 @@ The engine calls schedule before each step and finish after a sequence's last on
 next is the policy's choice, blocks are the block manager's business, and how many prompt tokens
 join a step is the executor's.
 
-Nearly all sequences of a large batch decode, and a step treats most of them alike: one token more,
-nothing else. So what changes in every step lies in columns, arrays indexed by row, and only a
-sequence that begins, ends or opens a block is looked at by itself.
+Nearly all sequences of a large batch decode: one token more, nothing else. So what changes in every
+step lies in columns, arrays indexed by row, and only a sequence that begins, ends or opens a block
+is looked at by itself.
 """
 
 from collections import OrderedDict
@@ -271,7 +271,6 @@ class Scheduler:
             num_steps[-1] += MIXED_STEPS - -num_left // (self.max_num_batched_tokens - len(rows))
         for pool, shared, num_new in zip(blocks.pools, hits, needed, strict=True):
             num_owned = pool.num_owned(self.max_num_seqs, shared)[rows]
-            # Blocks without an owner stay for the sequences that share them.
             num_staying = pool.num_blocks - len(pool.free_blocks) - int(num_owned.sum())
             peak = peak_blocks(
                 num_tokens, num_steps, np.append(num_owned, num_new), blocks.block_size, pool.window
@@ -337,11 +336,10 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         """Take back a running sequence's row and blocks. Its full blocks stay in the prefix cache
-        until they are reused."""
+        until they are reused, also if their last token was read just now."""
         del self.running[seq]
         self.logprobs.take(seq)
         row = seq.row
-        # Blocks whose last token was read since it was scheduled.
         self.block_manager.register(seq, int(self.num_computed[row]))
         self.block_manager.free(seq)
         self.seqs[row], self.decodes[row] = None, False
