@@ -124,10 +124,9 @@ class BlockManager:
         int32. A group with a window needs only the last window of the prefix; before it, the blocks
         are -1."""
         size = self.block_size
-        num_blocks = seq.num_cacheable // size
-        if not self.prefixes or not num_blocks:
+        if not self.prefixes or not (num_blocks := seq.num_cacheable // size):
             return np.empty((len(self.pools), 0), np.int32)
-        # Where it begins like the sequence before, as many do, only the rest is looked up.
+        # Where it begins like the last sequence, as is common, only the rest is looked up.
         tokens, last_tokens = np.array(seq.token_ids[: num_blocks * size]), self.last_tokens
         num_common = min(len(tokens), len(last_tokens))
         differ = np.flatnonzero(tokens[:num_common] != last_tokens[:num_common])
@@ -210,8 +209,6 @@ class BlockManager:
 
     def free_outside(self, seq: Sequence, position: int) -> None:
         """Free the blocks that no query of a sequence sees from a position on."""
-        if not self.has_windows:
-            return
         for pool, table in zip(self.pools, seq.block_tables, strict=True):
             if pool.window is None:
                 continue

@@ -86,13 +86,10 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.policy = policy or FirstComeFirstServed()
         self.seqs = np.empty(max_num_seqs, object)
-        self.max_len = np.zeros(max_num_seqs, np.int64)
-        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
-        self.may_stop = np.zeros(max_num_seqs, bool)
-        self.num_computed = np.zeros(max_num_seqs, np.int64)
-        self.num_slots = np.zeros(max_num_seqs, np.int64)
-        self.max_slots = np.zeros(max_num_seqs, np.int64)
-        self.decodes = np.zeros(max_num_seqs, bool)
+        numbers, flags = np.zeros((5, max_num_seqs), np.int64), np.zeros((2, max_num_seqs), bool)
+        self.max_len, self.num_prompt_tokens, self.num_computed = numbers[:3]
+        self.num_slots, self.max_slots = numbers[3:]
+        self.may_stop, self.decodes = flags
         self.logprobs = RecentLogprobs(max_num_seqs)
         self.mean_output = float(MEAN_OUTPUT)
         self.restart([])
@@ -170,7 +167,8 @@ class Scheduler:
             self.seqs[rows[opening]].tolist(), positions[opening].tolist(), strict=True
         ):
             self.block_manager.register(seq, position)
-            self.block_manager.free_outside(seq, position)
+            if self.block_manager.has_windows:
+                self.block_manager.free_outside(seq, position)
         return rows, opening
 
     def _decode(self, step: ScheduledStep, rows: np.ndarray, opening: np.ndarray) -> None:
@@ -323,15 +321,18 @@ class Scheduler:
         end = min(seq.prefill_end, start + budget)
         samples = end == seq.prefill_end
         step.input.chunks.append(Chunk(seq.row, start, seq.token_ids[start:end], samples))
-        if scoring := seq.scoring(len(step.input.chunks) - 1, start, end):
-            step.input.scorings.append(scoring)
-            step.scored.append(seq)
+        if seq.scores is not None:
+            scoring = seq.scoring(len(step.input.chunks) - 1, start, end)
+            if scoring.token_ids:
+                step.input.scorings.append(scoring)
+                step.scored.append(seq)
         self.num_computed[seq.row] = end
         if samples:
             step.sampled.append(seq)
             self.decodes[seq.row] = end + 1 < seq.max_len
         self.block_manager.register(seq, end)
-        self.block_manager.free_outside(seq, start)
+        if self.block_manager.has_windows:
+            self.block_manager.free_outside(seq, start)
         return end - start
 
     def _release(self, seq: Sequence) -> None:
