@@ -103,10 +103,11 @@ def attention(
     if fused is not None and batch.is_decode:
         return fused(qkv, rotary, kv, batch, scale)
     if qkv.is_cuda:
-        from nanovllm.ops.triton.layers import qk_norm_rope_store
+        from nanovllm.ops.triton import layers
+
+        q = layers.qk_norm_rope_store(qkv, rotary, batch, kv)
     else:
-        from nanovllm.ops.reference import qk_norm_rope_store
-    q = qk_norm_rope_store(qkv, rotary, batch, kv)
+        q = reference.qk_norm_rope_store(qkv, rotary, batch, kv)
     return batch.attention.attend(q, kv, batch, scale)
 
 
