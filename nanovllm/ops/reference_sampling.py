@@ -38,7 +38,8 @@ def sample(
     for rows in random.nonzero().squeeze(1).split(num_rows):
         logits32, t = logits[rows].float(), temperature[rows, None]
         limits = [None if limit is None else limit[rows] for limit in (top_k, top_p, min_p)]
-        cut_down(logits32, t, *limits)
+        if any(limit is not None for limit in limits):
+            cut_down(logits32, t, *limits)
         token_ids[rows] = draw(logits32, t, noise_keys[rows])
     return token_ids
 
