@@ -181,7 +181,7 @@ class KVLayer:
 
 
 class KVCache:
-    """The blocks of a model's layers. A model runs as many layers as its cache has.
+    """The blocks of a model's layers. A model runs the layers that its cache has.
 
     Args:
         data: of each group, [its layers, 2, blocks, block_size, kv_heads, head_dim].
