@@ -131,7 +131,7 @@ def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def gumbel_of_bits(bits: torch.Tensor) -> torch.Tensor:
     """Gumbel noise of uniform 32-bit values in int64. Through log1p small E, which decide the draw,
-    keep all their bits. E is finite, or the only token that is left might lose to those masked."""
+    keep all their bits. E is finite, or the only token that is left might lose to a masked one."""
     minus_uniform = bits.float().add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
     return minus_uniform.log1p_().neg_().log_().neg_()
 
@@ -192,6 +192,6 @@ def top_logprobs(
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     own = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs >= own).sum(-1)
-    # topk would take several times as long for one, and may choose another of those that are equal.
+    # For one token topk takes several times as long, and may choose another of equal ones.
     top, top_ids = logprobs.max(-1, keepdim=True) if num_top == 1 else logprobs.topk(num_top)
     return torch.cat((token_ids[:, None], top_ids), 1), torch.cat((own, top), 1), ranks

@@ -1,4 +1,4 @@
-"""What top_k, top_p and min_p leave of a row of logits, and its most likely tokens, as Triton
+"""What top_k, top_p and min_p leave of a row of logits, and the row's most likely tokens, as Triton
 kernels: a search, not a sort (docs/decisions/0020).
 
 sampling.py draws within the limits; ops/__init__.py calls top_logprobs.
@@ -57,9 +57,9 @@ def _search(
     logits, size, target, low, high, best, scale,
     BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """The highest key, of those from `low` to `high`, at or above which lie `target` logits, or
-    logits of so much weight; `low` if there are not so many. Each turn reads the logits once and
-    leaves a quarter; the first one looks close to the best, where most limits are."""
+    """The highest key from `low` to `high` at or above which lie `target` logits, or logits of this
+    weight; `low` if fewer do. Each turn reads the logits once and leaves a quarter of the keys; the
+    first one looks close to the best, where most limits are."""
     a = tl.maximum(high - 15 * GALLOP, low + 1)
     b = tl.maximum(high - 255 * GALLOP, low + 1)
     c = tl.maximum(high - 4095 * GALLOP, low + 1)
@@ -128,7 +128,7 @@ def _gather(
 
 @triton.jit
 def _place(logits, size, key, number, BLOCK: tl.constexpr):
-    """Which of the logits is the so-manieth with a key; `size` if there are fewer."""
+    """The place of the logit that is number `number` with this key; `size` if fewer have it."""
     value = value_of(key, logits.dtype.element_ty)
     place, seen = size, 0
     for start in range(0, size, BLOCK):
@@ -221,7 +221,7 @@ def limits_kernel(
             low += (value_of(low.to(tl.int32), dtype) < border).to(tl.int64)
             low = tl.minimum(low, high)
         if (k < VOCAB) | (p < 1):
-            # Where k groups have their best, k tokens have theirs, so none below them stays.
+            # The best logits of k groups are logits of k tokens, so no token below them stays.
             group_bests += row * NUM_GROUPS
             chosen += row * NUM_GROUPS
             few += row * ROOM
@@ -330,8 +330,8 @@ def find_limits(
     min_p: torch.Tensor,
     blocks: Blocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reference_sampling.keep_likely leaves of each row, without a sort: the most likely
-    tokens are those above some logit, which is searched for; of equal ones those that come first.
+    """What reference_sampling.keep_likely leaves of each row, without a sort: all tokens above some
+    logit, which is searched for, and the first tokens that have just that logit.
 
     Args:
         logits: [n, vocab].
@@ -344,7 +344,7 @@ def find_limits(
     num_rows, vocab = logits.shape
     blocks = blocks or blocks_of(logits, temperature, with_groups=True)
     assert blocks.group_bests is not None
-    # Not parts of one tensor: kernels would be compiled once more for those that aren't aligned.
+    # Not parts of one tensor: kernels would be compiled once more for unaligned parts.
     lowest, last = (
         torch.empty(num_rows, dtype=torch.int32, device=logits.device) for _ in range(2)
     )
@@ -358,7 +358,7 @@ def find_limits(
 
 
 def _room(group_bests: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """For the groups that a row's program chooses, and so many logits and tokens."""
+    """Room for the groups that a row's program chooses, and for `size` logits and tokens."""
     num_rows = len(group_bests)
     chosen = torch.empty_like(group_bests, dtype=torch.int32)
     few = group_bests.new_empty(num_rows, size)
