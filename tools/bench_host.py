@@ -1,14 +1,13 @@
-"""What a step of plain decodes costs the CPU in microseconds, without a model, without a GPU.
+"""Microseconds of CPU time for a step of plain decodes, without a model and without a GPU.
 
 python tools/bench_host.py [SEQUENCES ...]
 
-"engine" is Engine.step over an executor that does nothing: scheduling, pages, stop checks. "worker"
-is what ModelRunner does on the host before it launches a CUDA graph, without the launches: rows and
-positions into page-locked memory and, when it is due, the attention's work list, packed for the
-upload. Contexts are 100 to 500 tokens, sampled with temperature; the overlapping engine (depth 2).
-Each number is the mean over the block of 64 steps (so one work list serves it, and each sequence
-opens four pages) that took least; "with ends" is the worker's where a list serves one step, as when
-sequences end in each.
+"engine" is Engine.step over an executor that does nothing: scheduling, blocks, stop checks.
+"worker" is the host's work for a CUDA graph without its launches: rows and positions into pinned
+memory and, every 64 steps, the attention's work list, packed for the upload. Contexts have 100 to
+500 tokens, sampled with temperature, two steps in flight. Each number is the mean over 64 steps (so
+one work list serves them, and each sequence opens four blocks), the fastest of several; "with ends"
+is the worker with a work list for each step, as when a sequence ends in every step.
 """
 
 import sys
@@ -49,7 +48,7 @@ class NullExecutor:
 
 
 class HostExecutor(NullExecutor):
-    """The host's part of ModelRunner._run_decodes, timed."""
+    """An executor that does only the host's work for a step of decodes, timed."""
 
     def __init__(self, max_num_seqs: int, steps_per_list: int | None = None):
         device = torch.device("cpu")
@@ -90,7 +89,7 @@ class HostExecutor(NullExecutor):
 
 
 def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
-    """An engine with that many sequences in the middle of their decodes."""
+    """An engine with `num_seqs` sequences in the middle of their decodes."""
     engine = Engine(
         executor,
         num_blocks=num_seqs * 40,

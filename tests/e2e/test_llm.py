@@ -456,7 +456,7 @@ def test_a_failed_construction_frees_its_memory(copy_tiny, monkeypatch):
         load(folder)
     gc.collect()
     assert refs and all(ref() is None for ref in refs)
-    assert caught.value  # even while somebody looks at the error
+    assert caught.value  # even while the caller holds the error
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError])

@@ -158,7 +158,7 @@ def test_parts_of_a_batch(setting, llm, monkeypatch):
 
 
 def test_choices_equal_transformers(llm):
-    """Greedy tokens are the most likely ones of those that go on to a choice."""
+    """A greedy token is the most likely token among the tokens that lead to a choice."""
     choices = ["the king of Judah", "the kingdom", "then", "the", "a man", "thee"]
     oracle, tokenizer = load_oracle(TINY), llm.get_tokenizer()
     pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
@@ -350,7 +350,7 @@ def test_tokens_are_read_when_the_device_has_written_them():
     assert host.drawn(np.array([1, 2]), tokens) == {}
     host.written = Event()
     host.catch_up(np.array([0, 1, 3]))
-    assert not waits  # nobody there needs the host
+    assert not waits  # no row there needs the host
     host.catch_up(np.array([2, 1]))
     host.catch_up(np.array([2]))  # it has drawn nothing since
     assert host.rows[2].output == [7]

@@ -134,7 +134,7 @@ def test_an_interrupt_between_a_token_and_its_check_loses_no_stop(depth, nth, mo
 def test_sequences_without_stop_strings_are_not_decoded():
     class Never:
         def decode(self, token_ids, **_):
-            raise AssertionError("nobody asked")
+            raise AssertionError("no text was needed")
 
     engine = make_engine(detokenizer=Detokenizer(Never()))
     run(engine, make_sequence([5], max_tokens=9))

@@ -39,8 +39,8 @@ def paged_case(
     query_lens, context_lens, heads, kv_heads, head_dim, block_size, dtype, device, num_sms=132,
     groups=(),
 ):  # fmt: skip
-    """Queries, pages and the batch that points at them: scattered pages, NaN in all that nobody
-    may read, rows in any order.
+    """Queries, blocks and the batch that points at them: scattered blocks, NaN in every slot that
+    no query may read, rows in any order.
 
     Args:
         groups: (sequences, pages) that begin with the same pages; they are read together if the

@@ -227,7 +227,7 @@ ATTENTION_CASES = pairwise(
 
 @pytest.fixture(scope="module")
 def compiled_ahead():
-    """Triton's cache filled by as many processes as there are cores."""
+    """Triton's cache, filled by one process for each core."""
     # Each process takes GPU memory: where several run tests, they share the cores.
     num_testers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     num_workers = max(1, os.cpu_count() // num_testers)
