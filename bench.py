@@ -128,11 +128,12 @@ class Workload:
 
 
 def make_workload(name: str) -> Workload:
-    """The six workloads; always the same tokens.
+    """The seven workloads; always the same tokens.
 
     readme is nano-vllm's benchmark, long prompts and long answers; short has many small requests,
     where overhead shows, and queue four times as many, more than run at a time; prefix asks 512
-    questions after one system prompt; bs1 is the latency of one request; cpu is for two CPU cores.
+    questions after one system prompt; bs1 is the latency of one request; docs has long prompts and
+    short answers, so prompts bound it; cpu is for two CPU cores.
     """
     rng = random.Random(0)
 
@@ -148,6 +149,7 @@ def make_workload(name: str) -> Workload:
         "readme": (256, (100, 1024), (100, 1024)),
         "short": (1024, (16, 128), (16, 128)),
         "queue": (4096, (16, 128), (16, 128)),
+        "docs": (256, (1500, 3500), (16, 16)),
         "cpu": (32, (32, 128), (16, 64)),
     }[name]
     prompts = [tokens(*input_range) for _ in range(number)]
@@ -594,7 +596,7 @@ def parse_args(folder: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    workloads = ("readme", "short", "queue", "prefix", "bs1", "cpu")
+    workloads = ("readme", "short", "queue", "prefix", "bs1", "docs", "cpu")
     parser.add_argument("--workload", choices=workloads, help="default: cpu")
     own = parser.add_argument_group("a workload of your own", "all prompts and answers alike")
     own.add_argument("--input-len", type=positive, help="tokens a prompt (default 128)")

@@ -243,9 +243,18 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
             )
-        self._check_token_ids()
-        self._check_texts()
-        self._check_constraints()
+        given = {"logit_bias", "allowed_token_ids", "logits_processors", "structured_outputs"}
+        given = {name for name in given if getattr(self, name) is not None}
+        for name in ("stop_token_ids", "stop", "bad_words"):
+            value = getattr(self, name)
+            if value is None or (type(value) is list and not value):
+                setattr(self, name, [])  # a list of its own, also where none is given, as in vLLM
+            else:
+                given.add(name)
+        if given:
+            self._check_token_ids()
+            self._check_texts()
+            self._check_constraints()
 
     @classmethod
     def from_optional(cls, **values: Any) -> "SamplingParams":
@@ -269,9 +278,7 @@ class SamplingParams:
         return copy.deepcopy(self)
 
     def _check_token_ids(self) -> None:
-        # stop_token_ids, stop and bad_words become lists even if they are None, as in vLLM.
-        ids = [] if self.stop_token_ids is None else self.stop_token_ids
-        self.stop_token_ids = _as_token_ids("stop_token_ids", ids)
+        self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise TypeError(
@@ -290,7 +297,6 @@ class SamplingParams:
 
     def _check_texts(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        stop = [] if stop is None else stop
         if not isinstance(stop, (list, tuple)) or any(not isinstance(s, str) for s in stop):
             raise TypeError(f"stop must be a string or a list of strings, got {self.stop!r}")
         if "" in stop:
@@ -298,7 +304,7 @@ class SamplingParams:
         if stop and not self.detokenize:
             raise ValueError("stop is searched for in the text: it needs detokenize=True")
         self.stop = list(stop)
-        words = [] if self.bad_words is None else self.bad_words
+        words = self.bad_words
         if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
             raise TypeError(f"bad_words must be a list of strings, got {words!r:.80}")
         if not all(words):

@@ -1,8 +1,11 @@
 """Fixtures that several folders of tests share: the model in the box, and altered copies of it."""
 
+import fcntl
 import json
 import os
 import shutil
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,26 @@ def pytest_runtest_setup(item):
 
 def is_for_gpus(item):
     return "gpu" in item.keywords or "multigpu" in item.keywords
+
+
+@pytest.fixture(autouse=True)
+def card(request):
+    """Tests marked `alone` fill the GPU's memory or count what is free: no other test of the same
+    machine, in whatever process, runs beside them."""
+    if not HAS_GPU or not is_for_gpus(request.node):
+        yield
+        return
+    folder = Path(tempfile.gettempdir())
+    with ExitStack() as stack:
+        door, room = (
+            stack.enter_context((folder / f"nanovllm_tests_{name}").open("w"))
+            for name in ("door", "room")
+        )
+        # The door lets no other test in while one waits to be alone.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if "alone" in request.keywords else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture

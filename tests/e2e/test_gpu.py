@@ -96,6 +96,7 @@ def test_greedy_tokens_equal_transformers(setting, options, request):
         assert (metrics.preemptions > 0) == ("num_gpu_blocks_override" in options)
 
 
+@pytest.mark.alone
 def test_the_memory_that_is_measured_serves_full_batches(setting):
     folder, prompts, expected = setting
     with load(folder, kv_cache_memory_bytes=None, gpu_memory_utilization=0.1) as llm:
@@ -349,6 +350,7 @@ def held():
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("options", [dict(), dict(enforce_eager=True)], ids=str)
 def test_close_gives_all_memory_back(tiny, options):
     with load(tiny):  # libraries keep something at their first use
@@ -377,6 +379,7 @@ def test_del_frees_the_tensors(tiny):
         gc.enable()
 
 
+@pytest.mark.alone
 def test_the_engine_stays_within_its_share(tiny):
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
@@ -389,6 +392,7 @@ def test_the_engine_stays_within_its_share(tiny):
         assert free - torch.cuda.mem_get_info()[0] <= share * total
 
 
+@pytest.mark.alone
 def test_too_little_memory_names_the_options(tiny):
     with pytest.raises(ValueError, match="gpu_memory_utilization"):
         load(tiny, kv_cache_memory_bytes=None, gpu_memory_utilization=1e-4)
@@ -399,6 +403,7 @@ def test_too_little_memory_names_the_options(tiny):
         )  # fmt: skip
 
 
+@pytest.mark.alone
 def test_what_others_hold_is_left_to_them(tiny, caplog):
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
@@ -412,6 +417,7 @@ def test_what_others_hold_is_left_to_them(tiny, caplog):
     del others
 
 
+@pytest.mark.alone
 def test_two_engines_share_a_gpu(tiny):
     with load(tiny) as one, load(tiny, kv_cache_memory_bytes=None, max_num_seqs=4) as other:
         prompts = make_prompts()
@@ -428,6 +434,7 @@ def test_closing_one_engine_leaves_the_other_whole(tiny):
         del noise
 
 
+@pytest.mark.alone
 def test_a_failed_construction_gives_its_memory_back(tiny):
     with load(tiny):
         pass
@@ -481,6 +488,7 @@ def test_a_missing_flash_attn_says_how_to_install_it(tiny, monkeypatch):
         load(tiny, attention_backend="FLASH_ATTN")
 
 
+@pytest.mark.alone
 def test_a_start_beside_used_memory(tiny, tmp_path, monkeypatch):
     """What torch has cached on the GPU is not zeros, and kernels are not compiled yet."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -506,6 +514,7 @@ def reserved():
 LARGE = dict(kv_cache_memory_bytes=1 << 30, max_model_len=512, max_num_seqs=512)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize(
     "options", [dict(), dict(enforce_eager=True), dict(async_scheduling=False)], ids=str
@@ -543,6 +552,7 @@ def test_graphs_are_captured_when_all_parts_are_awake(tiny, order):
         del noise
 
 
+@pytest.mark.alone
 def test_too_little_memory_to_wake_up_leaves_it_asleep(tiny):
     prompts = make_prompts()
     with load(tiny, **LARGE) as llm:

@@ -22,21 +22,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.ops.triton.work_list import ITEM_WIDTH
 
-
-class _Column(tl.constexpr):
-    """A column number of the work list. At each launch Triton compares the global constants that a
-    kernel names with their former values; its own comparison of constexprs takes a quarter of a
-    launch's Python time, this one little."""
-
-    def __ne__(self, other):
-        return self.value != other.value
-
-
+# Columns of a work list.
 (
     ROW, TOKEN, NUM_TOKENS, POSITION, KEY_START, KEY_END, SLOT, FIRST_SLOT, NUM_PARTS,
     PREFIX_SLOT, PREFIX_TOKEN, PREFIX_TOKENS, PREFIX_PARTS,
-) = map(_Column, range(ITEM_WIDTH))  # fmt: skip
-WIDTH = _Column(ITEM_WIDTH)
+) = map(tl.constexpr, range(ITEM_WIDTH))  # fmt: skip
+WIDTH = tl.constexpr(ITEM_WIDTH)
 
 
 @triton.jit
