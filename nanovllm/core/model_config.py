@@ -4,7 +4,8 @@ release can't change the result.
 models/checkpoint.py makes a ModelConfig; models, cache and kernels read their sizes from it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,7 +23,12 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture in config.json, under one set of names for every family."""
+    """The architecture in config.json, under one set of names for every family.
+
+    Attributes:
+        hidden_act: the activation's name.
+        hf: all of config.json, for keys that only one family reads.
+    """
 
     architecture: str
     vocab_size: int
@@ -36,32 +42,35 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    hidden_act: str
     max_position_embeddings: int
     rope: RopeConfig
     dtype: str | None
     eos_token_ids: tuple[int, ...]
+    hf: dict[str, Any] = field(repr=False, compare=False)
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "ModelConfig":
+    def from_hf(
+        cls, hf: dict[str, Any], activations: Collection[str] = ("silu", "swish")
+    ) -> "ModelConfig":
         """Read the dictionary of a config.json.
+
+        Args:
+            activations: the values of `hidden_act` that the family computes.
 
         Raises:
             ValueError: a key is missing, or the checkpoint needs an unsupported feature; the
                 message names it.
         """
         try:
-            return cls._parse(hf)
+            return cls._parse(hf, activations)
         except (AttributeError, TypeError) as error:
             raise ValueError(f"config.json has a value of the wrong type: {error}") from error
 
     @classmethod
-    def _parse(cls, hf: dict[str, Any]) -> "ModelConfig":
-        architectures = hf.get("architectures")
-        if not isinstance(architectures, list) or len(architectures) != 1:
-            raise ValueError(
-                f"config.json must name one architecture in 'architectures', got {architectures!r}"
-            )
-        _refuse_unsupported(hf)
+    def _parse(cls, hf: dict[str, Any], activations: Collection[str]) -> "ModelConfig":
+        architecture = architecture_of(hf)
+        _refuse_unsupported(hf, activations)
         num_heads = _positive(hf, "num_attention_heads")
         hidden_size = _positive(hf, "hidden_size")
         num_kv_heads = _positive(hf, "num_key_value_heads", num_heads)
@@ -79,7 +88,7 @@ class ModelConfig:
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim must be even for RoPE, got {head_dim}")
         return cls(
-            architecture=architectures[0],
+            architecture=architecture,
             vocab_size=_positive(hf, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=_positive(hf, "intermediate_size"),
@@ -91,16 +100,28 @@ class ModelConfig:
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             attention_bias=bool(hf.get("attention_bias", False)),
             mlp_bias=bool(hf.get("mlp_bias", False)),
+            hidden_act=hf.get("hidden_act") or "silu",
             max_position_embeddings=_positive(hf, "max_position_embeddings"),
             rope=_rope_config(hf),
             dtype=hf.get("dtype") or hf.get("torch_dtype"),
             eos_token_ids=token_id_tuple(hf.get("eos_token_id")),
+            hf=hf,
         )
 
     @property
     def kv_elements_per_token(self) -> int:
         """Elements of one token's keys and values, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+def architecture_of(hf: dict[str, Any]) -> str:
+    """The name in `architectures`. Raises ValueError if config.json does not name exactly one."""
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ValueError(
+            f"config.json must name one architecture in 'architectures', got {architectures!r}"
+        )
+    return str(architectures[0])
 
 
 def token_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
@@ -120,12 +141,15 @@ def _positive(hf: dict[str, Any], key: str, default: int | None = None) -> int:
     return value
 
 
-def _refuse_unsupported(hf: dict[str, Any]) -> None:
+def _refuse_unsupported(hf: dict[str, Any], activations: Collection[str]) -> None:
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"quantized checkpoints are not supported yet (quant_method {method!r})")
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"activation {hf['hidden_act']!r} is not supported; supported: 'silu'")
+    if hf.get("hidden_act", "silu") not in activations:
+        supported = ", ".join(map(repr, activations))
+        raise ValueError(
+            f"activation {hf['hidden_act']!r} is not supported; supported: {supported}"
+        )
     sliding = "sliding_attention" in (hf.get("layer_types") or ())
     if sliding or (hf.get("use_sliding_window") and hf.get("sliding_window")):
         raise ValueError("sliding-window attention is not supported yet (config.json asks for it)")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nanovllm.core.model_config import RopeConfig
+from nanovllm.ops import reference
 
 
 class Rope(nn.Module):
@@ -32,10 +33,15 @@ class Rope(nn.Module):
         table = torch.cat((angles.cos(), angles.sin()), dim=-1)
         self.register_buffer("table", table, persistent=False)
 
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Heads [T, n, head_dim] at these positions, [T], rotated: for attention that does other
+        things to heads than layers/attention.py."""
+        return reference.apply_rope(x, self.table[positions])
+
 
 def _llama3_scale(inv_freq: torch.Tensor, config: RopeConfig) -> torch.Tensor:
     """Llama 3.1's scaling: wavelengths longer than the original context are stretched by `factor`,
-    short ones are kept, those between are blended (Meta's llama-models, apply_scaling)."""
+    short ones are kept, wavelengths between are blended (Meta's llama-models, apply_scaling)."""
     wavelength = 2 * math.pi / inv_freq
     turns = config.original_max_position / wavelength
     keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)

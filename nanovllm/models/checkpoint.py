@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.model_config import ModelConfig, token_id_tuple
+from nanovllm.core.model_config import ModelConfig, architecture_of, token_id_tuple
+from nanovllm.models import model_class
 from nanovllm.sampling_params import SamplingParams
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
@@ -34,9 +35,8 @@ class Checkpoint:
         Raises:
             ValueError: a value is out of range.
         """
-        names = {name: name for name in _RECOMMENDED}
-        names["max_new_tokens"] = "max_tokens"
-        found = {ours: self.generation_config.get(hf_name) for hf_name, ours in names.items()}
+        names = {name: name for name in _RECOMMENDED} | {"max_new_tokens": "max_tokens"}
+        found = {name: self.generation_config.get(key) for key, name in names.items()}
         try:
             return SamplingParams(**{name: x for name, x in found.items() if x is not None})
         except (ValueError, TypeError) as error:
@@ -51,7 +51,7 @@ def read_checkpoint(config: EngineConfig) -> Checkpoint:
     """
     folder = resolve_folder(config)
     hf_config = read_json(folder, "config.json", required=True) | (config.hf_overrides or {})
-    model_config = ModelConfig.from_hf(hf_config)
+    model_config = model_class(architecture_of(hf_config)).read_config(hf_config)
     generation_config = _read_generation_config(config, folder)
     tokenizer = None
     if not config.skip_tokenizer_init:

@@ -1,14 +1,13 @@
-"""Llama 2 and 3.x: no norms on heads; biases only if config.json asks for them."""
+"""Llama 2 and 3.x: no norms on heads; biases only if config.json sets them."""
 
 from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rope import Rope
 from nanovllm.models.frame import CausalLM, DecoderLayer
 
 
 class LlamaForCausalLM(CausalLM):
-    def make_layer(self, config: ModelConfig, rope: Rope) -> DecoderLayer:
+    def make_layer(self, config: ModelConfig, i: int) -> DecoderLayer:
         bias = config.attention_bias
-        attention = Attention(config, rope, qkv_bias=bias, o_bias=bias)
+        attention = Attention(config, self.rope, qkv_bias=bias, o_bias=bias)
         return DecoderLayer(config, attention, GatedMLP(config, bias=config.mlp_bias))

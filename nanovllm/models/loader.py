@@ -1,21 +1,24 @@
-"""From a checkpoint folder to a model on its device: strict, packed, without a second copy.
+"""From a checkpoint folder to a model on its device: strict, and without a second copy.
 
-The worker calls it. Which tensors belong together is the model's own table (`packed`).
+The worker calls it. The model itself says where each tensor goes (`sources`), the weight formats
+how it lies in memory.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nanovllm import ops
 from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.models import model_class
 from nanovllm.models.frame import CausalLM
+from nanovllm.quantization.weight_format import packs_weights
 
 GPU_LOADERS = 8  # threads that copy weights to a GPU
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,30 +26,37 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DUMMY_WEIGHT_BOUND = 0.035
 
 
+class WeightError(ValueError):
+    """A checkpoint does not fit the model."""
+
+
 def build_model(config: ModelConfig, max_positions: int, dtype: torch.dtype) -> CausalLM:
     """The model with parameters that have shapes but no memory yet."""
     with torch.device("meta"):
         model = model_class(config.architecture)(config, max_positions)
-    for param in model.parameters():  # not the buffers: RoPE's table stays in float32
-        param.data = param.data.to(dtype)
+        for param in model.parameters():  # not the buffers: RoPE's table stays in float32
+            param.data = param.data.to(dtype)
+        for name, weight_format in model.formats.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, Linear)
+            linear.use(weight_format)  # its tensors have dtypes of their own
     return model.requires_grad_(False).eval()
 
 
 def weight_bytes(model: CausalLM, device: torch.device) -> int:
-    """Bytes of the parameters on the device, a tied one counted once, unless the head is packed."""
+    """Bytes of the parameters on the device; a tied one counts once, unless the head is packed."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     head = model.lm_head.weight
-    if model.is_tied and ops.packs_weights(device, head.dtype):
+    if model.is_tied and packs_weights(device, head.dtype):
         size += head.numel() * head.element_size()
     return size
 
 
-def pack_weights(model: CausalLM) -> None:
-    """Put the weights of matrix products in the order that their device reads fastest."""
+def prepare_weights(model: CausalLM) -> None:
+    """Bring loaded weights into the format that their device multiplies fastest."""
     for module in model.modules():
         if isinstance(module, Linear):
-            packed = ops.pack_weight(module.weight)
-            module.weight = nn.Parameter(packed, requires_grad=False)
+            module.format = module.format.prepare(module)
 
 
 def allocate(model: CausalLM, device: torch.device) -> None:
@@ -62,13 +72,82 @@ def allocate(model: CausalLM, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def load_weights(model: CausalLM, folder: Path) -> None:
+def load_checkpoint(model: CausalLM, folder: Path) -> None:
     """Fill an allocated model from the folder's safetensors files.
 
     Raises:
         ValueError: a file or tensor is missing, surplus, misshapen or broken; names it.
     """
-    _fill(model, _checkpoint_files(folder))
+    files = _checkpoint_files(folder)
+    place = folder  # of what is loaded now
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal place
+        for place in files:
+            try:
+                with safe_open(place, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (a safe_open is not iterable)
+                        yield name, file.get_tensor(name)  # a view, read when it is copied
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{place} is truncated or not a safetensors file ({error}); fetch it again"
+                ) from None
+        place = folder
+
+    try:
+        load_weights(model, tensors())
+    except WeightError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Fill an allocated model, before `prepare_weights`, or again.
+
+    Args:
+        tensors: names in the checkpoint and tensors, on any device; all that `model.sources()`
+            names, each once.
+
+    Raises:
+        WeightError: a tensor is missing, surplus or misshapen; names it.
+    """
+    targets = model.sources()
+    tied_head = None  # a tied head may be in the checkpoint too, as a copy of the embedding
+    # Reading and copying wait for the disk and the bus; a CPU's copies have threads of their own.
+    num_threads = GPU_LOADERS if model.lm_head.weight.is_cuda else 1
+    copies: deque[Future[torch.Tensor]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for name, tensor in tensors:
+            if name in targets:
+                target = targets.pop(name)
+                if target.shape != tensor.shape:
+                    raise WeightError(
+                        f"{name} has shape {list(tensor.shape)}, config.json says "
+                        f"{list(target.shape)}"
+                    )
+                if tensor.dtype not in (target.dtype, *WEIGHT_DTYPES):
+                    raise WeightError(
+                        f"{name} is in {tensor.dtype}: quantized weights are not supported yet"
+                    )
+                copies.append(pool.submit(target.copy_, tensor))
+            elif model.is_tied and name == "lm_head.weight":
+                tied_head = tensor.to(model.lm_head.weight)
+            elif not name.endswith(model.ignored):
+                raise WeightError(
+                    f"{name} has no place in {type(model).__name__} (surplus, or there twice)"
+                )
+            if len(copies) > 4 * num_threads:  # the tensors that wait take memory
+                copies.popleft().result()
+        for copy in copies:
+            copy.result()
+    if targets:
+        some = ", ".join(list(targets)[:5]) + (", ..." if len(targets) > 5 else "")
+        raise WeightError(
+            f"the checkpoint lacks {len(targets)} weights that config.json asks for: {some}"
+        )
+    if tied_head is not None and not torch.equal(tied_head, model.lm_head.weight):
+        raise WeightError(
+            "lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"
+        )
 
 
 def fill_dummy_weights(model: CausalLM, seed: int) -> None:
@@ -106,69 +185,3 @@ def _checkpoint_files(folder: Path) -> list[Path]:
             f"load_format='dummy' draws random weights)"
         )
     return files
-
-
-def _fill(model: CausalLM, files: list[Path]) -> None:
-    targets = _targets(model)
-    tied_head = None  # a tied head may be in the checkpoint too, as a copy of the embedding
-    # Reading and copying wait for the disk and the bus; a CPU's copies have threads of their own.
-    num_threads = GPU_LOADERS if model.lm_head.weight.is_cuda else 1
-    for file in files:
-        try:
-            # The pool is left first: no thread reads a file that is closed.
-            with safe_open(file, "pt") as tensors, ThreadPoolExecutor(num_threads) as pool:
-                copies = []
-                for name in tensors.keys():  # noqa: SIM118 (a safe_open is not iterable)
-                    if name in targets:
-                        copies.append(pool.submit(_copy, targets.pop(name), tensors, name, file))
-                    elif model.is_tied and name == "lm_head.weight":
-                        tied_head = tensors.get_tensor(name).to(model.lm_head.weight)
-                    elif not name.endswith(model.ignored):
-                        raise ValueError(
-                            f"{file}: {name} has no place in {type(model).__name__} "
-                            f"(surplus, or there twice)"
-                        )
-                for copy in copies:
-                    copy.result()
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is truncated or not a safetensors file ({error}); fetch it again"
-            ) from None
-    if targets:
-        some = ", ".join(list(targets)[:5]) + (", ..." if len(targets) > 5 else "")
-        raise ValueError(
-            f"{files[0].parent} lacks {len(targets)} weights that config.json asks for: {some}"
-        )
-    if tied_head is not None and not torch.equal(tied_head, model.lm_head.weight):
-        raise ValueError(
-            f"{files[0].parent}: lm_head.weight differs from the embedding, but config.json says "
-            f"tie_word_embeddings"
-        )
-
-
-def _targets(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Where each tensor of the checkpoint goes: a parameter, or rows of a packed one."""
-    targets = {}
-    for name, param in model.named_parameters():
-        path, _, kind = name.rpartition(".")
-        parent, _, leaf = path.rpartition(".")
-        if leaf in model.packed:
-            sizes = model.get_submodule(path).sizes
-            for part, rows in zip(model.packed[leaf], param.split(sizes), strict=True):
-                targets[f"{parent}.{part}.{kind}"] = rows
-        else:
-            targets[name] = param
-    return targets
-
-
-def _copy(target: torch.Tensor, tensors: safe_open, name: str, file: Path) -> None:
-    tensor = tensors.get_tensor(name)
-    if target.shape != tensor.shape:
-        raise ValueError(
-            f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
-        )
-    if tensor.dtype not in WEIGHT_DTYPES:
-        raise ValueError(
-            f"{file}: {name} is in {tensor.dtype}: quantized weights are not supported yet"
-        )
-    target.copy_(tensor)

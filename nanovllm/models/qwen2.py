@@ -3,10 +3,9 @@
 from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.layers.rope import Rope
 from nanovllm.models.frame import CausalLM, DecoderLayer
 
 
 class Qwen2ForCausalLM(CausalLM):
-    def make_layer(self, config: ModelConfig, rope: Rope) -> DecoderLayer:
-        return DecoderLayer(config, Attention(config, rope, qkv_bias=True), GatedMLP(config))
+    def make_layer(self, config: ModelConfig, i: int) -> DecoderLayer:
+        return DecoderLayer(config, Attention(config, self.rope, qkv_bias=True), GatedMLP(config))

@@ -9,29 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm.ops import reference, reference_sampling
-from nanovllm.ops.cpu import pack_weight, packs_weights
 
 if TYPE_CHECKING:
     from nanovllm.core.model_config import ModelConfig
-    from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
+    from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
 
 __all__ = [
-    "add_linear",
+    "attend",
     "attention",
     "begin_step",
     "copy_pinned",
     "default_block_size",
     "keep_sampled",
-    "linear",
     "make_attention",
-    "pack_weight",
-    "packs_weights",
-    "qk_norm_rope_store",
     "rms_norm",
     "sample",
-    "summed",
+    "silu_and_mul",
+    "store",
     "top_logprobs",
 ]
 
@@ -43,7 +40,7 @@ def _by_device(op: Op, kernels: str = "layers") -> Op:
     the kernels, which is not imported before."""
 
     @functools.wraps(op)
-    def call(x: "torch.Tensor | Residual", *args: Any, **kwargs: Any) -> Any:
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
         module = import_module(f"nanovllm.ops.triton.{kernels}")
@@ -52,20 +49,49 @@ def _by_device(op: Op, kernels: str = "layers") -> Op:
     return call  # type: ignore[return-value]
 
 
-rms_norm = _by_device(reference.rms_norm)
-linear = _by_device(reference.linear, "linear")
-add_linear = _by_device(reference.add_linear, "linear")
-summed = _by_device(reference.summed)
-qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 sample = _by_device(reference_sampling.sample, "sampling")
 top_logprobs = _by_device(reference_sampling.top_logprobs, "limits")
 keep_sampled = _by_device(reference.keep_sampled, "rows")
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension of x, in new memory."""
+    if not x.is_cuda:
+        return reference.rms_norm(x, weight, eps)
+    from nanovllm.ops.triton import layers
+
+    return layers.rms_norm(x, weight, eps)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for [..., gate | up]."""
+    if not gate_up.is_cuda:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    from nanovllm.ops.triton import layers
+
+    return layers.silu_and_mul(gate_up)
+
+
+def store(k: torch.Tensor, v: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch") -> None:
+    """Put keys and values, [T, K, D] each, into the batch's slots of the cache, before `attend`."""
+    if not k.is_cuda:
+        reference.store(k, v, kv, batch.slot_mapping)
+        return
+    from nanovllm.ops.triton import layers
+
+    layers.store(k, v, kv, batch.slot_mapping)
+
+
+def attend(q: torch.Tensor, kv: "KVLayer", batch: "ForwardBatch", scale: float) -> torch.Tensor:
+    """Causal attention of queries [T, H, D] over their sequences' blocks; returns [T, H, D]."""
+    return batch.attention.attend(q.contiguous(), kv, batch, scale)
+
+
 def attention(
     qkv: torch.Tensor, rotary: "Rotary", kv: "KVLayer", batch: "ForwardBatch", scale: float
 ) -> torch.Tensor:
-    """From the QKV projection to the heads' outputs: norms, RoPE, keys and values into their pages,
+    """From the QKV projection to the heads' outputs: norms, RoPE, keys and values into the cache,
     attention.
 
     Args:
@@ -76,6 +102,10 @@ def attention(
     fused = batch.attention.attend_projected
     if fused is not None and batch.is_decode:
         return fused(qkv, rotary, kv, batch, scale)
+    if qkv.is_cuda:
+        from nanovllm.ops.triton.layers import qk_norm_rope_store
+    else:
+        from nanovllm.ops.reference import qk_norm_rope_store
     q = qk_norm_rope_store(qkv, rotary, batch, kv)
     return batch.attention.attend(q, kv, batch, scale)
 

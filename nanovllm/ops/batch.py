@@ -51,22 +51,21 @@ class ForwardBatch:
         return self.num_decodes == len(self.rows)
 
 
-@dataclass(slots=True)
-class Residual:
-    """What layers add to.
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The attention of a layer. Layers of one KV shape and window form a group of the cache.
 
     Attributes:
-        total: [T, hidden], changed in place.
-        parts: [n, T, hidden] float32, still to be added: a product that was divided over its inputs
-            leaves them to the norm after it, which reads the total anyway. None: nothing is.
+        num_heads, num_kv_heads, head_dim: sizes of queries, and of keys and values.
+        scale: of the products of queries and keys.
+        window: tokens that a query sees, itself included; None: all before it.
     """
 
-    total: torch.Tensor
-    parts: torch.Tensor | None = None
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.total.is_cuda
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Residual, Rotary
-from nanovllm.ops.cpu import matmul
+from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
 
 # Decodes attend in groups, padded to a common length. A group of several gathers at most so many
 # keys, so that they are still in the CPU's cache when they are used.
@@ -26,62 +25,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return weight * x32.to(x.dtype)
-
-
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for [..., gate | up]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def linear(
-    x: torch.Tensor | Residual,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    norm: tuple[torch.Tensor, float] | None = None,
-    gated: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x @ weight.T + bias, with what stands before and after it in a layer.
-
-    Args:
-        x: [T, in].
-        weight: [out, in], plain or packed.
-        bias: [out] or None.
-        norm: weight and eps of an RMSNorm that x goes through first.
-        gated: the weight is gate and up, [2 * out, in]: the result is silu_and_mul of the product.
-        out: [T, out], where the product is put, if nothing follows it.
-
-    Returns: [T, out]; out if it is there.
-    """
-    if isinstance(x, Residual):
-        x = summed(x)
-    if norm is not None:
-        x = rms_norm(x, *norm)
-    y = matmul(x, weight, bias)
-    if gated:
-        y = silu_and_mul(y)
-    return y if out is None else out.copy_(y)
-
-
-def add_linear(
-    residual: Residual, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
-    """Add x @ weight.T + bias.
-
-    Args:
-        residual: of [T, out], not x itself.
-        x: [T, in].
-        weight: [out, in], plain or packed.
-        bias: [out] or None.
-    """
-    residual.total.add_(matmul(x, weight, bias))
-
-
-def summed(residual: Residual) -> torch.Tensor:
-    """[T, hidden], with all that was added."""
-    assert residual.parts is None
-    return residual.total
 
 
 def apply_rope(x_THD: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -100,7 +43,7 @@ def qk_norm_rope_store(
     qkv: torch.Tensor, rotary: Rotary, batch: ForwardBatch, kv: KVLayer
 ) -> torch.Tensor:
     """From the QKV projection to attention: RMSNorm on query and key heads if the model has it,
-    RoPE, and keys and values into their pages.
+    RoPE, and keys and values into the cache.
 
     Args:
         qkv: [T, (H + 2K) * D].
@@ -117,13 +60,22 @@ def qk_norm_rope_store(
         qk = rms_norm(qk, weights, rotary.eps)
     qk = apply_rope(qk, rotary.table[batch.positions])
     q, k = qk[:, :-num_kv_heads], qk[:, -num_kv_heads:]
-    slots = batch.slot_mapping
-    if slots.numel() and slots.min() < 0:  # some lie in shared pages already
+    store(k, v, kv, batch.slot_mapping)
+    return q
+
+
+def store(k: torch.Tensor, v: torch.Tensor, kv: KVLayer, slots: torch.Tensor) -> None:
+    """Put keys and values into the cache.
+
+    Args:
+        k, v: [T, K, D].
+        slots: [T] int64, block * block_size + offset; -1: the block, which is shared, has them.
+    """
+    if slots.numel() and slots.min() < 0:
         stored = slots >= 0
         slots, k, v = slots[stored], k[stored], v[stored]
-    kv.k.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, k)
-    kv.v.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, v)
-    return q
+    kv.k.flatten(0, 1).index_copy_(0, slots, k)
+    kv.v.flatten(0, 1).index_copy_(0, slots, v)
 
 
 class DecodeGroup(NamedTuple):

@@ -70,7 +70,7 @@ def compile_kernels(
 
     Returns: what to wait for before the first step.
     """
-    from nanovllm.ops.triton.kernel_configs import MAX_GEMV_ROWS, PARTIAL_LINEAR
+    from nanovllm.ops.triton.kernel_configs import MAX_GEMV_ROWS
 
     def decode(num_decodes: int, size: int, position: int = 0) -> None:
         arrays = runner.begin_decodes(num_decodes, size, position)
@@ -87,9 +87,6 @@ def compile_kernels(
             if size < max_num_seqs:
                 runner.inputs.last_tokens.zero_()  # nobody has drawn any
                 runner.run(_mixed_step(size))
-        for config in PARTIAL_LINEAR:  # of more rows than there are decodes: chunks
-            if max_num_seqs < config.rows <= num_tokens:
-                runner.run(largest_step(1, config.rows, max_model_len))
     with compiler.instead_of_launches():  # nobody waits for these
         # All rows' tables are zeros: a prefix that they share, if it is long enough.
         decode(max_num_seqs, max_num_seqs, max_model_len - 1)

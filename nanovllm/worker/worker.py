@@ -22,8 +22,8 @@ from nanovllm.models.loader import (
     allocate,
     build_model,
     fill_dummy_weights,
-    load_weights,
-    pack_weights,
+    load_checkpoint,
+    prepare_weights,
     weight_bytes,
 )
 from nanovllm.ops import platform
@@ -230,8 +230,8 @@ class Worker:
             fill_dummy_weights(model, self.config.seed)
         else:
             folder = resolve_folder(self.config, with_weights=True)
-            load_weights(model, folder)
-        pack_weights(model)
+            load_checkpoint(model, folder)
+        prepare_weights(model)
         return model
 
     def _make_attention(self) -> Attention:

@@ -32,7 +32,7 @@ def record_launches() -> dict[str, tuple]:
     """Run every wrapper on small CPU tensors, with launches noted down instead of made."""
     from kernel_calls import paged_case
 
-    from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
+    from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
     from nanovllm.ops.triton import layers as triton_ops
     from nanovllm.ops.triton import limits as triton_limits
     from nanovllm.ops.triton import linear as triton_linear
@@ -97,11 +97,6 @@ def record_launches() -> dict[str, tuple]:
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
         triton_ops.rms_norm(x, x[0], 1e-6)
-        label = f"{dtype}, with parts"
-        triton_ops.rms_norm(Residual(x, torch.zeros(3, 2, 4096)), x[0], 1e-6)
-        label = f"{dtype}, parts alone"
-        triton_ops.summed(Residual(x, torch.zeros(3, 2, 4096)))
-        label = str(dtype)
         triton_ops.silu_and_mul(x)
         triton_ops.copy(x[0], x[1])
         weight = torch.zeros(64, 4096, dtype=dtype)
@@ -110,13 +105,7 @@ def record_launches() -> dict[str, tuple]:
             label = f"{dtype}, {rows} rows"
             triton_linear.linear(few, weight, norm=(x[0], 1e-6), gated=True)
             label += ", added"
-            triton_linear.add_linear(Residual(few[:, :64].contiguous()), few, weight)
-        for rows in (5, 50, 100) if dtype == torch.bfloat16 else ():
-            some = torch.zeros(rows, 4096, dtype=dtype)
-            for num_out in (64, 60):
-                label = f"{dtype}, {rows} rows of {num_out}"
-                residual = Residual(torch.zeros(rows, num_out, dtype=dtype))
-                triton_linear.add_linear(residual, some, weight[:num_out])
+            triton_linear.add_linear(few[:, :64].contiguous(), few, weight)
         label = str(dtype)
         kv = KVLayer(*torch.zeros(2, 4, 16, 8, 128, dtype=dtype))
         batch = ForwardBatch(
@@ -127,6 +116,7 @@ def record_launches() -> dict[str, tuple]:
         )  # fmt: skip
         rotary = Rotary((x[0], x[0]), 1e-6, torch.zeros(9, 128))
         triton_ops.qk_norm_rope_store(x, rotary, batch, kv)
+        triton_ops.store(*x.view(2, -1, 8, 128)[:, :2].unbind(1), kv, batch.slot_mapping)
         logits = torch.zeros(2, 151936, dtype=dtype)
         draws = torch.ones(2), torch.zeros(2, 2).long()
         triton_sampling.sample(logits, *draws)

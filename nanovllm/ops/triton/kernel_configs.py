@@ -159,38 +159,3 @@ def gemv_config(size: int, itemsize: int, gated: bool) -> GemvConfig:
     if size <= 1024:
         return GemvConfig(block_n, min(next_power_of_2(size), 1024 // itemsize), 1)
     return GemvConfig(block_n, 4096 // itemsize, 4 if gated else 8)
-
-
-@dataclass(frozen=True)
-class PartialLinearConfig:
-    """A layout of the split-K product of some rows with a weight.
-
-    Attributes:
-        rows: largest number of input rows.
-        block_n, block_k: outputs of a CTA, and inputs in a turn of its loop.
-        num_warps, num_stages: Triton's.
-    """
-
-    rows: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-PARTIAL_LINEAR = (
-    PartialLinearConfig(16, 64, 64, 4, 6),
-    PartialLinearConfig(64, 64, 64, 4, 6),
-    PartialLinearConfig(128, 64, 64, 4, 4),
-)
-PARTIAL_PROGRAMS = 128  # CTAs: about one for each SM; the number of parts follows from it
-MAX_PARTS, MIN_PART = 8, 512  # largest number of parts; smallest number of inputs in a part
-
-
-def max_partial_rows(num_weights: int) -> int:
-    """Largest number of input rows for which a split-K product is faster than cuBLAS."""
-    return PARTIAL_LINEAR[-1 if num_weights < 2**22 else -2].rows
-
-
-def partial_linear_config(num_rows: int) -> PartialLinearConfig:
-    return next(config for config in PARTIAL_LINEAR if num_rows <= config.rows)

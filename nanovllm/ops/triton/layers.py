@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.batch import ForwardBatch, KVLayer, Residual, Rotary
+from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.triton.kernel_configs import (
     COPY_BLOCK,
     HEADS_PER_PROGRAM,
@@ -28,7 +28,8 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch options for programmatic dependent launch, which Hopper and newer GPUs have: a kernel
     starts while the one before it ends, and waits for its results with gdc_wait. Before the wait
     it may read only what was there before the step's first kernel: weights, inputs, older keys.
-    (Attention to everybody's own keys after that to shared ones is the exception.)"""
+    (Attention to a sequence's own keys, launched behind attention to shared keys, is the
+    exception.)"""
     has_pdl = (
         TRITON_HAS_PDL
         and device.type == "cuda"
@@ -52,62 +53,35 @@ def copy(out: torch.Tensor, source: torch.Tensor) -> None:
         copy_kernel[(cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def rms_norm_kernel(
-    out, x, weight, eps, parts, num_rows,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
+    out, x, weight, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """A program takes a row of x, to which it adds the row's NUM_PARTS parts first; and, if `out`
-    is there, normalises it."""
+    """A program normalises a row of x."""
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     ok = dims < SIZE
-    if out is not None:
-        w = tl.load(weight + dims, mask=ok, other=0.0)
+    w = tl.load(weight + dims, mask=ok, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     value = tl.load(x + row * SIZE + dims, mask=ok, other=0.0)
     x32 = value.to(tl.float32)
-    if NUM_PARTS:
-        for part in tl.static_range(NUM_PARTS):
-            x32 += tl.load(parts + (part * num_rows + row) * SIZE + dims, mask=ok, other=0.0)
-        value = x32.to(value.dtype)
-        tl.store(x + row * SIZE + dims, value, mask=ok)
-        x32 = value.to(tl.float32)
-    if out is not None:
-        normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
-        tl.store(out + row * SIZE + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
+    normed = (x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / SIZE + eps)).to(value.dtype)
+    tl.store(out + row * SIZE + dims, normed.to(tl.float32) * w.to(tl.float32), mask=ok)
 
 
-def rms_norm(x: torch.Tensor | Residual, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As reference.rms_norm; of a residual, which has nothing left to be added then."""
-    residual = x if isinstance(x, Residual) else Residual(x)
-    out = torch.empty_like(residual.total)
-    _rms_norm(out, residual, weight, eps)
-    return out
-
-
-def summed(residual: Residual) -> torch.Tensor:
-    """As reference.summed."""
-    if residual.parts is not None:
-        _rms_norm(None, residual, None, 0.0)
-    return residual.total
-
-
-def _rms_norm(
-    out: torch.Tensor | None, residual: Residual, weight: torch.Tensor | None, eps: float
-) -> None:
-    x, parts = residual.total, residual.parts
-    size = x.shape[-1]
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As reference.rms_norm."""
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.shape[-1]
     block = next_power_of_2(size)
-    num_rows, num_parts = x.numel() // size, 0 if parts is None else parts.shape[0]
-    if num_rows:
-        rms_norm_kernel[(num_rows,)](
-            out, x, weight, eps, parts, num_rows, SIZE=size, BLOCK=block, NUM_PARTS=num_parts,
+    if x.numel():
+        rms_norm_kernel[(x.numel() // size,)](
+            out, x, weight, eps, SIZE=size, BLOCK=block,
             num_warps=min(16, max(1, block // 512)), **pdl_options(x.device),
         )  # fmt: skip
-    residual.parts = None
+    return out
 
 
 @triton.jit
@@ -210,3 +184,35 @@ def qk_norm_rope_store(
         NORM=rotary.norm_weights is not None, num_warps=4, **pdl_options(qkv.device),
     )  # fmt: skip
     return q
+
+
+@triton.jit
+def store_kernel(
+    k_cache, v_cache, k, v, slot_mapping, k_stride, v_stride,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program stores BLOCK elements of a token's keys and values, SIZE elements each."""
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slot_mapping + token)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if slot >= 0:
+        ok = dims < SIZE
+        key = tl.load(k + token * k_stride + dims, mask=ok, other=0.0)
+        value = tl.load(v + token * v_stride + dims, mask=ok, other=0.0)
+        tl.store(k_cache + slot * SIZE + dims, key, mask=ok)
+        tl.store(v_cache + slot * SIZE + dims, value, mask=ok)
+
+
+def store(k: torch.Tensor, v: torch.Tensor, kv: KVLayer, slots: torch.Tensor) -> None:
+    """As reference.store."""
+    num_tokens, size = k.shape[0], k.shape[1] * k.shape[2]
+    # Heads may be a part of a projection's row, but have to follow one another in it.
+    k, v = (x if x[:1].is_contiguous() else x.contiguous() for x in (k, v))
+    if num_tokens:
+        store_kernel[(num_tokens, cdiv(size, SILU_BLOCK))](
+            kv.k, kv.v, k, v, slots, k.stride(0), v.stride(0), SIZE=size, BLOCK=SILU_BLOCK,
+            num_warps=4, **pdl_options(k.device),
+        )  # fmt: skip

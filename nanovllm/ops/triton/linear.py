@@ -1,10 +1,8 @@
-"""Matrix products on a GPU, with what stands before and after them fused where it can be.
+"""Matrix products on a GPU; quantization/weight_format.py calls them.
 
-With few rows of input a product is as fast as its weight is read: gemv_kernel streams it once,
-normalises the input on the way in, and gates or adds on the way out. With more the norm and the
-gate are kernels of their own. Up to some number, products that are added are divided over their
-inputs, so that they have work for the whole GPU, and the norm adds the parts; the rest is
-cuBLAS's.
+With few rows of input a product is as fast as its weight is read: gemv_kernel streams the weight
+once, normalises the input on the way in, and gates or adds on the way out. With more rows norm and
+gate are kernels of their own (layers.py), and the product is cuBLAS's.
 """
 
 import torch
@@ -13,19 +11,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.ops.batch import Residual
 from nanovllm.ops.triton.kernel_configs import (
-    MAX_PARTS,
-    MIN_PART,
-    PARTIAL_PROGRAMS,
     cdiv,
     gemv_config,
     max_gemv_rows,
-    max_partial_rows,
     next_power_of_2,
-    partial_linear_config,
 )
-from nanovllm.ops.triton.layers import pdl_options, rms_norm, silu_and_mul, summed
+from nanovllm.ops.triton.layers import pdl_options
 
 
 @triton.jit
@@ -96,102 +88,40 @@ def gemv_kernel(
     tl.store(out_ptrs, total, mask=out_ok)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def partial_linear_kernel(
-    parts, x, weight, num_rows, N, K, K_PER_PART,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A program computes BLOCK_N outputs of every row from one part of the inputs. The weight is
-    the left operand, as tensor cores want 64 rows of that and 8 of the other.
-
-    Args:
-        parts: [parts, num_rows, N] float32.
-        x: [num_rows, K]; ROWS is num_rows or more.
-        weight: [N, K].
-        K_PER_PART: a multiple of BLOCK_K.
-        EVEN: whether blocks and parts divide the weight.
-    """
-    part = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, ROWS)
-    ks = part * K_PER_PART + tl.arange(0, BLOCK_K)
-    w_ptrs = weight + n[:, None] * K + ks[None, :]
-    x_ptrs = x + rows[None, :] * K + ks[:, None]
-    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    for k in tl.range(0, K_PER_PART, BLOCK_K, num_stages=STAGES):
-        if EVEN:
-            w = tl.load(w_ptrs + k)
-            values = tl.load(x_ptrs + k, mask=rows[None, :] < num_rows, other=0.0)
-        else:
-            ok = ks + k < K
-            w = tl.load(w_ptrs + k, mask=(n < N)[:, None] & ok[None, :], other=0.0)
-            x_ok = ok[:, None] & (rows < num_rows)[None, :]
-            values = tl.load(x_ptrs + k, mask=x_ok, other=0.0)
-        total = tl.dot(w, values, total)
-    out_ptrs = parts + part * num_rows * N + rows[:, None] * N + n[None, :]
-    tl.store(out_ptrs, tl.trans(total), mask=(rows < num_rows)[:, None] & (n < N)[None, :])
+def fuses(weight: torch.Tensor, num_rows: int) -> bool:
+    """Whether `linear` takes a norm and a gate along, for inputs of num_rows rows."""
+    return 0 < num_rows <= max_gemv_rows(weight.numel())
 
 
 def linear(
-    x: torch.Tensor | Residual,
+    x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As reference.linear."""
-    assert out is None or (bias is None and not gated)
-    num_rows = (x.total if isinstance(x, Residual) else x).shape[0]
-    is_few = 0 < num_rows <= max_gemv_rows(weight.numel())
-    if norm is not None and not is_few:
-        x = rms_norm(x, *norm)
-    if isinstance(x, Residual):
-        x = summed(x)
-    if is_few:
+    """As WeightFormat.multiply."""
+    x = x.contiguous()
+    if fuses(weight, x.shape[0]):
         return _gemv(x, weight, bias, norm, gated, out)
-    if out is not None:
+    assert norm is None and not gated
+    if out is not None and bias is None:
         return torch.mm(x, weight.T, out=out)
-    y = F.linear(x, weight, bias)
-    return silu_and_mul(y) if gated else y
+    return F.linear(x, weight, bias)
 
 
 def add_linear(
-    residual: Residual, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
-    """As reference.add_linear; a product of some rows leaves its parts to the norm that follows."""
-    total, num_rows, num_weights = summed(residual), x.shape[0], weight.numel()
-    if 0 < num_rows <= max_gemv_rows(num_weights):
+    """As WeightFormat.add."""
+    x = x.contiguous()
+    if fuses(weight, x.shape[0]):
         _gemv(x, weight, bias, residual=total)
-    elif bias is None and x.element_size() == 2 and 0 < num_rows <= max_partial_rows(num_weights):
-        residual.parts = _partial_linear(x, weight)
     elif bias is None:
         total.addmm_(x, weight.T)
     else:
         total.add_(F.linear(x, weight, bias))
-
-
-def _partial_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T as a sum: [parts, T, out] float32."""
-    assert x.is_contiguous() and weight.is_contiguous() and weight.numel() < 2**31
-    num_rows, (num_out, size) = x.shape[0], weight.shape
-    config = partial_linear_config(num_rows)
-    num_blocks = cdiv(num_out, config.block_n)
-    num_parts = max(1, min(MAX_PARTS, PARTIAL_PROGRAMS // num_blocks, size // MIN_PART))
-    per_part = cdiv(cdiv(size, num_parts), config.block_k) * config.block_k
-    num_parts = cdiv(size, per_part)
-    parts = torch.empty(num_parts, num_rows, num_out, dtype=torch.float32, device=x.device)
-    partial_linear_kernel[(num_blocks, num_parts)](
-        parts, x, weight, num_rows, num_out, size, per_part, ROWS=config.rows,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.num_stages,
-        EVEN=num_out % config.block_n == 0 and per_part * num_parts == size,
-        num_warps=config.num_warps, **pdl_options(x.device),
-    )  # fmt: skip
-    return parts
 
 
 def _gemv(

@@ -1,0 +1,133 @@
+"""Weight formats and loading from anything that yields names and tensors."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.core.model_config import ModelConfig
+from nanovllm.layers.linear import Linear
+from nanovllm.models import REGISTRY, register
+from nanovllm.models.checkpoint import read_json
+from nanovllm.models.loader import (
+    WeightError,
+    allocate,
+    build_model,
+    load_weights,
+    prepare_weights,
+)
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.quantization.weight_format import WeightFormat
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Int8(WeightFormat):
+    """Made up: [in, out] with a scale for each output, in the checkpoint; [out, in] in memory."""
+
+    outputs: ClassVar = {"qweight": (1, 1)}
+
+    def tensors(self, in_features, out_features):
+        return {
+            "qweight": torch.empty(in_features, out_features, dtype=torch.int8),
+            "scales": torch.empty(out_features),
+        }
+
+    def prepare(self, linear):
+        linear.qweight.data = linear.qweight.T.contiguous()
+        return self
+
+    def multiply(self, linear, x, norm=None, gated=False, out=None):
+        y = x @ linear.qweight.T.to(x.dtype) * linear.scales
+        return y if linear.bias is None else y + linear.bias
+
+
+class Int8Qwen3(Qwen3ForCausalLM):
+    def __init__(self, config, max_positions):
+        super().__init__(config, max_positions)
+        for name, module in self.model.named_modules(prefix="model"):
+            if isinstance(module, Linear):
+                self.formats[name] = Int8()
+
+
+def tokens(folder):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    options = dict(dtype="float32", skip_tokenizer_init=True, kv_cache_memory_bytes=4 << 20)
+    with LLM(str(folder), **options) as llm:
+        outputs = llm.generate([[5, 6, 7], [9] * 40], params, use_tqdm=False)
+    return [output["token_ids"] for output in outputs]
+
+
+def test_a_weight_format(copy_tiny, monkeypatch):
+    monkeypatch.setattr("nanovllm.models.REGISTRY", dict(REGISTRY))
+    register("Int8Qwen3ForCausalLM", Int8Qwen3)
+    folder = copy_tiny(config={"architectures": ["Int8Qwen3ForCausalLM"]})
+    file = folder / "model.safetensors"
+    plain, quantized = {}, {}
+    for name, weight in load_file(file).items():
+        plain[name] = quantized[name] = weight.float()
+        if name.endswith("_proj.weight"):
+            scales = plain[name].abs().amax(1) / 127
+            q = (plain[name] / scales[:, None]).round().to(torch.int8)
+            plain[name] = q * scales[:, None]
+            stem = name.removesuffix("weight")
+            del quantized[name]
+            quantized |= {f"{stem}qweight": q.T.contiguous(), f"{stem}scales": scales}
+    save_file(quantized, file)
+    actual = tokens(folder)
+    save_file(plain, file)
+    with pytest.raises(ValueError, match=r"model.safetensors: .*_proj.weight has no place in Int8"):
+        tokens(folder)
+    register("Int8Qwen3ForCausalLM", Qwen3ForCausalLM)
+    assert actual == tokens(folder)
+
+
+@pytest.fixture
+def model():
+    config = ModelConfig.from_hf(read_json(TINY, "config.json", required=True))
+    model = build_model(config, 8, torch.float32)
+    allocate(model, torch.device("cpu"))
+    return model
+
+
+def test_weights_from_an_iterator(model):
+    weights = load_file(TINY / "model.safetensors")
+    assert set(model.sources()) == set(weights)
+    for factor in (1, 2):  # once more, in place
+        before = {name: target.data_ptr() for name, target in model.sources().items()}
+        load_weights(model, ((name, weight * factor) for name, weight in weights.items()))
+        for name, target in model.sources().items():
+            assert torch.equal(target, weights[name].float() * factor)
+            assert target.data_ptr() == before[name]
+    q, k, v = (weights[f"model.layers.1.self_attn.{n}_proj.weight"].float() * 2 for n in "qkv")
+    assert torch.equal(model.model.layers[1].self_attn.qkv_proj.weight, torch.cat((q, k, v)))
+    prepare_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.popitem(), "the checkpoint lacks 1 weights that config.json asks for: model."),
+        (lambda w: w.update(x=torch.zeros(1)), "x has no place in Qwen3ForCausalLM"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
+            r"model.norm.weight has shape \[3\], config.json says \[256\]",
+        ),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(256).to(torch.float8_e4m3fn)}),
+            "model.norm.weight is in torch.float8_e4m3fn: quantized weights",
+        ),
+        (
+            lambda w: w.update({"lm_head.weight": torch.zeros(2560, 256)}),
+            "lm_head.weight differs from the embedding",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(model, change, message):
+    weights = load_file(TINY / "model.safetensors")
+    change(weights)
+    with pytest.raises(WeightError, match=message):
+        load_weights(model, weights.items())
