@@ -38,7 +38,11 @@ def watch(llm: LLM) -> Iterator[Blocks]:
         yield Blocks(
             held=int(held.sum()),
             shared=int((pool.ref_counts > 1).sum()),
-            cached=sum(has_content for has_content, is_held in zip(cached, held) if not is_held),
+            cached=sum(
+                has_content
+                for has_content, is_held in zip(cached, held, strict=True)
+                if not is_held
+            ),
             hit_tokens=engine.metrics.last_step.cached_tokens,
         )
 
