@@ -1,30 +1,23 @@
-"""Watching the KV cache: how many blocks are held, shared, cached and free after each step.
+"""Watching the KV cache: how many blocks are held, shared and cached after each step.
 
 python docs/hacking/watching_the_cache.py
-
-example.py --watch draws the same as a map (nanovllm/entrypoints/watch.py).
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from nanovllm import LLM, SamplingParams
 
 
 class Blocks(NamedTuple):
-    """Numbers of blocks after a step.
+    """Numbers of blocks after a step."""
 
-    Attributes:
-        held: by at least one sequence.
-        shared: by two sequences or more.
-        cached: free, with content that a prefix hit can find.
-        hit_tokens: tokens of prefix hits in the last step.
-    """
-
-    held: int
-    shared: int
-    cached: int
-    hit_tokens: int
+    held: int  # by at least one sequence
+    shared: int  # by two sequences or more
+    cached: int  # free, with content that a prefix hit can find
+    hit_tokens: int  # tokens of prefix hits in the last step
 
 
 def watch(llm: LLM) -> Iterator[Blocks]:
@@ -34,7 +27,7 @@ def watch(llm: LLM) -> Iterator[Blocks]:
         engine = llm.llm_engine
         [pool] = engine.scheduler.block_manager.pools  # one for each group of layers
         held = pool.ref_counts > 0
-        cached = [content is not None for content in pool.contents]
+        cached = np.array([content is not None for content in pool.contents])
         yield Blocks(
             held=int(held.sum()),
             shared=int((pool.ref_counts > 1).sum()),
