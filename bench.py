@@ -131,7 +131,7 @@ def make_workload(name: str) -> Workload:
     """The seven workloads; always the same tokens.
 
     readme is nano-vllm's benchmark, long prompts and long answers; short has many small requests,
-    where overhead shows, and queue four times as many, more than run at a time; prefix asks 512
+    where overhead shows, and queue 4,096 of them, more than run at a time; prefix has 512
     questions after one system prompt; bs1 is the latency of one request; docs has long prompts and
     short answers, so prompts bound it; cpu is for two CPU cores.
     """

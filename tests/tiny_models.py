@@ -78,7 +78,7 @@ def oracle_greedy(oracle: torch.nn.Module, prompt: list[int], num_tokens: int) -
 
 @torch.inference_mode()
 def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
-    """[n, vocab] of one sequence from the worker, `chunk` tokens a step, on scattered pages."""
+    """[n, vocab] of one sequence from the worker, `chunk` tokens a step, on scattered blocks."""
     executor = llm.llm_engine.executor
     runner, size = executor.runner, executor.plan.block_size
     pages = list(reversed(range(executor.plan.num_blocks)))[: -(-len(token_ids) // size)]

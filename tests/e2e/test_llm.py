@@ -511,7 +511,7 @@ def test_the_prefix_cache_says_how_many_prompt_tokens_it_had(tiny):
     def cached(llm, prompts):
         return [out.num_cached_tokens for out in llm.generate(prompts, greedy(2), use_tqdm=False)]
 
-    prompt = list(range(5, 45))  # two full pages of 16 and a half
+    prompt = list(range(5, 45))  # two full blocks of 16 and a half
     with load(tiny) as llm:
         assert cached(llm, [prompt]) == [0]
         assert cached(llm, [prompt, prompt[:20], [9, *prompt]]) == [32, 16, 0]
@@ -572,7 +572,7 @@ def test_one_line_at_the_start_says_what_runs_where(tiny, caplog):
         torch.device("cpu"), torch.float32
     )  # then the tied head is there twice
     assert f"weights {0.02 if packed else 0.01} GiB" in line
-    # 4 MiB / (2 * 5 layers * 2 heads * 64 * 4 bytes) = 819 tokens, 51 pages of 16
+    # 4 MiB / (2 * 5 layers * 2 heads * 64 * 4 bytes) = 819 tokens, 51 blocks of 16
     assert "cache of 816 tokens in pages of 16, 12.8 requests of 64 tokens" in line
 
 

@@ -73,7 +73,7 @@ def test_a_graphs_arrays_have_the_shapes_of_its_size_and_their_names(size):
     shapes = {}
     for num_decodes in {1, (size + 1) // 2, size}:
         for longest in (2, 400, 4000, 4700):
-            # Tables of zeros: all rows share all of their pages, if that counts.
+            # Tables of zeros: all rows share all of their blocks, if that counts.
             for inputs.attention.min_gain_bytes in (0, 1 << 60):
                 rows = rng.permutation(40)[:num_decodes]
                 inputs.steps_listed = 0

@@ -1,4 +1,4 @@
-"""StepInput -> ForwardBatch: slots, pages of reused rows, where decodes get their tokens."""
+"""StepInput -> ForwardBatch: slots, blocks of reused rows, where decodes get their tokens."""
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ def start(row, block_table, num_cached_tokens=0):
 
 
 def make_step(starts, chunks, decodes=()):
-    """Decodes as (row, position, page)."""
+    """Decodes as (row, position, block)."""
     rows, positions, pages = np.array(decodes, np.int64).reshape(-1, 3).T
     return StepInput(starts, rows, positions, pages.astype(np.int32)[None], chunks)
 

@@ -43,7 +43,7 @@ def paged_case(
     no query may read, rows in any order.
 
     Args:
-        groups: (sequences, pages) that begin with the same pages; they are read together if the
+        groups: (sequences, blocks) that begin with the same blocks; they are read together if the
             sequences are decodes, which come first.
     """
     rng = np.random.default_rng()

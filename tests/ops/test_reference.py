@@ -11,7 +11,7 @@ from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
 
 
 def make_batch(query_lens, context_lens, block_size, num_blocks):
-    """A batch over randomly scattered pages."""
+    """A batch over randomly scattered blocks."""
     tables_len = -(-max(context_lens) // block_size)
     free = torch.randperm(num_blocks).tolist()
     tables = torch.zeros(len(query_lens), tables_len, dtype=torch.int32)
@@ -123,7 +123,7 @@ def test_attention_is_untouched_by_what_others_left_in_a_page():
 def test_qk_norm_rope_store(norm):
     heads, kv_heads, head_dim, block_size = 6, 2, 20, 4
     batch = make_batch([1, 5, 9], [13, 5, 30], block_size, num_blocks=30)
-    batch.slot_mapping[3] = -1  # lies in a shared page already
+    batch.slot_mapping[3] = -1  # lies in a shared block already
     old = torch.randn(2, 30, block_size, kv_heads, head_dim)
     kv = KVLayer(*old.clone())
     qkv = torch.randn(15, (heads + 2 * kv_heads) * head_dim)

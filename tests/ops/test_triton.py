@@ -1,5 +1,5 @@
-"""The Triton kernels against float64, on fresh random inputs: interpreted where there is no GPU
-(conftest.py sees to that), compiled where there is one."""
+"""The Triton kernels against float64, on fresh random inputs: compiled on a machine with a GPU,
+interpreted on others (conftest.py sees to that)."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -75,7 +75,7 @@ def test_attention_interpreted(
 
 
 def shared_cases():
-    """(query lengths, context lengths, groups) by name; pages of 16."""
+    """(query lengths, context lengths, groups) by name; blocks of 16."""
     rng = np.random.default_rng(3)
     own = rng.integers(1, 90, 40)
     order = rng.permutation(40)
@@ -278,7 +278,7 @@ def check_projected(
             slot_mapping=slots.clone(),
             attention_arrays=arrays | {"list_age": torch.full((1,), longer, device=device).int()},
         )
-        batch.slot_mapping[-1] = -1  # its page is shared, and has the key already
+        batch.slot_mapping[-1] = -1  # its block is shared, and has the key already
         qkv = torch.randn(len(rows), (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
         exact_kv, old = KVLayer(kv.k.double(), kv.v.double()), (kv.k.clone(), kv.v.clone())
         rotary = Rotary(exact_weights, 1e-6, table)
