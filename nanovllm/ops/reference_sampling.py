@@ -5,8 +5,8 @@ tested against.
 import torch
 import torch.nn.functional as F
 
-SAMPLED_LOGITS = 2**19  # rows are sampled so many logits at a time, to stay in a CPU's cache
-VOCAB_BLOCK = 4096  # tokens a block of sampling: a draw is of a block, then of a token in it
+SAMPLED_LOGITS = 2**19  # logits of the rows that are sampled at a time, to stay in a CPU's cache
+VOCAB_BLOCK = 4096  # tokens in a block of the vocabulary: a draw is of a block, then of its token
 
 
 def sample(
@@ -17,17 +17,17 @@ def sample(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Draw a token a row from softmax(logits / temperature), cut down to the most likely tokens
-    where asked; at temperature 0 take the most likely one, the first of several.
+    """Draw a token for each row from softmax(logits / temperature), among the most likely tokens if
+    the row has limits; at temperature 0 take the first of the most likely tokens.
 
-    A row's keys are all the chance in its draw: it does not depend on what else is in the batch.
+    A row's noise comes from its keys alone, so its draw does not depend on the batch.
 
     Args:
         logits: [S, vocab].
         temperature: [S] float32.
         noise_keys: [S, 2] int64, two 32-bit keys a row.
-        top_k: [S] int64, the vocabulary's size keeps all; None: no row asks.
-        top_p, min_p: [S] float32; None: no row asks.
+        top_k: [S] int64, the vocabulary's size keeps all tokens; None: no row has limits.
+        top_p, min_p: [S] float32; None: no row has them.
 
     Returns: [S] int64.
     """
@@ -39,16 +39,15 @@ def sample(
         logits32, t = logits[rows].float(), temperature[rows, None]
         if top_k is not None or top_p is not None or min_p is not None:
             limits = (None if limit is None else limit[rows] for limit in (top_k, top_p, min_p))
-            # What is kept is drawn by its logits as they were, like rows that ask for nothing.
+            # The remaining tokens are drawn by their logits, as in rows without limits.
             logits32[keep_likely(logits32 / t, *limits) == -torch.inf] = -torch.inf
         token_ids[rows] = draw(logits32, t, noise_keys[rows])
     return token_ids
 
 
 def draw(logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tensor) -> torch.Tensor:
-    """Draw from softmax(logits / temperature) by the Gumbel-max trick: what has the largest
-    log-probability plus Gumbel noise is drawn, first a block of the vocabulary, then a token of
-    the block.
+    """Draw from softmax(logits / temperature) by the Gumbel-max trick, the argmax of
+    log-probability plus Gumbel noise: first a block of the vocabulary, then a token of the block.
 
     Args:
         logits: [S, vocab] float32.
@@ -65,7 +64,7 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tens
     best = blocks.amax(-1)
     sums = (blocks - best[:, :, None]).div_(temperature[:, :, None]).exp_().sum(-1)
     sums.masked_fill_(sums.isnan(), 1.0)  # inf - inf: the best is infinite
-    # A block's noise is that of token -1 - block: no token's.
+    # A block's noise is the noise of the id -1 - block, which no token has.
     block_ids = -1 - torch.arange(best.shape[1], device=logits.device)
     weights = log_weights(best, temperature).add_(sums.log_())
     block = weights.add_(gumbel_noise(noise_keys, block_ids)).argmax(-1, keepdim=True)
@@ -77,8 +76,8 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tens
 
 
 def log_weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """logits / temperature relative to the largest, which is 0, also if it is infinite. Differences
-    are divided, which are 0 where a low temperature would overflow."""
+    """logits / temperature, less the largest: the largest is 0, also if it is infinite. Differences
+    are divided, so that a low temperature can't overflow."""
     best = logits.amax(-1, keepdim=True)
     return (logits - best).div_(temperature).masked_fill_(logits == best, 0.0)
 
@@ -99,8 +98,8 @@ def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_of_bits(bits: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise of uniform 32-bit values in int64. Through log1p small E, which decide the draw,
-    keep all their bits. E is finite, or the only token that is left might lose to those masked."""
+    """Gumbel noise of uniform 32-bit values in int64. With log1p small E, which decide the draw,
+    keep all their bits. E is finite: else the only unmasked token might lose to masked ones."""
     minus_uniform = bits.float().add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
     return minus_uniform.log1p_().neg_().log_().neg_()
 
@@ -123,7 +122,7 @@ def keep_likely(
     top_p: torch.Tensor | None,
     min_p: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Set to -inf what min_p, then top_k, then top_p (on what top_k left, renormalised) drop:
+    """Set to -inf the tokens that min_p, then top_k, then top_p (on the renormalised rest) drop, in
     vLLM's order. At least one token stays."""
     if min_p is not None:
         threshold = logits.amax(-1, keepdim=True) + min_p.log()[:, None]
@@ -137,8 +136,7 @@ def keep_likely(
     if top_p is not None:
         probs = ordered.softmax(-1)
         reached_before = probs.cumsum(-1) - probs  # the probability of all more likely tokens
-        # A row that keeps all (it shares the batch with one that doesn't) must not lose to
-        # rounding.
+        # A row with top_p 1 must not lose tokens by rounding.
         drop = (reached_before >= top_p[:, None]) & (top_p[:, None] < 1)
         drop[:, 0] = False
         ordered = ordered.masked_fill(drop, -torch.inf)
@@ -148,19 +146,19 @@ def keep_likely(
 def top_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of a token a row, and of the most likely ones.
+    """Log-probabilities of a given token in each row, and of the row's most likely tokens.
 
     Args:
         logits: [n, vocab].
-        token_ids: [n] int64.
-        num_top: how many of the most likely ones, the likeliest first.
+        token_ids: [n] int64, the given tokens.
+        num_top: number of most likely tokens, which come in descending order.
 
     Returns: token ids, the given one first, [n, 1 + num_top] int64; their log-probabilities,
-        float32; and how many tokens are at least as likely as the given one, [n].
+        float32; and the rank of the given one, [n]: the number of tokens at least as likely.
     """
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     own = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs >= own).sum(-1)
-    # topk would take several times as long for one, and may choose another of those that are equal.
+    # For one token topk takes several times as long, and may choose another of equal ones.
     top, top_ids = logprobs.max(-1, keepdim=True) if num_top == 1 else logprobs.topk(num_top)
     return torch.cat((token_ids[:, None], top_ids), 1), torch.cat((own, top), 1), ranks

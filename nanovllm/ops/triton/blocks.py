@@ -1,5 +1,5 @@
-"""The pass over rows of logits that draws, limits and log-probabilities begin with, and how their
-kernels see a logit: its key, its softmax weight, whether it is within the row's limits.
+"""The pass over rows of logits that draws, limits and log-probabilities begin with, and functions
+of a logit for their kernels: its key, its softmax weight, whether it is within the row's limits.
 
 sampling.py and limits.py call it.
 """
@@ -46,7 +46,7 @@ def value_of(key, dtype: tl.constexpr):
 
 @triton.jit
 def weights_of(values, best, scale):
-    """Softmax weights, of which the best one's is 1, also if it is infinite."""
+    """Softmax weights; the best logit's is 1, also if it is infinite."""
     values = values.to(tl.float32)
     return tl.exp2(tl.where(values == best, 0.0, (values - best) * scale))
 
@@ -64,9 +64,9 @@ def sample_blocks_kernel(
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the best logit of one block of a row, and the sum of the block's softmax
-    weights, of which the best is 1; of the tokens within the row's limits, if `lowest` is there.
-    And the best logit of each group of tokens, if `group_bests` is there."""
+    """Each CTA computes, for one block of a row, the best logit and the sum of the softmax weights,
+    of which the best is 1; only of tokens within the row's limits, if `lowest` is not None. If
+    `group_bests` is not None, also the best logit of each group of tokens."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -92,13 +92,13 @@ def sample_blocks_kernel(
 
 @dataclass
 class Blocks:
-    """What one pass over rows of logits leaves.
+    """The results of one pass over rows of logits.
 
     Attributes:
         bests, sums: [n, blocks] float32, the best logit of each block of VOCAB_BLOCK tokens, and
             the sum of its softmax weights, of which the best is 1.
-        group_bests: [n, groups], the best of each GROUP of tokens, in the logits' dtype; None: not
-            asked for.
+        group_bests: [n, groups], the best logit of each GROUP of tokens, in the logits' dtype;
+            None: not computed.
     """
 
     bests: torch.Tensor
@@ -107,7 +107,7 @@ class Blocks:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of kernels that read them."""
+        """Constants of kernels that read the results."""
         num_blocks = self.bests.shape[1]
         sizes = {"NUM_BLOCKS": num_blocks, "BLOCKS": next_power_of_2(num_blocks)}
         if self.group_bests is not None:

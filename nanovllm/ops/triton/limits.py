@@ -1,5 +1,5 @@
-"""What top_k, top_p and min_p leave of a row of logits, and its most likely tokens, as Triton
-kernels: a search, not a sort (docs/decisions/0020).
+"""The limits that top_k, top_p and min_p set to a row of logits, and its most likely tokens, as
+Triton kernels: a search, not a sort (docs/decisions/0020).
 
 sampling.py draws within the limits; ops/__init__.py calls top_logprobs.
 """
@@ -32,9 +32,9 @@ def _above(
     logits, size, a, b, c, best, scale,
     BLOCK: tl.constexpr, MASS: tl.constexpr, STRICT: tl.constexpr = False,
 ):  # fmt: skip
-    """How many of `size` logits have keys of a (with STRICT above a), b and c at least; with MASS
+    """The numbers of logits, of `size`, with keys >= a (with STRICT > a), >= b and >= c; with MASS
     the sums of their softmax weights."""
-    a = value_of(a.to(tl.int32), logits.dtype.element_ty)  # as values need no keys
+    a = value_of(a.to(tl.int32), logits.dtype.element_ty)  # comparing values needs no keys
     b = value_of(b.to(tl.int32), logits.dtype.element_ty)
     c = value_of(c.to(tl.int32), logits.dtype.element_ty)
     above_a = tl.zeros((BLOCK,), tl.float32)  # sums of ones are exact up to 2^24
@@ -57,9 +57,9 @@ def _search(
     logits, size, target, low, high, best, scale,
     BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """The highest key, of those from `low` to `high`, at or above which lie `target` logits, or
-    logits of so much weight; `low` if there are not so many. Each turn reads the logits once and
-    leaves a quarter; the first one looks close to the best, where most limits are."""
+    """The highest key from `low` to `high` with at least `target` logits (with MASS: weight) at or
+    above it; `low` if no key has. Each turn reads the logits once and leaves a quarter of the keys;
+    the first turn looks close to the best logit, where most limits are."""
     a = tl.maximum(high - 15 * GALLOP, low + 1)
     b = tl.maximum(high - 255 * GALLOP, low + 1)
     c = tl.maximum(high - 4095 * GALLOP, low + 1)
@@ -76,7 +76,7 @@ def _search(
         a = low + (3 * (high - low) + 3) // 4
         b = low + (high - low + 1) // 2
         c = low + (high - low + 3) // 4
-    # Where the device takes tiny values for 0, so do comparisons of them.
+    # On a device that flushes tiny values to 0, comparisons of values do so too.
     dtype: tl.constexpr = logits.dtype.element_ty
     return keys_of(value_of(low.to(tl.int32), dtype).to(dtype)).to(tl.int64)
 
@@ -85,13 +85,13 @@ def _search(
 def _choose_groups(
     chosen, group_bests, border, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """Write down, in order, which groups have a logit of `border` at least; returns how many."""
+    """Write down, in order, the groups with a logit >= `border`; returns their number."""
     groups = tl.arange(0, GROUPS)
     best = tl.load(group_bests + groups, mask=groups < NUM_GROUPS, other=float("nan"))
     is_in = (best.to(tl.float32) >= border).to(tl.int32)
-    tl.debug_barrier()  # all have read what was chosen before
+    tl.debug_barrier()  # all threads have read the former choice
     tl.store(chosen + tl.cumsum(is_in, 0) - 1, groups, mask=is_in > 0)
-    tl.debug_barrier()  # what other threads have stored is read next
+    tl.debug_barrier()  # the stores of other threads are read next
     return tl.sum(is_in, 0)
 
 
@@ -99,7 +99,7 @@ def _choose_groups(
 def _tokens_of(
     chosen, num_chosen, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr
 ):
-    """The tokens of the chosen groups, a block of them from `start` on; VOCAB or more: none."""
+    """BLOCK tokens of the chosen groups, from `start` on; VOCAB or more stands for no token."""
     places = start + tl.arange(0, BLOCK)
     groups = tl.load(chosen + places // GROUP, mask=places < num_chosen * GROUP, other=VOCAB)
     return groups * GROUP + places % GROUP
@@ -110,8 +110,8 @@ def _gather(
     out, out_ids, logits, chosen, num_chosen, border,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Write down, in the vocabulary's order, logits of `border` at least and their tokens; returns
-    how many there are, or some number above ROOM."""
+    """Write down, in the vocabulary's order, logits >= `border` and their tokens; returns their
+    number, or some number above ROOM."""
     filled = 0
     for start in range(0, num_chosen * GROUP, BLOCK):
         if filled <= ROOM:
@@ -128,7 +128,7 @@ def _gather(
 
 @triton.jit
 def _place(logits, size, key, number, BLOCK: tl.constexpr):
-    """Which of the logits is the so-manieth with a key; `size` if there are fewer."""
+    """The place of the logit number `number` with a key; `size` if fewer logits have it."""
     value = value_of(key, logits.dtype.element_ty)
     place, seen = size, 0
     for start in range(0, size, BLOCK):
@@ -149,12 +149,12 @@ def _limits_among(
     logits, size, k, p, rest, low, high, best, scale,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, GALLOP: tl.constexpr,
 ):  # fmt: skip
-    """What top_k and top_p leave of logits that hold all that may stay, with keys from `low` to
-    `high`, and the weight of the `rest`. Returns the lowest key, and the place of the last
-    logit that has it and stays; `size`: all of them stay."""
+    """Apply top_k and top_p to logits that include all tokens that may stay, with keys from `low`
+    to `high`; the logits left out have the weight `rest`. Returns the lowest key, and the place of
+    the last logit with that key that stays; `size`: all of them stay."""
     dtype: tl.constexpr = logits.dtype.element_ty
     ties = tl.full((), VOCAB, tl.float32)
-    equal = tl.full((), 0.0, tl.float32)  # how many have the lowest key, if not all stay
+    equal = tl.full((), 0.0, tl.float32)  # number of logits with the lowest key, if not all stay
     if k < VOCAB:
         target = k.to(tl.float32)
         low = _search(logits, size, target, low, high, best, scale, BLOCK, GALLOP, False)
@@ -174,7 +174,7 @@ def _limits_among(
         above, all_above, _ = _above(
             logits, size, cut, cut, cut, best, scale, BLOCK, True, STRICT=True
         )
-        # Tokens stay while those before them do not reach p.
+        # A token stays if the more likely tokens do not reach p.
         weight = weights_of(value_of(cut.to(tl.int32), dtype), best, scale)
         number = tl.maximum(tl.ceil((target - above) / weight), 1.0)
         if cut > low:
@@ -196,8 +196,8 @@ def limits_kernel(
     GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, ROOM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program finds what one row's limits leave: see find_limits. The last three tensors are room
-    for each row: the groups that are looked at, and the logits and tokens found there."""
+    """Each CTA finds the limits of one row, as find_limits describes. The last three tensors are
+    memory for each row: the groups that are read, and the logits and tokens found there."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -221,7 +221,7 @@ def limits_kernel(
             low += (value_of(low.to(tl.int32), dtype) < border).to(tl.int64)
             low = tl.minimum(low, high)
         if (k < VOCAB) | (p < 1):
-            # Where k groups have their best, k tokens have theirs, so none below them stays.
+            # If k groups have a best logit >= bound, k tokens are >= bound: no lower token stays.
             group_bests += row * NUM_GROUPS
             chosen += row * NUM_GROUPS
             few += row * ROOM
@@ -238,7 +238,7 @@ def limits_kernel(
             enough = size <= ROOM
             rest = 0.0
             if enough & (k >= VOCAB) & (bound > low):
-                # top_p alone: they do where they reach p; what lies below them counts as well.
+                # top_p alone: these logits suffice if they reach p; the others count as `rest`.
                 sums_ = tl.load(sums + row * NUM_BLOCKS + blocks, mask=there, other=0.0)
                 total = tl.sum(sums_ * weights_of(block_bests, best, scale), 0)
                 mass, _, _ = _above(few, size, bound, bound, bound, best, scale, BLOCK, True)
@@ -265,9 +265,9 @@ def collect_kernel(
     NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
     GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one row's token and, the likeliest first, NUM that are within its limits,
-    with their log-probabilities; and how many are as likely as the token. The last three tensors
-    are room for each row."""
+    """Each CTA writes one row's given token and its NUM most likely tokens in descending order,
+    with their log-probabilities, and the rank of the given token. The last three tensors are memory
+    for each row."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -295,7 +295,7 @@ def collect_kernel(
         tl.store(few + slots, values, mask=(kept > 0) & (slots < NUM))
         tl.store(few_ids + slots, tokens, mask=(kept > 0) & (slots < NUM))
         filled += tl.sum(kept, 0)
-    tl.debug_barrier()  # what other threads have stored is read next
+    tl.debug_barrier()  # the stores of other threads are read next
 
     slots = tl.arange(0, SLOTS)
     found = slots < tl.minimum(filled, NUM)
@@ -330,13 +330,14 @@ def find_limits(
     min_p: torch.Tensor,
     blocks: Blocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reference_sampling.keep_likely leaves of each row, without a sort: the most likely
-    tokens are those above some logit, which is searched for; of equal ones those that come first.
+    """The limits of each row, as in reference_sampling.keep_likely but without a sort: the most
+    likely tokens that stay lie above some logit, which is searched for; of equal logits the first
+    tokens stay.
 
     Args:
         logits: [n, vocab].
         temperature, top_k, top_p, min_p: [n], as for reference_sampling.sample.
-        blocks: of the logits at that temperature, with groups.
+        blocks: blocks_of the logits at that temperature, with groups.
 
     Returns: the lowest logit that stays, as a key of keys_of, and the last token that has it and
     stays: [n] int32 each.
@@ -344,7 +345,7 @@ def find_limits(
     num_rows, vocab = logits.shape
     blocks = blocks or blocks_of(logits, temperature, with_groups=True)
     assert blocks.group_bests is not None
-    # Not parts of one tensor: kernels would be compiled once more for those that aren't aligned.
+    # Two tensors, not parts of one: for an unaligned part kernels would be compiled once more.
     lowest, last = (
         torch.empty(num_rows, dtype=torch.int32, device=logits.device) for _ in range(2)
     )
@@ -358,7 +359,7 @@ def find_limits(
 
 
 def _room(group_bests: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """For the groups that a row's program chooses, and so many logits and tokens."""
+    """Memory for the groups that a row's CTA chooses, and for `size` logits and tokens."""
     num_rows = len(group_bests)
     chosen = torch.empty_like(group_bests, dtype=torch.int32)
     few = group_bests.new_empty(num_rows, size)

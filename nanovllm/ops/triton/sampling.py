@@ -1,5 +1,5 @@
-"""Draws from logits as Triton kernels: a block of the vocabulary, then a token of it
-(docs/decisions/0012)."""
+"""Draws from logits as Triton kernels: first a block of the vocabulary, then a token of the block
+(docs/decisions/0012). ops/__init__.py calls it for tensors on a GPU."""
 
 import torch
 import triton
@@ -34,14 +34,14 @@ def _log2_noise(first, second, ids):
 @triton.jit
 def _log2_weights(values, scale):
     """reference_sampling.log_weights / log(2); scale: log2(e) / temperature, infinite for greedy
-    rows, of which only the best are above -inf."""
+    rows, in which only the best logits are above -inf."""
     best = tl.max(values, 0)
     return tl.where(values == best, 0.0, (values - best) * scale)
 
 
 @triton.jit
 def _first_of_the_best(values, ids, last):
-    """The first id of the largest value, `last` at most: among NaN there is none."""
+    """The first id of the largest value; `last` if all values are NaN."""
     return tl.min(tl.where(values == tl.max(values, 0), ids, last), 0)
 
 
@@ -51,7 +51,7 @@ def sample_kernel(
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program draws one row's block and in it the token."""
+    """Each CTA draws one row's block, and the token in the block."""
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
