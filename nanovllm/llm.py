@@ -1,17 +1,22 @@
 """LLM, what users import: prompts in, RequestOutputs out. The one place that wires engine to
 worker.
 
-requests.py checks and tokenizes, the engine decides what runs when, the worker computes.
-shared_engine.py has the engine, which threads share.
+requests.py checks and tokenizes in the caller's thread; the engine's thread decides what runs when,
+has the worker compute it and makes the outputs (clients.py).
 """
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from tqdm.auto import tqdm
 
 from nanovllm.config import UNSUPPORTED_METHODS, EngineConfig
@@ -20,10 +25,13 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.sequence import Sequence
-from nanovllm.frontend import chat, prompts, scoring, streaming, tokenization
+from nanovllm.engine.thread import EngineThread
+from nanovllm.frontend import chat, prompts, scoring, tokenization
+from nanovllm.frontend.batch_order import batch_order
 from nanovllm.frontend.beam_search import BeamSearchOutput, beam_search
+from nanovllm.frontend.clients import Batch, ByHand, Stream, Wait
+from nanovllm.frontend.progress import Progress
 from nanovllm.frontend.requests import Requests
-from nanovllm.frontend.shared_engine import SharedEngine
 from nanovllm.models import model_class
 from nanovllm.models.checkpoint import read_checkpoint
 from nanovllm.ops import platform
@@ -42,6 +50,7 @@ Conversations = SequenceOf[Message] | SequenceOf[SequenceOf[Message]]
 Params = SamplingParams | SequenceOf[SamplingParams] | None
 Pair = tuple[str, str] | tuple[list[int], list[int]]
 Bar = bool | Callable[..., tqdm]
+Output = TypeVar("Output")
 
 
 class LLM:
@@ -64,8 +73,6 @@ class LLM:
         self.config = config = EngineConfig.from_options(model, **options)
         self._chat_template = chat.load_template(config.chat_template)
         self._profiler: Profiler | None = None
-        # Of enqueue, in its order; None: not finished, or step gave it to somebody else.
-        self._completed: dict[str, RequestOutput | None] = {}
         device = platform.resolve_device(config.device)
         self._checkpoint = read_checkpoint(config)
         self.model_config = self._checkpoint.model_config
@@ -77,37 +84,43 @@ class LLM:
             config.max_num_seqs, config.max_num_batched_tokens, device
         )
         executor = InProcessExecutor(
-            config, self.model_config, device, max_num_seqs, max_num_batched_tokens
-        )
-        plan = executor.plan
-        self.max_model_len = plan.max_model_len
-        self._requests = Requests(self._checkpoint, detokenizer, plan.max_model_len, config.seed)
+            config, self.model_config, device, max_num_seqs, max_num_batched_tokens,
+            self._checkpoint.recommends_limits,
+        )  # fmt: skip
+        [group] = executor.groups
+        self.max_model_len = executor.max_model_len
+        self._requests = Requests(self._checkpoint, detokenizer, self.max_model_len, config.seed)
         overlaps = config.async_scheduling
         if overlaps is None:
             overlaps = device.type == "cuda"
         engine = Engine(
             executor,
-            num_blocks=plan.num_blocks,
-            block_size=plan.block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching is not False,
-            mixed_tokens=executor.mixed_tokens,
-            mixed_keys=executor.mixed_keys,
-            # On a CPU there is nothing to overlap with: the worker computes in the caller's thread.
+            # On a CPU there is nothing to overlap with: the worker computes in submit.
             depth=2 if overlaps else 1,
             detokenizer=detokenizer,
         )
-        self._shared = SharedEngine(engine)
-        self._use_engine = self._shared.use
+        self._metrics = engine.metrics
+        self._by_hand = ByHand(self._requests)
+        self._thread = EngineThread(
+            engine,
+            self._by_hand,
+            survives_fork=device.type == "cpu",
+            get_num_threads=torch.get_num_threads,
+            set_num_threads=torch.set_num_threads,
+        )
+        # When the last reference to the LLM is gone, or at the end of the process.
+        self._finalizer = weakref.finalize(self, self._thread.close)
         logger.info(
-            "%s on %s; KV cache of %d tokens in pages of %d, %.1f requests of %d tokens",
+            "%s on %s; KV cache of %d tokens in blocks of %d, %.1f requests of %d tokens",
             self.model_config.architecture,
             executor.description,
-            plan.num_tokens,
-            plan.block_size,
-            plan.num_blocks / plan.max_blocks,
-            plan.max_model_len,
+            group.num_blocks * group.block_size,
+            group.block_size,
+            group.num_blocks / -(-self.max_model_len // group.block_size),
+            self.max_model_len,
         )
 
     @classmethod
@@ -123,7 +136,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: Bar = True,
         lora_request: None = None,
-        priority: None = None,
+        priority: list[int] | None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
@@ -131,25 +144,29 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or
-                a list of those.
+                a list of these.
             sampling_params: one for all, or one each; None: the checkpoint's generation_config.
             use_tqdm: show a progress bar; or what makes it, called as tqdm.
+            priority: a number for each prompt, with scheduling_policy="priority"; lower runs first.
             tokenization_kwargs: how texts become tokens; see tokenization.tokenize.
-            lora_request, priority, mm_processor_kwargs: vLLM's, not supported.
+            lora_request, mm_processor_kwargs: vLLM's, not supported.
 
-        Returns: an output for each prompt, in the order of the prompts.
+        Returns: an output for each prompt, in the order of the prompts. A request that an error of
+            its own ends has the finish_reason "error"; a warning gives their number.
 
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
-            RuntimeError: a logits processor raised, or a grammar became too large; from its error.
+            other errors: a step failed, with what it raised.
         """
-        _refuse(lora_request, priority, mm_processor_kwargs)
+        self._refuse(lora_request, priority, mm_processor_kwargs)
         prompts = self._tokenized(prompts, tokenization_kwargs)
-        return self._shared.run(
-            lambda engine: self._requests.make(engine, prompts, sampling_params),
+        outputs = self._run(
+            lambda: self._requests.make(prompts, sampling_params, priority),
             self._requests.output,
             use_tqdm,
         )
+        _warn_of_errors(outputs)
+        return outputs
 
     def chat(
         self,
@@ -181,7 +198,7 @@ class LLM:
 
         Other arguments, outputs and errors are generate's.
         """
-        _refuse(lora_request, None, mm_processor_kwargs)
+        self._refuse(lora_request, None, mm_processor_kwargs)
         prompts = self.render_chat(
             messages,
             chat_template=chat_template,
@@ -238,19 +255,15 @@ class LLM:
             use_tqdm: show a bar of tokens, up to max_tokens.
             concurrency_limit: prompts at a time; None: all.
 
-        Returns: an output for each prompt, in their order. Errors are generate's.
+        Returns: an output for each prompt, in their order. Errors are generate's; and RuntimeError
+            for a request that an error of its own ends.
         """
-        _refuse(lora_request)
-
-        def read(_: Engine, samples: list[Sequence]) -> SampleLogprobs:
-            [seq] = samples
-            assert seq.logprobs is not None
-            return seq.logprobs
+        self._refuse(lora_request)
 
         def run(beams: list[list[int]], one_token: SamplingParams) -> list[SampleLogprobs]:
-            return self._shared.run(
-                lambda engine: self._requests.make(engine, beams, one_token), read, use_tqdm=False
-            )
+            seqs = self._run(lambda: self._requests.make(beams, one_token), itemgetter(0), False)
+            _raise_errors(seqs)
+            return [seq.logprobs for seq in seqs]
 
         return beam_search(run, self._requests, prompts, params, use_tqdm, concurrency_limit)
 
@@ -266,6 +279,7 @@ class LLM:
 
         Raises:
             ValueError, TypeError: a pair won't do; then none has run.
+            RuntimeError: an error ended a request, when the others are done.
         """
         return self._score(scoring.from_pairs(pairs, *self._scoring_limits), use_tqdm)
 
@@ -279,8 +293,7 @@ class LLM:
 
         Returns: for each text, what the model says of its tokens.
 
-        Raises:
-            ValueError, TypeError: a text won't do; then none has run.
+        Raises: as loglikelihood.
         """
         windows = scoring.from_texts(texts, *self._scoring_limits)
         parts = iter(self._score([part for text in windows for part in text], use_tqdm))
@@ -291,37 +304,32 @@ class LLM:
         return self._checkpoint.tokenizer, self.model_config.vocab_size, self.max_model_len
 
     def _score(self, scored: list[scoring.Scored], use_tqdm: bool) -> list[Loglikelihood]:
-        def read(_: Engine, samples: list[Sequence]) -> Loglikelihood:
-            [seq] = samples
-            assert seq.scores is not None
-            return scoring.read(seq.scores)
-
-        return self._shared.run(
-            lambda engine: self._requests.make_scored(engine, scored), read, use_tqdm
+        seqs: list[Sequence] = self._run(
+            lambda: self._requests.make_scored(scored), itemgetter(0), use_tqdm
         )
+        _raise_errors(seqs)
+        return [scoring.read(seq.scores) for seq in seqs if seq.scores is not None]
 
     def enqueue(
         self,
         prompts: Prompts,
         sampling_params: Params = None,
         lora_request: None = None,
-        priority: None = None,
+        priority: list[int] | None = None,
         use_tqdm: Bar = True,
         tokenization_kwargs: dict[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[str]:
         """Queue requests for wait_for_completion; arguments and errors are generate's, there is no
         progress to show here. Returns their ids."""
-        _refuse(lora_request, priority, mm_processor_kwargs)
+        self._refuse(lora_request, priority, mm_processor_kwargs)
         prompts = self._tokenized(prompts, tokenization_kwargs)
-        with self._use_engine() as engine:
-            seqs = self._requests.make(engine, prompts, sampling_params)
-            for seq in seqs:
-                seq.params.output_kind = RequestOutputKind.FINAL_ONLY
-            engine.add_batch(seqs)
-            request_ids = dict.fromkeys(seq.request_id for seq in seqs)
-            self._completed.update(request_ids)
-            return list(request_ids)
+        seqs = self._requests.make(
+            prompts, sampling_params, priority, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        by_hand = self._by_hand
+        self._add_by_hand(seqs, lambda: by_hand.completed.update(dict.fromkeys(_ids(seqs))))
+        return _ids(seqs)
 
     def enqueue_chat(
         self,
@@ -329,7 +337,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: Bar = True,
         lora_request: None = None,
-        priority: None = None,
+        priority: list[int] | None = None,
         *,
         tokenization_kwargs: dict[str, Any] | None = None,
         mm_processor_kwargs: None = None,
@@ -352,23 +360,38 @@ class LLM:
         *,
         use_tqdm: Bar = True,
     ) -> list[RequestOutput]:
-        """Step until all requests have ended. An interrupt loses none: a later call goes on.
+        """Run until all requests of enqueue and add_request have ended. An interrupt loses none: a
+        later call goes on.
 
         Returns: the outputs of what enqueue queued, in that order, then those of add_request. An
             aborted request has none.
         """
         if output_type not in (None, RequestOutput):
             raise ValueError(f"output_type must be RequestOutput, got {output_type!r}")
+        thread, by_hand, wait = self._thread, self._by_hand, Wait(shows=bool(use_tqdm))
+
+        def start(_: Engine) -> None:
+            by_hand.wait = wait
+            if by_hand.seqs:
+                thread.driving[by_hand] = None
+            by_hand.advance([])
+
+        def stop(_: Engine) -> None:
+            by_hand.wait = None
+            thread.driving.pop(by_hand, None)
+
         make = use_tqdm if callable(use_tqdm) else tqdm
-        total = len(self._completed)
+        total = len(by_hand.completed)
         with make(total=total, desc="Processed prompts", disable=not use_tqdm) as bar:
-            while not self.is_finished():
-                for output in self.step():
-                    if output.finished:
-                        self._completed[output.request_id] = output
-                        bar.update()
-        completed, self._completed = self._completed, {}
-        return [output for output in completed.values() if output is not None]
+            try:
+                thread.post(start, wait.answer)
+                wait.until_over(lambda num_done: bar.update(num_done - bar.n))
+            finally:
+                thread.post_if_running(stop)
+        completed = thread.call(by_hand.take_completed, undo=by_hand.completed.update)
+        outputs = [output for output in completed.values() if output is not None]
+        _warn_of_errors(outputs)
+        return outputs
 
     # As it comes
 
@@ -392,14 +415,34 @@ class LLM:
         Raises:
             ValueError, TypeError: a prompt or parameter won't do; then none has run.
         """
-        with self._use_engine() as engine:
-            seqs = self._requests.make(engine, prompts, sampling_params)
-            stream = streaming.stream(
-                seqs, self._requests, self._use_engine, self._shared.own(seqs)
-            )
-            next(stream)  # one that hasn't begun would not get to its `finally`
-            engine.add_batch(seqs)
+        seqs = self._requests.make(prompts, sampling_params, output_kind=RequestOutputKind.DELTA)
+        outbox: SimpleQueue[list[RequestOutput] | BaseException] = SimpleQueue()
+        client, thread = Stream(self._requests, outbox.put), self._thread
+        stream = self._increments(client, seqs, outbox)
+        next(stream)  # a generator that has not begun would not get to its `finally`
+        thread.call(lambda _: thread.add(client, seqs))
         return stream
+
+    def _increments(
+        self, client: Stream, seqs: list[Sequence], outbox: SimpleQueue
+    ) -> Iterator[Any]:
+        """Nothing first, then the outputs; at its end the requests that are left are aborted."""
+        thread = self._thread
+        try:
+            yield
+            numbers = {request_id: i for i, request_id in enumerate(_ids(seqs))}
+            while numbers:
+                outputs = outbox.get()
+                if isinstance(outputs, BaseException):
+                    raise outputs
+                for output in outputs:
+                    output.index = numbers[output.request_id]
+                    client.untaken.discard(output.request_id)
+                    if output.finished:
+                        del numbers[output.request_id]
+                    yield output
+        finally:
+            thread.post_if_running(lambda _: thread.drop(client, seqs))
 
     # One step at a time
 
@@ -408,15 +451,28 @@ class LLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> str:
         """Queue one request; step() runs it.
 
         Args:
-            prompt, sampling_params: as for generate.
+            prompt, sampling_params, priority: as for generate.
             request_id: of your own choice, not one that is unfinished; None: a number.
 
         Returns: the request's id.
         """
+        self._refuse(priority=priority or None)
+        seqs = self._make_one(prompt, sampling_params, request_id, priority)
+        self._add_by_hand(seqs, lambda: None, own_id=request_id is not None)
+        return seqs[0].request_id
+
+    def _make_one(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str | None,
+        priority: int = 0,
+    ) -> list[Sequence]:
         if request_id is not None and not (isinstance(request_id, str) and request_id):
             raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
         prompt = prompts.plain(prompt)
@@ -424,52 +480,57 @@ class LLM:
             raise TypeError(f"add_request takes one prompt, generate lists; got {prompt!r:.80}")
         if not isinstance(sampling_params, SamplingParams | None):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r:.80}")
-        with self._use_engine() as engine:
-            if request_id is not None and engine.has_request(request_id):
-                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            seqs = self._requests.make(engine, [prompt], sampling_params, request_id)
-            engine.add_batch(seqs)
-        return seqs[0].request_id
+        return self._requests.make([prompt], sampling_params, [priority], request_id)
+
+    def _add_by_hand(
+        self, seqs: list[Sequence], and_then: Callable[[], None], own_id: bool = False
+    ) -> None:
+        thread, by_hand = self._thread, self._by_hand
+
+        def add(engine: Engine) -> None:
+            thread.add(by_hand, batch_order(seqs, engine.scheduler), own_id)
+            and_then()
+
+        thread.call(add, undo=lambda _: thread.drop(by_hand, seqs))
 
     def step(self) -> list[RequestOutput]:
-        """Run one round of the engine. Returns the outputs of the requests that got a token, one
-        for each, as its output_kind says; may be empty while there is more to do. Raises
-        RuntimeError for one that an error ended, as generate; the others' news come with the next
-        call."""
-        with self._use_engine() as engine:
-            engine.step()
-            outputs = self._requests.news(engine, left_out=self._shared.owned)
-            engine.advanced.clear()
-            return outputs
+        """Run one round of the engine. Returns the outputs of the requests that have news, one for
+        each, as its output_kind says; may be empty while there is more to do. A request that an
+        error of its own ends has the finish_reason "error". Raises what a failed step raises; the
+        news come with the next call."""
+        thread, by_hand = self._thread, self._by_hand
+
+        def run(_: Engine) -> list[RequestOutput]:
+            if (error := thread.round()) is not None:
+                raise error
+            return by_hand.take()
+
+        return thread.call(run, undo=by_hand.put_back)
 
     def abort(self, request_id: str) -> None:
         """End a request without an output; one that has ended or is unknown is left alone."""
-        with self._use_engine() as engine:
-            if request_id in engine.unfinished:
-                [seq, *_] = engine.unfinished[request_id]
-                engine.abort(seq.samples)
+        thread = self._thread
+        thread.call(lambda _: thread.abort(request_id))
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished and step() has nothing more to give."""
-        with self._use_engine() as engine:
-            return not engine.has_unfinished
+        by_hand = self._by_hand
+        return self._thread.call(
+            lambda engine: not (engine.has_unfinished or by_hand.news or by_hand.kept)
+        )
 
     @property
     def llm_engine(self) -> Engine:
         """The engine inside, for those who watch it: its scheduler, its pages, its metrics."""
-        with self._use_engine() as engine:
-            return engine
+        return self._thread.call(lambda engine: engine)
 
     # A look inside
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
         """Call a function with the model (a torch.nn.Module; weights that we pack have other names
-        than vLLM's). Returns its result, in a list of one: there is one worker."""
-        with self._use_engine() as engine:
-            model = engine.executor.worker.model  # type: ignore[attr-defined]
-            if model is None:
-                raise RuntimeError("the weights sleep: call wake_up() first")
-            return [func(model)]
+        than vLLM's), in the engine's thread, between two steps. Returns its result, in a list of
+        one: there is one worker."""
+        return self._thread.call(lambda engine: engine.executor.apply_model(func))
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """How many GPUs, or CPU workers, the model is spread over."""
@@ -478,14 +539,15 @@ class LLM:
     def start_profile(self, profile_prefix: str | None = None) -> None:
         """Have torch's profiler watch, until stop_profile writes PREFIX.pt.trace.json.gz into
         profiler_config's folder. Raises ValueError without profiler_config."""
-        self._profiler = self._profiler or Profiler(self.config)
-        self._profiler.start(profile_prefix)
+        self._profiler = profiler = self._profiler or Profiler(self.config)
+        self._thread.call(lambda _: profiler.start(profile_prefix))
 
     def stop_profile(self) -> None:
         """Write the profile. Raises RuntimeError if none is being taken."""
-        if self._profiler is None:
+        profiler = self._profiler
+        if profiler is None:
             raise RuntimeError("no profile is being taken: start_profile begins one")
-        self._profiler.stop()
+        self._thread.call(lambda _: profiler.stop())
 
     if not TYPE_CHECKING:  # mypy would take any name for an attribute
 
@@ -501,14 +563,13 @@ class LLM:
     def get_metrics(self) -> list[Metric]:
         """What the engine has counted up to now: metrics.Counter, Gauge and Histogram, under
         vLLM's names where it has them."""
-        with self._use_engine() as engine:
-            return read_metrics(engine, {"model_name": self.config.model})
+        labels = {"model_name": self.config.model}
+        return self._thread.call(lambda engine: read_metrics(engine, labels))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forget the prefix cache. Returns whether that was done: not while pages are in use,
         unless running requests may compute all of their tokens again."""
-        with self._use_engine() as engine:
-            return engine.reset_prefix_cache(reset_running_requests)
+        return self._thread.call(lambda engine: engine.reset_prefix_cache(reset_running_requests))
 
     def sleep(self, level: int = 1) -> None:
         """Give back the memory of the weights and the KV cache, until wake_up.
@@ -522,7 +583,8 @@ class LLM:
         """
         if level not in (1, 2):
             raise ValueError(f"level must be 1 or 2, got {level!r}")
-        with self._use_engine() as engine:
+
+        def sleep(engine: Engine) -> None:
             if engine.unfinished:
                 raise RuntimeError(
                     f"{len(engine.unfinished)} requests are unfinished: let them end, or abort "
@@ -530,6 +592,8 @@ class LLM:
                 )
             engine.reset_prefix_cache(reset_running_requests=True)  # of steps in flight too
             engine.executor.sleep(level)
+
+        self._thread.call(sleep)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """End the sleep; with what was lost loaded anew, and an empty cache.
@@ -544,13 +608,11 @@ class LLM:
         tags = list(PARTS) if tags is None else tags
         if not isinstance(tags, list) or not set(tags) <= set(PARTS):
             raise ValueError(f"tags must be a list of {' and '.join(map(repr, PARTS))}, got {tags}")
-        with self._use_engine() as engine:
-            engine.executor.wake_up(tags)
+        self._thread.call(lambda engine: engine.executor.wake_up(tags))
 
     def is_sleeping(self) -> bool:
         """Whether weights or cache have no memory now."""
-        with self._use_engine() as engine:
-            return bool(engine.executor.sleeping)
+        return self._thread.call(lambda engine: bool(engine.executor.sleeping))
 
     # What the checkpoint brings
 
@@ -570,7 +632,7 @@ class LLM:
     def close(self) -> None:
         """Free the model's and the cache's memory; unfinished requests are gone. Later calls raise
         RuntimeError."""
-        self._shared.close()
+        self._thread.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -584,12 +646,60 @@ class LLM:
         tokenizer, vocab_size = self._checkpoint.tokenizer, self.model_config.vocab_size
         return tokenization.tokenize(prompts, tokenizer, vocab_size, self.max_model_len, kwargs)
 
+    def _run(
+        self,
+        make: Callable[[], list[Sequence]],
+        read: Callable[[list[Sequence]], Output],
+        use_tqdm: Bar,
+    ) -> list[Output]:
+        """Run the sequences that `make` makes to their ends. Returns what `read` makes of the
+        samples of each request. However the call ends, Ctrl-C too, nothing of them stays."""
+        # A new batch sets off garbage collections, which look at all its tokens: not before the
+        # first step. Unless that is the user's choice, or another thread will enable them.
+        resume = gc.enable if gc.isenabled() else lambda: None
+        gc.disable()
+        thread = self._thread
+        try:
+            seqs = make()
+            batch = Batch(seqs, read, shows=bool(use_tqdm), on_step=resume)
+            with Progress(len(_ids(seqs)), self._metrics, use_tqdm) as progress:
+                try:
+                    thread.post(
+                        lambda engine: thread.add(batch, batch_order(seqs, engine.scheduler)),
+                        batch.wait.answer,
+                    )
+                    batch.wait.until_over(progress.show)
+                finally:
+                    thread.post_if_running(lambda _: thread.drop(batch, seqs))
+        finally:
+            resume()
+        return [batch.outputs[seq] for seq in batch.requests]
 
-def _refuse(lora_request: Any, priority: Any = None, mm_processor_kwargs: Any = None) -> None:
-    """vLLM's arguments that we don't have."""
-    if lora_request is not None:
-        raise ValueError("lora_request is not supported yet: leave it out")
-    if priority is not None:
-        raise ValueError("priority is not supported (requests run first come, first served)")
-    if mm_processor_kwargs is not None:
-        raise ValueError("mm_processor_kwargs is not supported: prompts are text alone")
+    def _refuse(
+        self, lora_request: Any = None, priority: Any = None, mm_processor_kwargs: Any = None
+    ) -> None:
+        """vLLM's arguments that we don't have."""
+        if lora_request is not None:
+            raise ValueError("lora_request is not supported yet: leave it out")
+        if priority is not None:
+            raise ValueError("priority is not supported (requests run first come, first served)")
+        if mm_processor_kwargs is not None:
+            raise ValueError("mm_processor_kwargs is not supported: prompts are text alone")
+
+
+def _ids(seqs: list[Sequence]) -> list[str]:
+    """The requests of sequences, in their order."""
+    return [seq.request_id for seq in seqs if seq.index == 0]
+
+
+def _warn_of_errors(outputs: list[RequestOutput]) -> None:
+    if errors := [output.error for output in outputs if output.error]:
+        logger.warning(
+            "%d of %d requests ended with the finish_reason 'error'; the first: %s",
+            len(errors), len(outputs), errors[0],
+        )  # fmt: skip
+
+
+def _raise_errors(seqs: list[Sequence]) -> None:
+    if errors := [seq.error for seq in seqs if seq.error]:
+        raise RuntimeError(f"{len(errors)} of {len(seqs)} requests failed; the first: {errors[0]}")

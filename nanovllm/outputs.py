@@ -113,6 +113,9 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
     def __repr__(self) -> str:
         return repr(list(self))
 
+    def __reduce__(self) -> Any:  # as a list: a tokenizer stays where it is
+        return list, (list(self),)
+
 
 class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
     """Log-probabilities of a prompt's tokens: None for the first token, then a line for each."""
@@ -135,6 +138,9 @@ class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
 
 
 @dataclass
@@ -174,10 +180,12 @@ class CompletionOutput:
         logprobs: for each generated token a dict of token id -> Logprob. Both are None without
             SamplingParams.logprobs.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
-            max_model_len), "error" (two steps in which it ran failed), "abort" (of streams and
-            AsyncLLM: who else aborts gets no output), None while it runs.
+            max_model_len), "error" (`error` says why), "abort" (of streams and AsyncLLM: other
+            aborted requests have no output), None while it runs.
         stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after
             "length" or the tokenizer's EOS. Another EOS of generation_config is named, as in vLLM.
+        error: what has ended it after the finish_reason "error": an error of its logits processors
+            or its grammar, or of the two steps that failed while it ran; else None. vLLM has none.
     """
 
     index: int
@@ -187,6 +195,7 @@ class CompletionOutput:
     logprobs: Sequence[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -272,6 +281,11 @@ class RequestOutput:
                     new.logprobs = [*old.logprobs, *new.logprobs]
             mine[new.index] = new
         self.outputs = [mine[index] for index in sorted(mine)]
+
+    @property
+    def error(self) -> str | None:
+        """What has ended the request after the finish_reason "error"; else None."""
+        return next((completion.error for completion in self.outputs if completion.error), None)
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from nanovllm import LLM
 from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.inputs import StepShape
 
 CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
 LLAMA3_ROPE = {
@@ -80,15 +81,18 @@ def oracle_greedy(oracle: torch.nn.Module, prompt: list[int], num_tokens: int) -
 def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
     """[n, vocab] of one sequence from the worker, `chunk` tokens a step, on scattered blocks."""
     executor = llm.llm_engine.executor
-    runner, size = executor.runner, executor.plan.block_size
-    pages = list(reversed(range(executor.plan.num_blocks)))[: -(-len(token_ids) // size)]
+    runner, [group] = executor.runner, executor.groups
+    blocks = list(reversed(range(group.num_blocks)))[: -(-len(token_ids) // group.block_size)]
     logits = []
     for start in range(0, len(token_ids), chunk):
         query = token_ids[start : start + chunk]
         step = StepInput(chunks=[Chunk(0, start, query, samples=True)])
+        record = runner.take_record()
         if start == 0:
-            table = np.array(pages, np.int32)
-            step.starts.append(RowStart(0, 0, SamplingParams(), 0, (), 0, (table,)))
-        batch, _ = runner.inputs.build(step)
-        logits.append(runner.model.logits(runner.model(batch, runner.kv)))
+            table = np.array(blocks, np.int32)
+            start_row = RowStart(0, 0, SamplingParams(), 0, (), 0, (table,))
+            runner.rows.start([start_row], record)
+        arrays = record.upload(runner.inputs.begin(step, record))
+        shape = StepShape(len(query), 0, is_decode=False, max_query_len=len(query))
+        logits.append(runner.model.logits(runner.forward(shape, arrays).hidden))
     return torch.cat(logits)

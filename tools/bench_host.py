@@ -13,19 +13,20 @@ is the worker with a work list for each step, as when a sequence ends in every s
 import sys
 import time
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from nanovllm.worker.upload import Uploader, layout, pack
 
 from nanovllm import ops
-from nanovllm.core.step import StepInput, StepOutput
+from nanovllm.core.step import CacheGroup, StepInput, StepOutput
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import Sampler
-from nanovllm.worker.upload import Uploader, layout, pack
 
 BLOCK_SIZE = 16
 NUM_STEPS = 320
@@ -40,6 +41,12 @@ class Done:
 
 
 class NullExecutor:
+    def __init__(self, num_seqs: int = 1024):
+        self.groups = (CacheGroup(num_seqs * 40, BLOCK_SIZE),)
+
+    def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
+        return 16384 - num_decodes
+
     def submit(self, step: StepInput) -> Done:
         return Done(step)
 
@@ -51,6 +58,7 @@ class HostExecutor(NullExecutor):
     """An executor that does only the host's work for a step of decodes, timed."""
 
     def __init__(self, max_num_seqs: int, steps_per_list: int | None = None):
+        super().__init__(max_num_seqs)
         device = torch.device("cpu")
         attention = TritonAttention(
             16, 8, 128, BLOCK_SIZE, torch.bfloat16, device, num_sms=132, max_decodes=max_num_seqs
@@ -92,8 +100,6 @@ def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
     """An engine with `num_seqs` sequences in the middle of their decodes."""
     engine = Engine(
         executor,
-        num_blocks=num_seqs * 40,
-        block_size=BLOCK_SIZE,
         max_num_seqs=num_seqs,
         max_num_batched_tokens=max(16384, num_seqs),
         depth=2,
@@ -104,7 +110,6 @@ def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
         engine.add(Sequence(str(i), prompt, params, seed=i, max_model_len=4096))
     for _ in range(20):
         engine.step()
-        engine.advanced.clear()
     return engine
 
 
@@ -114,7 +119,6 @@ def run(engine: Engine) -> list[float]:
         start = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - start)
-        engine.advanced.clear()
     return seconds
 
 

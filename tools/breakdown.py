@@ -141,7 +141,7 @@ def _watched(engine: "Engine", steps: list[Step], shared_len: int, on_gpu: bool)
     from torch.profiler import record_function
 
     executor: Any = engine.executor
-    scheduler, attention = engine.scheduler, executor.worker.attention
+    scheduler, [attention] = engine.scheduler, executor.worker.attentions
     submit, attend = executor.submit, attention.attend
 
     def noted_submit(step: "StepInput") -> "PendingStep":
@@ -155,7 +155,7 @@ def _watched(engine: "Engine", steps: list[Step], shared_len: int, on_gpu: bool)
                 sequences=len(step.rows),
                 decodes=step.num_decodes,
                 prefill_tokens=sum(len(chunk.token_ids) for chunk in step.chunks),
-                graph_size=executor.runner.graph_size(step),
+                graph_size=pending.graph_size,
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
                 work=work_of(step, shared_len),

@@ -29,7 +29,7 @@ class Counts:
         decode_tokens: tokens computed by decodes.
         cached_tokens: tokens of prefix hits, which were not computed.
         preemptions: sequences that were preempted.
-        page_slots: slots of the blocks that sequences hold, a shared block counted once.
+        block_slots: slots of the blocks that sequences hold, a shared block counted once.
         empty_slots: slots among them that hold no token.
     """
 
@@ -37,7 +37,7 @@ class Counts:
     decode_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
-    page_slots: int = 0
+    block_slots: int = 0
     empty_slots: int = 0
 
 
@@ -48,10 +48,10 @@ class StepMetrics(Counts):
     Attributes:
         running: sequences that hold blocks.
         waiting: sequences that hold none.
-        stopped_by: why no more tokens joined the batch: "max_num_batched_tokens", the token budget
-            is used up; "mixed_tokens", a CUDA graph is full, and too few tokens wait for a larger
-            step; "max_num_seqs" or "pages", too few rows or blocks are free; "preemption", the
-            blocks just freed are for older sequences; or "", no sequence waits.
+        stopped_by: why no more prompt tokens joined the batch: "max_num_batched_tokens", the token
+            budget is used up; "prompt_budget", the executor keeps the step small; "max_num_seqs" or
+            "blocks", too few rows or blocks are free; "preemption", the blocks just freed are for
+            running sequences; or "", no sequence waits.
     """
 
     running: int = 0
@@ -85,7 +85,7 @@ class EngineMetrics(Counts):
     @property
     def kv_cache_waste(self) -> float:
         """The share of the slots in held blocks that held no token, over all steps."""
-        return self.empty_slots / self.page_slots if self.page_slots else 0.0
+        return self.empty_slots / self.block_slots if self.block_slots else 0.0
 
     def add(self, step: StepMetrics) -> None:
         for count in fields(Counts):

@@ -1,13 +1,13 @@
-"""All that crosses from the engine to the worker and back, and the protocol it crosses by.
+"""What crosses between the engine and the worker: a step, its output, and the Executor protocol.
 
-The worker keeps a row of state for each running sequence: its block table, its last sampled token,
-its sampling parameters. A StepInput carries only what changes, so a step of plain decodes is three
-arrays: row numbers, positions, new pages. It can go to another process.
+The engine makes StepInputs and reads StepOutputs; worker/executor.py implements the protocol. The
+worker keeps a row of state for each running sequence (block tables, last sampled token, sampling
+parameters), so a StepInput carries only what changes. All of it can be pickled.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,15 +29,15 @@ class RowStart:
 
     Attributes:
         row: the row, in [0, max_num_seqs).
-        num_cached_tokens: positions below it lie in pages that others share; they are never stored
-            again.
+        num_cached_tokens: positions below it lie in blocks of other sequences; their keys and
+            values are never stored again.
         params: the request's sampling parameters.
-        seed: 64 bits; with the position it determines the sampling noise.
-        stop_token_ids: tokens that may not be drawn at positions below min_len.
+        seed: 64 bits; with the position they determine the sampling noise.
+        stop_token_ids: tokens that may not be sampled at positions below min_len.
         min_len: prompt length plus min_tokens; 0 without min_tokens.
-        block_tables: for each group of layers the blocks of all its known tokens, [blocks] int32.
-        num_prompt_tokens: the tokens from there on are generated ones.
-        token_ids: all its known tokens, if params.needs_history.
+        block_tables: for each group of layers the blocks of all known tokens, [blocks] int32.
+        num_prompt_tokens: tokens from this position on are generated ones.
+        token_ids: all known tokens, if params.needs_history.
     """
 
     row: int
@@ -56,10 +56,11 @@ class Chunk:
     """Known tokens that a sequence computes.
 
     Attributes:
-        row: its row.
+        row: the sequence's row.
         position: of the first token.
         token_ids: the tokens.
-        samples: whether they are its last known ones, so that the next one is sampled.
+        samples: whether the last token is the sequence's last known one, so that the next one is
+            sampled.
     """
 
     row: int
@@ -70,13 +71,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Known tokens of a sequence whose log-probabilities are wanted, as far as a chunk gives them.
+    """Known tokens of a sequence whose log-probabilities a chunk gives.
 
     Attributes:
-        chunk: which of the step's chunks.
-        offset: of the chunk's token that stands before the first of them.
-        token_ids: the tokens, one after another; the last may be the one after the chunk.
-        num_top: for so many most likely tokens beside.
+        chunk: index of the chunk in the step.
+        offset: index, in the chunk, of the token before the first scored one.
+        token_ids: the scored tokens, one after another; the last may be the one after the chunk.
+        num_top: how many of the most likely tokens come with each.
     """
 
     chunk: int
@@ -91,14 +92,14 @@ class StepInput:
 
     Attributes:
         starts: rows that begin a new sequence with this step.
-        decode_rows: [decodes] int64. Each feeds the token last sampled for it, which only the
-            worker knows, and samples the next one.
+        decode_rows: [decodes] int64. Each decode feeds the row's last sampled token, which only
+            the worker knows, and samples the next one.
         decode_positions: [decodes] int64, of the tokens that are fed.
         decode_blocks: [groups, decodes] int32, the block that each decode opens in each group of
             layers; -1: its last block has room. Chunks open none: a row starts with the blocks of
             all its known tokens.
-        chunks: all others.
-        scorings: what is asked of chunks beside.
+        chunks: prompts, or parts of them.
+        scorings: known tokens of the chunks whose log-probabilities are wanted.
     """
 
     starts: list[RowStart] = field(default_factory=list)
@@ -134,27 +135,20 @@ class StepInput:
         trues = np.ones(self.num_decodes, bool)
         return self._column(trues, [chunk.samples for chunk in self.chunks])
 
-    # Of its query tokens.
-
-    @property
-    def sampled_tokens(self) -> np.ndarray:
-        """Which of them one is sampled after."""
-        return (self.query_lens.cumsum() - 1)[self.samples]
-
-    @property
-    def known_tokens(self) -> np.ndarray:
-        """Those of the chunks."""
-        return np.concatenate([np.empty(0, np.int64), *(chunk.token_ids for chunk in self.chunks)])
-
     def _column(self, decodes: np.ndarray, chunks: list) -> np.ndarray:
         return np.concatenate((decodes, np.array(chunks, decodes.dtype))) if chunks else decodes
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The sampled tokens of a step: those of the decodes, then those of the chunks that sample; and
-    the log-probabilities of those whose sequences ask, in their order, and of the tokens of the
-    step's scorings. Those at the places in `errors` could not be drawn."""
+    """What a step gives, in the order of its sampled sequences: decodes, then chunks that sample.
+
+    Attributes:
+        token_ids: the sampled tokens.
+        logprobs: log-probabilities of the sampled tokens of the sequences that want them.
+        scores: log-probabilities of the step's scorings.
+        errors: by index in token_ids, why a token could not be sampled.
+    """
 
     token_ids: list[int]
     logprobs: LogprobLines | None = None
@@ -164,14 +158,58 @@ class StepOutput:
 
 class PendingStep(Protocol):
     def result(self) -> StepOutput:
-        """Wait for the step to end, then its output."""
+        """Wait for the step to end, then its output. Read before the fourth step after it is
+        submitted: its memory is used again."""
         ...
 
 
+@dataclass(frozen=True)
+class CacheGroup:
+    """The KV cache of a group of layers, which have one block table.
+
+    Attributes:
+        num_blocks: its blocks; enough for the longest sequence.
+        block_size: tokens per block; the same in all groups.
+        window: tokens that a query token sees, itself included; None: all.
+    """
+
+    num_blocks: int
+    block_size: int
+    window: int | None = None
+
+
+# How many steps more than with the whole budget in each a prompt may take, where steps are kept
+# small for it (docs/decisions/0023).
+MIXED_STEPS = 4
+
+
 class Executor(Protocol):
-    """Runs steps strictly in the order of submission."""
+    """What the engine knows of the worker. Steps run strictly in the order of submission.
+
+    Attributes:
+        groups: the KV cache, group by group.
+    """
+
+    groups: tuple[CacheGroup, ...]
 
     def submit(self, step: StepInput) -> PendingStep: ...
+
+    def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
+        """How many prompt tokens may join num_decodes decodes in one step; without decodes, the
+        whole token budget. At least 1 if a request waits and the token budget has room. No prompt
+        takes more than MIXED_STEPS steps more than it would with the whole budget in each.
+
+        Args:
+            waiting: (tokens still to compute, tokens of the sequence), of the prompt that has
+                begun and of the waiting sequences that have a row, next first. It is read only as
+                far as it matters.
+        """
+        ...
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """The function's result for each worker's model. Raises RuntimeError while weights
+        sleep."""
+        ...
 
     @property
     def sleeping(self) -> Collection[str]:
@@ -179,13 +217,13 @@ class Executor(Protocol):
         ...
 
     def sleep(self, level: int) -> None:
-        """Give back the memory of both, when no step will be read any more. At level 1 weights are
-        kept in the CPU's memory."""
+        """Give back the memory of both, when no step will be read any more. Level 1 keeps weights
+        in the CPU's memory."""
         ...
 
     def wake_up(self, tags: Collection[str]) -> None:
-        """Undo that for some; the cache is empty. Raises RuntimeError if memory is too small; then
-        both sleep."""
+        """End the sleep of some; the cache is empty. Raises RuntimeError if memory is too small;
+        then both sleep."""
         ...
 
     def is_usable(self) -> bool:
@@ -193,5 +231,5 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Give everything back; no step follows."""
+        """Give all memory back; no step follows."""
         ...

@@ -5,33 +5,40 @@ llm.py drives it; what runs in a step is the scheduler's choice, how it runs the
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import chain
 
 from nanovllm.core.metrics import EngineMetrics
 from nanovllm.core.step import Executor, PendingStep, StepOutput
-from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.policy import Policy
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import LogprobLines
+
+
+@dataclass(slots=True)
+class News:
+    """What came of a round: the sequences that have a token more or have ended, of these the
+    sequences that have ended, and what the executor raised, or None."""
+
+    advanced: list[Sequence] = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
+    error: BaseException | None = None
 
 
 class Engine:
     """Continuous batching over an executor.
 
     Args:
-        executor: runs the steps, in order.
-        num_blocks: pages of the KV cache; enough for the longest sequence that is ever added.
-        block_size: tokens a page.
+        executor: runs the steps, in order; its cache is large enough for the longest sequence that
+            is ever added.
         max_num_seqs: sequences resident at a time.
         max_num_batched_tokens: query tokens a step.
-        enable_prefix_caching: whether sequences share the pages of equal prefixes.
-        mixed_tokens: a step with prompts is one launch if it has no more tokens, decodes included;
-            larger ones, and all with 0, are hundreds of launches, which take longer than a few
-            steps of one. None: all steps are launched alike.
-        mixed_keys: and if its prompts have no more than this: the tokens of each that are computed
-            times those of its sequence, and nobody asks for their log-probabilities.
+        enable_prefix_caching: whether sequences share the blocks of equal prefixes.
+        policy: which sequence is admitted next, and which is preempted; None: first come, first
+            served.
         depth: steps in flight. 1 waits for each; with 2 the next step is scheduled while one runs.
         detokenizer: finds stop strings; None: no sequence has any.
     """
@@ -40,13 +47,10 @@ class Engine:
         self,
         executor: Executor,
         *,
-        num_blocks: int,
-        block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
-        mixed_tokens: int | None = None,
-        mixed_keys: int = 2**62,
+        policy: Policy | None = None,
         depth: int = 1,
         detokenizer: Detokenizer | None = None,
     ):
@@ -55,152 +59,117 @@ class Engine:
         self.detokenizer = detokenizer
         self.metrics = EngineMetrics()
         self.scheduler = Scheduler(
-            BlockManager(num_blocks, block_size, enable_prefix_caching),
-            max_num_seqs,
-            max_num_batched_tokens,
-            mixed_tokens,
-            mixed_keys,
+            executor, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, policy
         )
         self.pending: deque[tuple[ScheduledStep, PendingStep]] = deque()
-        # Request id -> its samples, in order.
+        # Request id -> its samples that have not ended, in order.
         self.unfinished: dict[str, dict[Sequence, None]] = {}
-        # Sequences with new tokens; who hands them on takes them out. An interrupt loses none.
-        self.advanced: dict[Sequence, None] = {}
-        # Set while scheduler and pages change; found set later, an exception came in between.
-        self.dirty = False
-        self.is_stepping = False  # the worker may call the user's code meanwhile
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.unfinished or self.pending or self.advanced)
+        return bool(self.unfinished or self.pending)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Its request id must be new, or that of its other samples, which were
         added just before; and it must fit in the cache alone."""
         assert seq.siblings or seq.request_id not in self.unfinished
-        dirty, self.dirty = self.dirty, True
         self.unfinished.setdefault(seq.request_id, {})[seq] = None
         self.scheduler.add(seq)
-        self.dirty = dirty
 
     def add_batch(self, seqs: list[Sequence]) -> None:
-        """Queue sequences that may run in any order, all of them or none."""
+        """Queue sequences, all of them or none."""
         try:
-            for seq in self.scheduler.best_order(seqs):
+            for seq in seqs:
                 self.add(seq)
         except BaseException:
             self.abort(seqs)
             raise
 
-    def has_request(self, request_id: str) -> bool:
-        """Whether a request of that id is unfinished, or has news that nobody took yet."""
-        return request_id in self.unfinished or any(
-            seq.request_id == request_id for seq in self.advanced
-        )
-
-    def abort(self, seqs: Collection[Sequence]) -> None:
-        """End sequences where they are, and forget their news. Steps in flight may still compute
-        their tokens; they are thrown away."""
-        if self.dirty:
-            self._recover()
-        self.dirty = True
+    def abort(self, seqs: Iterable[Sequence]) -> list[Sequence]:
+        """End sequences where they are. Steps in flight may still compute their tokens, which are
+        thrown away. Returns the sequences that had not ended before."""
         live = [seq for seq in seqs if seq in self.unfinished.get(seq.request_id, ())]
         for seq in live:
             seq.finish_reason = "abort"
         self.scheduler.finish(live)
         self._remove(live)
-        for seq in seqs:
-            self.advanced.pop(seq, None)
-        self.dirty = False
+        return live
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> News:
         """One round: submit a step if one can run, and read the oldest one when `depth` are in
-        flight or none could be submitted. Sequences that got a token join `advanced`; those that
-        ended have a finish_reason, and are returned for those who wait for nothing else.
+        flight or none could be submitted.
 
-        Raises what the executor raises. Unfinished requests then start over from their known tokens
-        at the next call; but those that run when a step fails, and have no token more than when one
-        failed before, end with the finish_reason "error".
+        When the executor raises, unfinished sequences start over from their known tokens; but a
+        sequence that was running, and has no token more than when a step failed before, ends with
+        the finish_reason "error".
         """
-        finished = self._recover() if self.dirty else []
-        self.dirty = self.is_stepping = True
         try:
-            finished += self._round()
-        except Exception:
-            self._count_failure()
-            raise
-        finally:
-            self.is_stepping = False
-        self.dirty = False
-        return finished
-
-    def _round(self) -> list[Sequence]:
-        scheduled = self.scheduler.schedule(can_preempt=not self.pending)
-        if scheduled:
-            self.pending.append((scheduled, self.executor.submit(scheduled.input)))
-            self.metrics.add(scheduled.metrics)
-        assert self.pending or not self.unfinished, "unfinished requests, and none can run"
-        if self.pending and (not scheduled or len(self.pending) == self.depth):
-            step, handle = self.pending.popleft()
-            return self._process(step, handle.result())
-        return []
+            scheduled = self.scheduler.schedule(can_preempt=not self.pending)
+            if scheduled:
+                self.pending.append((scheduled, self.executor.submit(scheduled.input)))
+                self.metrics.add(scheduled.metrics)
+            assert self.pending or not self.unfinished, "unfinished requests, and none can run"
+            if self.pending and (not scheduled or len(self.pending) == self.depth):
+                step, handle = self.pending.popleft()
+                return self._process(step, handle.result())
+        except BaseException as error:  # a logits processor may raise anything
+            ended = self._end_failing(error) + self.restart()
+            return News(ended, ended, error)
+        return News()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forget what the pages hold. Returns False, and does nothing, while some are in use; or
-        has those that use them start over from their known tokens."""
-        if self.dirty:
-            self._recover()
-        pages = self.scheduler.block_manager
-        if pages.num_free < pages.num_blocks and not reset_running_requests:
+        """Forget what the blocks hold. Returns False, and does nothing, while blocks are in use; or
+        has the sequences that use them start over from their known tokens."""
+        blocks = self.scheduler.block_manager
+        if blocks.num_free < blocks.num_blocks and not reset_running_requests:
             return False
-        self._recover()
+        self.restart()
         return True
 
-    def _count_failure(self) -> None:
-        """Whoever ran may be why the step failed, and would fail all that follow."""
-        for seq in self.scheduler.running:
-            if seq.failed_at == len(seq.token_ids) and not seq.finished:
-                seq.finish_reason = "error"
-            seq.failed_at = len(seq.token_ids)
-
-    def _recover(self) -> list[Sequence]:
-        """After an exception, Ctrl-C too, which may come at any line, of this method as well: keep
-        what the sequences know, and compute all of it again. Returns those that turn out to have
-        ended."""
-        self.dirty = True
+    def restart(self) -> list[Sequence]:
+        """Keep what the unfinished sequences know, and compute all of it again: neither blocks nor
+        lists nor the steps in flight can be trusted. Returns the sequences that turn out to have
+        ended: their last token was not checked yet."""
         self.pending.clear()
-        unfinished = list(chain.from_iterable(self.unfinished.values()))
+        ended, unfinished = [], list(chain.from_iterable(self.unfinished.values()))
         for seq in unfinished:
-            if len(seq.token_ids) > seq.num_prompt_tokens and not seq.finished:
-                self._check_stop(seq)  # the exception may have come between a token and its check
             self.scheduler.logprobs.take(seq)
-            if seq.finished and seq.finish_reason != "abort":
-                seq.metrics.finished_time = time.monotonic()
-                self.advanced[seq] = None
-        live: dict[str, dict[Sequence, None]] = {}
-        for seq in unfinished:
-            if not seq.finished:
-                live.setdefault(seq.request_id, {})[seq] = None
-        self.unfinished = live
-        self.scheduler.restart(list(chain.from_iterable(live.values())))
-        finished = [seq for seq in unfinished if seq.finished]
-        for seq in finished:
-            self._count_request(seq)
-        self.dirty = False
-        return finished
+            if len(seq.token_ids) > seq.num_prompt_tokens:
+                self._check_stop(seq)
+            if seq.finished:
+                ended.append(seq)
+        self._remove(ended)
+        self.scheduler.restart([seq for seq in unfinished if not seq.finished])
+        return ended
 
-    def _process(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
-        """Append a step's tokens. Returns the sequences that they end."""
+    def _end_failing(self, error: BaseException) -> list[Sequence]:
+        """A step has failed. A sequence that was running may be why, and would fail all steps that
+        follow. Returns the sequences that end by it."""
+        ended = []
+        for seq in self.scheduler.running:
+            if seq.finished:
+                continue
+            if seq.failed_at == len(seq.token_ids):
+                seq.error, seq.finish_reason = str(error) or repr(error), "error"
+                seq.metrics.finished_time = time.monotonic()
+                ended.append(seq)
+            seq.failed_at = len(seq.token_ids)
+        self._remove(ended)
+        return ended
+
+    def _process(self, step: ScheduledStep, output: StepOutput) -> News:
+        """Append a step's tokens, and see which sequences they end."""
         now = time.monotonic()
-        advanced, finished = self.advanced, []
+        advanced: list[Sequence] = []
+        ended: list[Sequence] = []
         for i, error in output.errors.items():
             if step.sampled[i].finished:
                 continue  # as below
             for sample in step.sampled[i].samples:  # all of the request end by it
                 if not sample.finished:
-                    advanced[sample] = None
-                    sample.error, sample.finish_reason = error, "error"
-                    finished.append(sample)
+                    self._fail(sample, "logits_processors or its structured_outputs", error)
+                    ended.append(sample)
+        advanced += ended
         if output.logprobs is not None:
             self.scheduler.logprobs.put(step.input, step.sampled, output.logprobs)
         if output.scores is not None:
@@ -208,20 +177,20 @@ class Engine:
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
-            advanced[seq] = None
+            advanced.append(seq)
             seq.token_ids.append(token_id)
             if token_id in seq.stops or len(seq.token_ids) >= seq.check_from:
                 self._check_stop(seq)
                 if seq.finished:
                     seq.metrics.finished_time = now
-                    finished.append(seq)
+                    ended.append(seq)
         for seq in step.sampled[step.input.num_decodes :]:
             if seq.metrics.first_token_time is None:
                 seq.metrics.first_token_time = now
-        if finished:
-            self.scheduler.finish(finished)
-            self._remove(finished)
-        return finished
+        if ended:
+            self.scheduler.finish(ended)
+            self._remove(ended)
+        return News(advanced, ended)
 
     def _remove(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
@@ -242,9 +211,20 @@ class Engine:
         the token itself, as in vLLM."""
         if seq.params.stop:
             assert self.detokenizer is not None
-            self.detokenizer.check_stop(seq)
+            try:
+                self.detokenizer.check_stop(seq)
+            except Exception as error:  # a tokenizer may raise anything
+                self._fail(seq, "stop strings", error)
         if not seq.finished:
             seq.check_stop()
+
+    def _fail(self, seq: Sequence, where: str, error: Exception) -> None:
+        num_tokens = len(seq.token_ids) - seq.num_prompt_tokens
+        seq.finish_reason = "error"
+        seq.error = (
+            f"request {seq.request_id!r} ended by an error in its {where} after {num_tokens} "
+            f"tokens: {error!r}"
+        )
 
 
 def _keep_scores(step: ScheduledStep, scores: LogprobLines) -> None:

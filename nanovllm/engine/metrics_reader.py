@@ -8,10 +8,9 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
 def read_metrics(engine: Engine, labels: dict[str, str]) -> list[Metric]:
-    """A snapshot. It is made when somebody asks: running requests are looked at here, not while
-    they run."""
+    """A snapshot. Running requests are counted here, not in every step."""
     metrics, scheduler = engine.metrics, engine.scheduler
-    pages = scheduler.block_manager
+    blocks = scheduler.block_manager
     num_generated = [
         (seq.num_prompt_tokens, len(seq.token_ids) - seq.num_prompt_tokens)
         for samples in engine.unfinished.values()
@@ -28,7 +27,7 @@ def read_metrics(engine: Engine, labels: dict[str, str]) -> list[Metric]:
     gauges = {
         "vllm:num_requests_running": len(scheduler.running),
         "vllm:num_requests_waiting": len(scheduler.waiting),
-        "vllm:kv_cache_usage_perc": 1 - pages.num_free / pages.num_blocks,
+        "vllm:kv_cache_usage_perc": 1 - blocks.num_free / blocks.num_blocks,
         "nanovllm:kv_cache_waste_perc": metrics.kv_cache_waste,
     }
     histograms = {

@@ -1,45 +1,40 @@
 """Which tokens run in the next step: continuous batching with one token budget, chunked prefill,
 preemption.
 
-The engine calls schedule before each step and finish after a sequence's last one. Pages are the
-block manager's business.
+The engine calls schedule before each step and finish after a sequence's last one. Which sequence is
+next is the policy's choice, blocks are the block manager's business, and how many prompt tokens
+join a step is the executor's.
 
-Nearly all of a large batch decodes, and a step treats most of it alike: one token more, nothing
-else. So what changes in every step lies in columns, arrays indexed by row, and only a sequence that
-begins, ends or opens a page is looked at by itself.
+Nearly all sequences of a large batch decode, and a step treats most of them alike: one token more,
+nothing else. So what changes in every step lies in columns, arrays indexed by row, and only a
+sequence that begins, ends or opens a block is looked at by itself.
 """
 
-from array import array
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice
 
 import numpy as np
 
 from nanovllm.core.metrics import StepMetrics
-from nanovllm.core.step import Chunk, RowStart, Scoring, StepInput
+from nanovllm.core.step import MIXED_STEPS, Chunk, Executor, RowStart, StepInput
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.forecast import expected_steps, peak_pages
+from nanovllm.engine.forecast import expected_steps, peak_blocks
+from nanovllm.engine.policy import FirstComeFirstServed, Policy
 from nanovllm.engine.recent_logprobs import RecentLogprobs
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import SampleLogprobs
 
 # Tokens that a sequence is expected to generate before a stop token, until some have ended, and
-# over how many sequences means are.
+# over how many sequences the mean is.
 MEAN_OUTPUT, NUM_AVERAGED = 256, 64
-# Prompts start in steps of one launch each if so many of these have room for all that could start,
-# else in one with the whole budget (docs/decisions/0023).
-MIXED_STEPS = 4
-# In that case those that wait for rows start together: when such a share of the rows is free, or
-# those free are for such a share of a step's tokens, or one was for so many steps
-# (docs/decisions/0022).
-STARTING_ROWS, STARTING_TOKENS, STARTING_STEPS = 1 / 8, 1 / 4, 8
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """A step for the worker, the sequences that its sampled tokens belong to (first those that
-    decode), what it was, and the sequences that its scorings are for."""
+    """A step for the worker, the sequences that its sampled tokens belong to (first the decodes'),
+    what the step was, and the sequences that its scorings are for."""
 
     input: StepInput
     sampled: list[Sequence]
@@ -48,85 +43,85 @@ class ScheduledStep:
 
 
 class Scheduler:
-    """First come, first served. Decodes run in every step; what is left of the budget goes to
-    prefill chunks, oldest first. A sequence is admitted when its pages, and those that all will
-    need before they end, are there (docs/decisions/0010).
+    """Decodes run in every step; what the executor leaves of the budget goes to prompts, one after
+    another, so only the last admitted sequence can be in the middle of its prompt. A sequence is
+    admitted when its blocks, and all blocks that running sequences will need before they end, are
+    there (docs/decisions/0010).
 
     Args:
-        block_manager: the pages.
-        max_num_seqs: residents at most, that is sequences that hold pages and a row of the worker's
-            state.
-        max_num_batched_tokens: query tokens a step at most; at least max_num_seqs.
-        mixed_tokens, mixed_keys: as the engine's.
+        executor: says what blocks there are, and how many prompt tokens may join a step.
+        max_num_seqs: running sequences at most, which hold blocks and a row of the worker's state.
+        max_num_batched_tokens: query tokens per step at most; at least max_num_seqs.
+        enable_prefix_caching: whether sequences that start with the same tokens share blocks.
+        policy: which sequence is admitted next, and which is preempted.
 
     Attributes:
-        waiting: sequences that hold nothing, the next to be admitted first.
-        running: those that hold a row and pages, in order of arrival, so the youngest is last.
-        seqs, max_len, num_prompt_tokens: [rows] of the running sequences; max_len 0: none.
-        may_stop: [rows] whether something may end it before max_len.
-        num_shared: [rows] pages that it holds but doesn't own.
+        waiting: sequences that hold nothing, in order of arrival; preempted ones come first.
+        running: sequences that hold a row and blocks, in order of admission.
+        free_rows: a heap.
+        seqs, max_len, num_prompt_tokens, may_stop: [rows] what the running sequences are; max_len
+            is 0 in free rows.
         num_computed: [rows] tokens whose keys and values are stored, or will be by the steps
             submitted so far.
+        num_slots, max_slots: [rows] tokens that the sequence's blocks have room for, now and in the
+            end.
         decodes: [rows] whether the next step computes one token more: the prompt is computed, and
             the last token isn't in flight.
-        logprobs: [rows] those that sequences have not taken yet.
-        empty_slots: in the pages of running sequences.
-        pages_to_come: those that running sequences would still take up to their max_len.
+        logprobs: [rows] log-probabilities that sequences have not taken yet.
         mean_output: tokens of the last sequences that might have stopped early.
-        num_admitted: sequences so far.
-        mean_new: tokens that the last of them had to compute then.
-        waits_for_rows, waits_for_pages: whether some did when the last step was scheduled; who
-            waits for rows does so until all that waited have started, or some together.
-        steps_waited: how many steps of one launch have left rows free since.
     """
 
     def __init__(
         self,
-        block_manager: BlockManager,
+        executor: Executor,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        mixed_tokens: int | None = None,
-        mixed_keys: int = 2**62,
+        enable_prefix_caching: bool = True,
+        policy: Policy | None = None,
     ):
         assert max_num_batched_tokens >= max_num_seqs
-        self.block_manager = block_manager
+        self.executor = executor
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.mixed_tokens, self.mixed_keys = mixed_tokens, mixed_keys
+        self.enable_prefix_caching = enable_prefix_caching
+        self.policy = policy or FirstComeFirstServed()
         self.seqs = np.empty(max_num_seqs, object)
         self.max_len = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.may_stop = np.zeros(max_num_seqs, bool)
-        self.num_shared = np.zeros(max_num_seqs, np.int64)
         self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.num_slots = np.zeros(max_num_seqs, np.int64)
+        self.max_slots = np.zeros(max_num_seqs, np.int64)
         self.decodes = np.zeros(max_num_seqs, bool)
         self.logprobs = RecentLogprobs(max_num_seqs)
         self.mean_output = float(MEAN_OUTPUT)
-        self.num_admitted, self.mean_new = 0, 0.0
-        self._clear()
+        self.restart([])
 
-    def _clear(self) -> None:
-        self.waiting: deque[Sequence] = deque()
+    def restart(self, unfinished: list[Sequence]) -> None:
+        """Start over from the sequences' known tokens, with an empty cache: after a failed step
+        neither blocks nor lists can be trusted."""
+        for seq in unfinished:
+            seq.reset()
+        self.block_manager = BlockManager(self.executor.groups, self.enable_prefix_caching)
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict.fromkeys(unfinished)
         self.running: dict[Sequence, None] = {}
-        self.free_rows = list(range(self.max_num_seqs))  # a heap
-        self.seqs[:], self.max_len[:], self.decodes[:] = None, 0, False
-        self.empty_slots = self.pages_to_come = 0
-        self.waits_for_rows = self.waits_for_pages = False
-        self.steps_waited = 0
+        self.free_rows = list(range(self.max_num_seqs))
+        self.seqs[:], self.decodes[:] = None, False
+        self.max_len[:] = self.num_computed[:] = self.num_slots[:] = self.max_slots[:] = 0
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self.waiting[seq] = None
 
-    def best_order(self, seqs: list[Sequence]) -> list[Sequence]:
-        """The order in which a batch is done soonest. Where rows are too few it is longest first:
-        what starts last would else run on alone. Where pages are too few it is the given one, as
-        sequences of like length need their most pages all at the same time."""
-        num_pages = sum(self.block_manager.num_pages(seq.max_len) for seq in seqs)
-        if len(seqs) <= self.max_num_seqs or (
-            num_pages * self.max_num_seqs > self.block_manager.num_blocks * len(seqs)
-        ):
-            return seqs
-        return sorted(seqs, key=lambda seq: seq.num_prompt_tokens - seq.max_len)
+    def finish(self, finished: list[Sequence]) -> None:
+        """Take back what ended sequences hold, wherever they are."""
+        for seq in finished:
+            if seq.row >= 0:
+                self._release(seq)
+            else:
+                del self.waiting[seq]
+            if seq.may_stop and seq.finish_reason != "abort":
+                num_output = len(seq.token_ids) - seq.num_prompt_tokens
+                self.mean_output += (num_output - self.mean_output) / NUM_AVERAGED
 
     def schedule(self, can_preempt: bool) -> ScheduledStep | None:
         """The next step, or None if nothing can run before the pending steps are read.
@@ -136,228 +131,134 @@ class Scheduler:
                 put back.
         """
         metrics = StepMetrics()
-        while self._num_pages_needed() > self.block_manager.num_free:
+        rows, opening = self._decoding()
+        while len(opening) > self.block_manager.num_free:
             if not can_preempt:
                 return None
-            self._preempt_youngest()
+            victim = self.policy.victim(self.running)
+            self._release(victim)
+            victim.reset()
+            self.waiting[victim] = None
+            self.waiting.move_to_end(victim, last=False)
             metrics.preemptions += 1
+            rows, opening = self._decoding()
 
         step = ScheduledStep(StepInput(), [], metrics)
-        self._decode(step)
-        metrics.stopped_by = self._prefill(
-            step, self.max_num_batched_tokens - step.input.num_decodes
-        )
-        self._measure(step)
-        return step if step.sampled or step.input.chunks else None
+        self._decode(step, rows, opening)
+        metrics.stopped_by = self._prefill(step)
+        if not step.sampled and not step.input.chunks:
+            return None
+        blocks = self.block_manager
+        metrics.decode_tokens = len(rows)
+        metrics.prefill_tokens = sum(len(chunk.token_ids) for chunk in step.input.chunks)
+        metrics.running, metrics.waiting = len(self.running), len(self.waiting)
+        num_used = sum(pool.num_blocks - len(pool.free_blocks) for pool in blocks.pools)
+        metrics.block_slots = num_used * blocks.block_size
+        num_empty = int((self.num_slots - self.num_computed).sum())
+        metrics.empty_slots = num_empty * len(blocks.pools)
+        return step
 
-    def finish(self, finished: list[Sequence]) -> None:
-        """Take back what ended sequences hold, wherever they are."""
-        if any(seq.row < 0 for seq in finished):
-            self.waiting = deque(seq for seq in self.waiting if not seq.finished)
-        for seq in finished:
-            if seq.row >= 0:
-                del self.running[seq]
-                self._release(seq)
-            if seq.may_stop and seq.finish_reason != "abort":
-                num_output = len(seq.token_ids) - seq.num_prompt_tokens
-                self.mean_output += (num_output - self.mean_output) / NUM_AVERAGED
+    # Decodes
 
-    def restart(self, unfinished: list[Sequence]) -> None:
-        """Start over from the sequences' known tokens: after a failed step neither pages nor lists
-        can be trusted."""
-        old = self.block_manager
-        self.block_manager = BlockManager(old.num_blocks, old.block_size, old.enable_prefix_caching)
-        for seq in unfinished:
-            seq.reset()
-        self._clear()
-        self.waiting += unfinished
-
-    def _decode(self, step: ScheduledStep) -> None:
-        """One token of each sequence that decodes."""
+    def _decoding(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that decode in the next step, and which of them, by index, need a block more. These
+        have free what lies outside of windows; their full blocks can be hit."""
         rows = np.flatnonzero(self.decodes)
         positions = self.num_computed[rows]
+        opening = np.flatnonzero(positions == self.num_slots[rows])
+        for seq, position in zip(
+            self.seqs[rows[opening]].tolist(), positions[opening].tolist(), strict=True
+        ):
+            self.block_manager.register(seq, position)
+            self.block_manager.free_outside(seq, position)
+        return rows, opening
+
+    def _decode(self, step: ScheduledStep, rows: np.ndarray, opening: np.ndarray) -> None:
+        """One token of each sequence that decodes."""
+        positions = self.num_computed[rows]
         step.sampled.extend(self.seqs[rows].tolist())
-        pages = np.full(len(rows), -1, np.int32)
-        for i in np.flatnonzero(self._opens_page(positions)).tolist():
-            pages[i] = self._open_page(step.sampled[i])
+        blocks = np.full((len(self.block_manager.groups), len(rows)), -1, np.int32)
+        if len(opening):
+            new = [self.block_manager.append(step.sampled[i]) for i in opening.tolist()]
+            blocks[:, opening] = np.array(new, np.int32).T
+            self.num_slots[rows[opening]] += self.block_manager.block_size
         step.input.decode_rows, step.input.decode_positions = rows, positions
-        step.input.decode_blocks = pages[None]
+        step.input.decode_blocks = blocks
         self.num_computed[rows] = positions + 1
-        self.empty_slots -= len(rows)
         # The token fed has that position, the one sampled the next: is that the last?
         self.decodes[rows] = positions + 2 < self.max_len[rows]
 
-    def _prefill(self, step: ScheduledStep, budget: int) -> str:
+    # Prompts
+
+    def _prefill(self, step: ScheduledStep) -> str:
         """The rest of a prompt that the last step's budget cut, then admissions, until something
-        stops it; returns what."""
-        begun, num_decodes, is_large = self._prefilling(), step.input.num_decodes, True
-        first = self.waiting[0] if begun is None and self.waiting else begun
-        can_mix = num_decodes > 0 and not step.metrics.preemptions
-        if can_mix and first is not None and self.mixed_tokens is not None:
-            room = max(0, min(self.mixed_tokens - num_decodes, self._mixed_room(first)))
-            is_large = room >= budget or self._starts_large(room, begun)
-            budget = budget if is_large else room
-        if begun is not None:
-            budget -= self._add_chunk(step, begun, budget)
-        stopped_by = self._admissions(step, budget, is_large)
-        if stopped_by == "max_num_batched_tokens" and not is_large:
-            stopped_by = "mixed_tokens"
-        waited = self.waits_for_rows and stopped_by == "mixed_tokens"
-        self.waits_for_rows = waited or stopped_by == "max_num_seqs"
-        self.waits_for_pages = stopped_by == "pages"
-        self.steps_waited = self.steps_waited + 1 if waited and self.free_rows else 0
-        return stopped_by
-
-    def _mixed_room(self, seq: Sequence) -> int:
-        """So many tokens of a prompt at most are for a step of one launch."""
-        return 0 if seq.scores is not None else self.mixed_keys // len(seq.token_ids)
-
-    def _starts_large(self, room: int, begun: Sequence | None) -> bool:
-        """Whether prompts, one of which may have begun, take the whole budget, not just the room
-        that is left for them in a step of one launch."""
-        num_starting = min(len(self.free_rows), len(self.waiting))
-        if self.waits_for_pages:
-            num_starting = min(num_starting, 1)
-        rest = 0 if begun is None else begun.prefill_end - int(self.num_computed[begun.row])
-        num_new = num_starting * self.mean_new
-        if rest + num_new <= MIXED_STEPS * room:
-            return False
-        if rest > MIXED_STEPS * room or not self.waits_for_rows:
-            return True
-        return (
-            num_starting >= min(int(self.max_num_seqs * STARTING_ROWS), len(self.waiting))
-            or num_new >= self.max_num_batched_tokens * STARTING_TOKENS
-            or self.steps_waited >= STARTING_STEPS
-        )
-
-    def _admissions(self, step: ScheduledStep, budget: int, is_large: bool) -> str:
-        """Of waiting sequences, until something stops them; returns what."""
-        while self.waiting:
-            if not is_large:
-                budget = min(budget, self._mixed_room(self.waiting[0]))
-            if step.metrics.preemptions:
-                return "preemption"  # the pages are for the older sequences that needed them
-            if len(self.running) == self.max_num_seqs:
-                return "max_num_seqs"
+        stops them; returns what."""
+        blocks, num_decodes = self.block_manager, step.input.num_decodes
+        seq, stopped_by, budget, num_spare = next(reversed(self.running), None), "", 0, 0
+        if seq is not None and self.num_computed[seq.row] >= seq.prefill_end:
+            seq = None
+        while seq is not None or self.waiting:
+            if seq is None:
+                if step.metrics.preemptions:
+                    return "preemption"  # the blocks are for running sequences that needed them
+                if len(self.running) >= self.max_num_seqs:
+                    return "max_num_seqs"
+            if not stopped_by:
+                slots_to_come = int((self.max_slots - self.num_slots).sum())
+                num_spare = blocks.num_free - slots_to_come // blocks.block_size
+                prompts = self._prompts(seq, num_spare)
+                budget = self.executor.prompt_budget(num_decodes, prompts)
+                is_whole = budget == self.max_num_batched_tokens - num_decodes
+                stopped_by = "max_num_batched_tokens" if is_whole else "prompt_budget"
             if budget == 0:
-                return "max_num_batched_tokens"
-            if not self._admit(step, budget):
-                return "pages"
-            budget -= self._add_chunk(step, self._youngest(), budget)
-        return "max_num_batched_tokens" if self._prefilling() is not None else ""
+                return stopped_by
+            if seq is None:
+                seq = self.policy.next(self.waiting)
+                hits = blocks.find_prefix(seq)
+                needed = blocks.num_needed(seq, hits)
+                num_to_come = max(needed) + self._growth(seq)
+                if num_to_come > num_spare and not self._has_blocks(seq, hits, needed, budget):
+                    return "blocks"
+                num_spare -= num_to_come
+                self._start(step, seq, hits)
+            budget -= self._add_chunk(step, seq, budget)
+            if self.num_computed[seq.row] < seq.prefill_end:
+                return stopped_by
+            seq = None
+        return ""
 
-    def _youngest(self) -> Sequence:
-        return next(reversed(self.running))
+    def _prompts(self, begun: Sequence | None, num_spare: int) -> Iterator[tuple[int, int]]:
+        """(tokens still to compute, tokens) of the prompt that has begun, of the first waiting
+        sequence, and of the sequences behind it that have a row and are sure to have blocks."""
+        if begun is not None:
+            yield begun.prefill_end - int(self.num_computed[begun.row]), begun.prefill_end
+        for i, seq in enumerate(islice(self.waiting, len(self.free_rows))):
+            hits = self.block_manager.find_prefix(seq)
+            num_spare -= max(self.block_manager.num_needed(seq, hits)) + self._growth(seq)
+            if i and num_spare < 0:
+                return
+            num_tokens = len(seq.token_ids)
+            yield max(1, num_tokens - hits.shape[1] * self.block_manager.block_size), num_tokens
 
-    def _prefilling(self) -> Sequence | None:
-        """The sequence in the middle of its prompt, if there is one. It can only be the youngest,
-        as others are admitted with what the older ones leave of the budget."""
-        if not self.running:
-            return None
-        seq = self._youngest()
-        return seq if self.num_computed[seq.row] < seq.prefill_end else None
+    def _growth(self, seq: Sequence) -> int:
+        """Blocks that a sequence takes after its known tokens; the last token is never stored."""
+        blocks_for = self.block_manager.blocks_for
+        return blocks_for(seq.max_len - 1) - blocks_for(len(seq.token_ids))
 
-    def _opens_page(self, positions: np.ndarray) -> np.ndarray:
-        """Whether decodes need a page more; their tokens so far are all that theirs hold."""
-        return positions % self.block_manager.block_size == 0
-
-    def _num_pages_needed(self) -> int:
-        return int(np.count_nonzero(self._opens_page(self.num_computed[self.decodes])))
-
-    def _preempt_youngest(self) -> None:
-        """Put the youngest sequence back to the head of the queue; its full pages stay in the
-        prefix cache for as long as nobody needs them."""
-        victim, _ = self.running.popitem()
-        self._release(victim)
-        victim.reset()
-        self.waiting.appendleft(victim)
-
-    def _release(self, seq: Sequence) -> None:
-        self.logprobs.take(seq)
-        self._register(seq)  # pages whose last token was read since it was scheduled
-        self.empty_slots -= self._num_empty(seq)
-        self.pages_to_come -= self._num_to_come(seq)
-        self.block_manager.free(seq)
-        self.seqs[seq.row], self.max_len[seq.row], self.decodes[seq.row] = None, 0, False
-        heappush(self.free_rows, seq.row)
-        seq.row = -1
-
-    def _admit(self, step: ScheduledStep, budget: int) -> bool:
-        """Move the oldest waiting sequence to the running ones, if its pages are there, and those
-        that are still to come."""
-        seq, pages = self.waiting[0], self.block_manager
-        hits = array("i") if seq.params.skip_reading_prefix_cache else pages.find_prefix(seq)
-        if seq.scores is not None:
-            hits = hits[: seq.num_cacheable // pages.block_size]
-        num_shared, owners = pages.holders(hits)
-        num_left = len(seq.token_ids) - len(hits) * pages.block_size - budget
-        if not self._has_pages(seq, num_shared, owners, num_left):
-            return False
-        for owner in owners:
-            self.num_shared[owner.row] += 1
-        pages.allocate(seq, hits)
-        self.waiting.popleft()
-        self.running[seq] = None
-        seq.row = row = heappop(self.free_rows)
-        seq.prefill_end = len(seq.token_ids)
-        if seq.logprobs is not None:
-            self.logprobs.width = max(self.logprobs.width, seq.logprobs.width)
-        # With every token cached the last one is computed again, for its logits; its page is
-        # shared, so it isn't stored.
-        num_cached_tokens = len(hits) * pages.block_size
-        num_cached = min(num_cached_tokens, seq.prefill_end - 1)
-        if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = num_cached
-        self.seqs[row], self.max_len[row] = seq, seq.max_len
-        self.num_prompt_tokens[row], self.may_stop[row] = seq.num_prompt_tokens, seq.may_stop
-        self.num_computed[row], self.num_shared[row] = num_cached, num_shared
-        self.empty_slots += self._num_empty(seq)
-        self.pages_to_come += self._num_to_come(seq)
-        step.metrics.cached_tokens += num_cached
-        self.num_admitted += 1
-        num_new = seq.prefill_end - num_cached
-        self.mean_new += (num_new - self.mean_new) / min(self.num_admitted, NUM_AVERAGED)
-        min_tokens = seq.params.min_tokens
-        step.input.starts.append(
-            RowStart(
-                row=row,
-                num_cached_tokens=num_cached_tokens,
-                params=seq.params,
-                seed=seq.seed,
-                stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
-                min_len=min(seq.num_prompt_tokens + min_tokens, seq.max_len) if min_tokens else 0,
-                block_tables=(np.array(seq.block_table, np.int32),),
-                num_prompt_tokens=seq.num_prompt_tokens,
-                token_ids=seq.token_ids[:] if seq.params.needs_history else (),
-            )
-        )
-        return True
-
-    def _has_pages(
-        self, seq: Sequence, num_shared: int, owners: list[Sequence], num_left: int
-    ) -> bool:
-        """Whether a waiting sequence can run beside those that do, and nobody need be preempted
-        until they end, as far as that can be known (docs/decisions/0010).
+    def _has_blocks(self, seq: Sequence, hits: np.ndarray, needed: list[int], budget: int) -> bool:
+        """Whether a waiting sequence can run beside the running ones without a preemption until
+        they end, as far as that can be known (docs/decisions/0010).
 
         Args:
-            num_shared: pages that others hold.
-            owners: of those that have one.
-            num_left: tokens of its prompt that later steps compute.
+            hits: what find_prefix found.
+            needed: free blocks of each group that it would take now.
+            budget: tokens that it may compute in this step.
         """
-        pages = self.block_manager
-        num_new = pages.num_pages(len(seq.token_ids)) - num_shared
-        if num_new > pages.num_free:
+        blocks, num_known = self.block_manager, len(seq.token_ids)
+        if any(n > len(pool.free_blocks) for n, pool in zip(needed, blocks.pools, strict=True)):
             return False
-        if num_new + self._num_to_come(seq) + self.pages_to_come <= pages.num_free:
-            return True  # even if nobody gives any back
         rows = np.flatnonzero(self.max_len)
-        num_owned = -(-self.num_computed[rows] // pages.block_size) - self.num_shared[rows]
-        for owner in owners:
-            num_owned[rows == owner.row] -= 1
-        # Pages without an owner stay for those who share them.
-        num_staying = pages.num_blocks - pages.num_free - int(num_owned.sum())
-
-        num_tokens = np.append(self.num_computed[rows], len(seq.token_ids))
+        num_tokens = np.append(self.num_computed[rows], num_known)
         num_steps = expected_steps(
             num_tokens,
             np.append(self.num_prompt_tokens[rows], seq.num_prompt_tokens),
@@ -365,64 +266,86 @@ class Scheduler:
             np.append(self.may_stop[rows], seq.may_stop),
             int(self.mean_output),
         )
-        # While its prompt is computed in chunks, the others go on.
-        num_steps[-1] += -(-max(num_left, 0) // (self.max_num_batched_tokens - len(rows)))
-        if num_left > 0 and self.mixed_tokens is not None:
-            num_steps[-1] += MIXED_STEPS
-        peak = peak_pages(num_tokens, num_steps, np.append(num_owned, num_new), pages.block_size)
-        return num_staying + peak <= pages.num_blocks or not self.running
+        num_left = num_known - hits.shape[1] * blocks.block_size - budget
+        if num_left > 0:  # while later steps compute its prompt, the others go on
+            num_steps[-1] += MIXED_STEPS - -num_left // (self.max_num_batched_tokens - len(rows))
+        for pool, shared, num_new in zip(blocks.pools, hits, needed, strict=True):
+            num_owned = pool.num_owned(self.max_num_seqs, shared)[rows]
+            # Blocks without an owner stay for the sequences that share them.
+            num_staying = pool.num_blocks - len(pool.free_blocks) - int(num_owned.sum())
+            peak = peak_blocks(
+                num_tokens, num_steps, np.append(num_owned, num_new), blocks.block_size, pool.window
+            )
+            if num_staying + peak > pool.num_blocks:
+                return not self.running
+        return True
 
-    def _open_page(self, seq: Sequence) -> int:
-        """One page more for a decode; the one before is full, and all its tokens have been read."""
-        self._register(seq)
-        self.pages_to_come -= 1
-        self.empty_slots += self.block_manager.block_size
-        return self.block_manager.append(seq)
+    def _start(self, step: ScheduledStep, seq: Sequence, hits: np.ndarray) -> None:
+        """Move a waiting sequence to the running ones."""
+        blocks, params = self.block_manager, seq.params
+        del self.waiting[seq]
+        self.running[seq] = None
+        seq.row = row = heappop(self.free_rows)
+        blocks.allocate(seq, hits)
+        seq.prefill_end = len(seq.token_ids)
+        if seq.logprobs is not None:
+            self.logprobs.width = max(self.logprobs.width, seq.logprobs.width)
+        # With every token cached the last one is computed again, for its logits; its block is
+        # shared, so its keys and values aren't stored.
+        num_cached_tokens = hits.shape[1] * blocks.block_size
+        num_cached = min(num_cached_tokens, seq.prefill_end - 1)
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = num_cached
+        step.metrics.cached_tokens += num_cached
+        self.seqs[row], self.max_len[row] = seq, seq.max_len
+        self.num_prompt_tokens[row], self.may_stop[row] = seq.num_prompt_tokens, seq.may_stop
+        self.num_computed[row] = num_cached
+        self.num_slots[row] = len(seq.block_tables[0]) * blocks.block_size
+        self.max_slots[row] = blocks.blocks_for(seq.max_len - 1) * blocks.block_size
+        min_len = seq.num_prompt_tokens + params.min_tokens if params.min_tokens else 0
+        step.input.starts.append(
+            RowStart(
+                row=row,
+                num_cached_tokens=num_cached_tokens,
+                params=params,
+                seed=seq.seed,
+                stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
+                min_len=min(min_len, seq.max_len),
+                # Attention never reads the blocks before a window: any number will do.
+                block_tables=tuple(np.array(t, np.int32).clip(0) for t in seq.block_tables),
+                num_prompt_tokens=seq.num_prompt_tokens,
+                token_ids=seq.token_ids[:] if params.needs_history else (),
+            )
+        )
 
     def _add_chunk(self, step: ScheduledStep, seq: Sequence, budget: int) -> int:
+        """Compute as much of a sequence's prompt as the budget allows; returns how many tokens."""
         start = int(self.num_computed[seq.row])
         end = min(seq.prefill_end, start + budget)
         samples = end == seq.prefill_end
         step.input.chunks.append(Chunk(seq.row, start, seq.token_ids[start:end], samples))
-        if seq.scores is not None:
-            self._score(step, seq, seq.scores, start, end)
+        if scoring := seq.scoring(len(step.input.chunks) - 1, start, end):
+            step.input.scorings.append(scoring)
+            step.scored.append(seq)
         self.num_computed[seq.row] = end
-        self.empty_slots -= end - start
         if samples:
             step.sampled.append(seq)
             self.decodes[seq.row] = end + 1 < seq.max_len
-        self._register(seq)
+        self.block_manager.register(seq, end)
+        self.block_manager.free_outside(seq, start)
         return end - start
 
-    def _score(
-        self, step: ScheduledStep, seq: Sequence, scores: SampleLogprobs, start: int, end: int
-    ) -> None:
-        """Ask for the tokens after those of the last chunk, [start, end), as far as they are wanted
-        and were not read before a preemption."""
-        first = max(start + 1, seq.score_from + len(scores))
-        token_ids = seq.targets[first - seq.score_from : max(0, end + 1 - seq.score_from)]
-        if token_ids:
-            chunk, num_top = len(step.input.chunks) - 1, scores.width - 1
-            step.input.scorings.append(Scoring(chunk, first - 1 - start, token_ids, num_top))
-            step.scored.append(seq)
-
-    def _num_to_come(self, seq: Sequence) -> int:
-        """Pages that a sequence will take after those of its known tokens."""
-        pages = self.block_manager
-        num_now = len(seq.block_table) or pages.num_pages(len(seq.token_ids))
-        return pages.num_pages(seq.max_len - 1) - num_now  # the last token is never stored
-
-    def _register(self, seq: Sequence) -> None:
-        self.block_manager.register(seq, int(self.num_computed[seq.row]))
-
-    def _num_empty(self, seq: Sequence) -> int:
-        num_slots = len(seq.block_table) * self.block_manager.block_size
-        return num_slots - int(self.num_computed[seq.row])
-
-    def _measure(self, step: ScheduledStep) -> None:
-        metrics, pages = step.metrics, self.block_manager
-        metrics.decode_tokens = step.input.num_decodes
-        metrics.prefill_tokens = sum(len(chunk.token_ids) for chunk in step.input.chunks)
-        metrics.running, metrics.waiting = len(self.running), len(self.waiting)
-        metrics.page_slots = (pages.num_blocks - pages.num_free) * pages.block_size
-        metrics.empty_slots = self.empty_slots
+    def _release(self, seq: Sequence) -> None:
+        """Take back a running sequence's row and blocks. Its full blocks stay in the prefix cache
+        until they are reused."""
+        del self.running[seq]
+        self.logprobs.take(seq)
+        row = seq.row
+        # Blocks whose last token was read since it was scheduled.
+        self.block_manager.register(seq, int(self.num_computed[row]))
+        self.block_manager.free(seq)
+        self.seqs[row], self.decodes[row] = None, False
+        self.max_len[row] = self.num_computed[row] = 0
+        self.num_slots[row] = self.max_slots[row] = 0
+        heappush(self.free_rows, row)
+        seq.row = -1

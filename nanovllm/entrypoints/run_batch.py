@@ -15,7 +15,6 @@ from uuid import uuid4
 from tqdm.auto import tqdm
 
 from nanovllm.entrypoints.openai_format import Request, make_response, read_request
-from nanovllm.frontend.requests import RequestError
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 
@@ -121,7 +120,6 @@ class Batch:
         self.model_names = {self.model, *model_names}
         self.seen: dict[str, int] = {}  # the line of each custom_id
         self.running: dict[str, tuple[Line, int]] = {}  # request id -> its line, which prompt
-        self.failure: Exception = RuntimeError("a step failed")  # the last one of the engine's
         self.num_good = self.num_errors = 0
         # So many that the engine's batch stays full while lines are read.
         self.window = 2 * llm.llm_engine.scheduler.max_num_seqs
@@ -138,18 +136,14 @@ class Batch:
     def _step(self) -> None:
         try:
             outputs = self.llm.step()
-        except RequestError as error:
-            self._fail(error.request_id, error)
-            return
-        except RuntimeError as error:  # requests that run into it twice end by it
-            self.failure = error
+        except RuntimeError:  # a request that was in two failed steps ends by it
             self.llm.is_finished()  # raises if the LLM can't go on
             return
         for output in outputs:
             if output.request_id not in self.running:
                 continue  # its line has failed
-            if any(completion.finish_reason == "error" for completion in output.outputs):
-                self._fail(output.request_id, self.failure)
+            if output.error is not None:
+                self._fail(output.request_id, RuntimeError(output.error))
                 continue
             line, index = self.running.pop(output.request_id)
             line.outputs[index] = output
@@ -160,8 +154,6 @@ class Batch:
 
     def _fail(self, request_id: str, error: Exception) -> None:
         """A line's request was ended by an error, so all of the line's are."""
-        if request_id not in self.running:
-            return  # it has failed by another one
         failed, _ = self.running[request_id]
         for other in [id for id, (line, _) in self.running.items() if line is failed]:
             self.llm.abort(other)

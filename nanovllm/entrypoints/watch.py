@@ -1,4 +1,4 @@
-"""See the engine work: after each step a line of what it did, and a map of the KV cache's pages.
+"""See the engine work: after each step a line of what it did, and a map of the KV cache's blocks.
 
 example.py --watch calls it. It drives LLM.step as any user may, and only reads the engine: what
 metrics.py counts, and the block tables of the sequences that run.
@@ -16,7 +16,7 @@ from nanovllm.sampling_params import SamplingParams
 MAP_WIDTH = 64
 COLOURS = (117, 156, 222, 218, 183, 159, 229, 210, 152, 193, 216, 147)  # of 256, all light
 LEGEND = """\
-A cell is a page of the KV cache after the step. A letter: the request that holds it; a digit: so
+A cell is a block of the KV cache after the step. A letter: the request that holds it; a digit: how
 many requests share it ("+": ten or more); "-": free, but its content can be hit; ".": free, empty.
 """
 HEADER = "step  running waiting  prefill decode  prefix hits  preempted  no more joined because of"
@@ -57,7 +57,7 @@ def _run(llm: LLM, request_ids: list[str], color: bool) -> list[RequestOutput]:
         if engine.metrics.steps > steps:  # the last rounds of an overlapping engine only read
             steps = engine.metrics.steps
             print(step_line(steps, engine.metrics.last_step))
-            for row in page_map(engine.scheduler, names, color):
+            for row in block_map(engine.scheduler, names, color):
                 print("      " + row)
     return [outputs[id] for id in request_ids]
 
@@ -69,19 +69,20 @@ def step_line(number: int, step: StepMetrics) -> str:
     ).rstrip()
 
 
-def page_map(scheduler: Scheduler, names: dict[str, str], color: bool) -> list[str]:
-    """A character for each page, in rows.
+def block_map(scheduler: Scheduler, names: dict[str, str], color: bool) -> list[str]:
+    """A character for each block of the first group of layers, in rows.
 
     Args:
-        scheduler: who holds which pages.
+        scheduler: knows which sequence holds which blocks.
         names: the requests' letters.
-        color: colour each page by the request that has held it longest.
+        color: colour each block by the request that has held it longest.
     """
-    pages = scheduler.block_manager
-    cells = ["." if content is None else "-" for content in pages.contents]
+    pool = scheduler.block_manager.pools[0]
+    cells = ["." if content is None else "-" for content in pool.contents]
     for seq in reversed(scheduler.running):  # so that the oldest holder has the last word
-        for block in seq.block_table:
-            cells[block] = _cell(names[seq.request_id], pages.ref_counts[block], color)
+        for block in seq.block_tables[0]:
+            if block >= 0:
+                cells[block] = _cell(names[seq.request_id], pool.ref_counts[block], color)
     return ["".join(cells[i : i + MAP_WIDTH]) for i in range(0, len(cells), MAP_WIDTH)]
 
 

@@ -15,7 +15,7 @@ class Progress:
         self, num_requests: int, metrics: EngineMetrics, use_tqdm: bool | Callable[..., tqdm]
     ):
         self.metrics = metrics
-        self.start = self.shown = time.monotonic()
+        self.start = time.monotonic()
         self.prefill, self.decode = metrics.prefill_tokens, metrics.decode_tokens
         make = use_tqdm if callable(use_tqdm) else tqdm
         self.bar = make(
@@ -23,11 +23,9 @@ class Progress:
         )
 
     def show(self, num_finished: int) -> None:
-        now = time.monotonic()
-        if self.bar.disable or (now - self.shown < 0.1 and num_finished < self.bar.total):
+        if self.bar.disable:
             return
-        self.shown = now
-        seconds = max(now - self.start, 1e-9)  # a coarse clock may stand still
+        seconds = max(time.monotonic() - self.start, 1e-9)  # a coarse clock may stand still
         prefill = (self.metrics.prefill_tokens - self.prefill) / seconds
         decode = (self.metrics.decode_tokens - self.decode) / seconds
         self.bar.n = num_finished

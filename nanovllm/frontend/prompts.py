@@ -2,7 +2,8 @@
 anything runs."""
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context, copy_context
 from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
@@ -189,6 +190,22 @@ def match_params(
     return [_copy(p) for p in params]
 
 
+def match_priorities(priority: Any, num_prompts: int) -> list[int]:
+    """A priority for each prompt; 0 where none are given.
+
+    Raises:
+        TypeError: not a list of whole numbers.
+        ValueError: a priority is needed for each prompt.
+    """
+    if priority is None:
+        return [0] * num_prompts
+    if not isinstance(priority, Sequence) or not all(type(p) is int for p in priority):
+        raise TypeError(f"priority must be a list of whole numbers, got {priority!r:.80}")
+    if len(priority) != num_prompts:
+        raise ValueError(f"{num_prompts} prompts but {len(priority)} priorities: one each")
+    return list(priority)
+
+
 def bind_params(params: SamplingParams, vocab_size: int, tokenizer: Any) -> None:
     """What can be checked and made of parameters where vocabulary and tokenizer are known.
 
@@ -235,4 +252,22 @@ def _copy(params: SamplingParams) -> SamplingParams:
         raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
     copied = copy(params)
     copied.__post_init__()
+    if copied.logits_processors:
+        context = copy_context()  # the engine's thread calls them
+        copied.logits_processors = [InContext(call, context) for call in copied.logits_processors]
     return copied
+
+
+class InContext:
+    """A callable that runs in the context variables of the thread that gave it. Another process
+    gets the callable alone."""
+
+    def __init__(self, call: Callable[..., Any], context: Context):
+        self.__wrapped__ = call  # whose signature counts
+        self.context = context
+
+    def __call__(self, *args: Any) -> Any:
+        return self.context.run(self.__wrapped__, *args)
+
+    def __reduce__(self) -> Any:
+        return copy, (self.__wrapped__,)

@@ -4,6 +4,7 @@ llm.py calls it before a request runs and when it has news. Which forms prompts 
 have is prompts.py's business, the text the detokenizer's.
 """
 
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable
@@ -16,7 +17,6 @@ from typing import Any
 from xxhash import xxh3_64_intdigest
 
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.engine import Engine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.frontend import prompts, scoring
 from nanovllm.frontend.scoring import Scored
@@ -24,14 +24,6 @@ from nanovllm.frontend.structured_outputs import GrammarCompiler
 from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-
-
-class RequestError(RuntimeError):
-    """A request was ended by an error of its own, the cause."""
-
-    def __init__(self, request_id: str, message: str):
-        super().__init__(message)
-        self.request_id = request_id
 
 
 class Requests:
@@ -62,48 +54,53 @@ class Requests:
             checkpoint.tokenizer, checkpoint.model_config.vocab_size, checkpoint.eos_token_ids
         )
         self.num_made = 0
+        # Tokenizers and compilers have one user at a time; a signal's handler may come in between.
+        self.lock = threading.RLock()
 
     def make(
         self,
-        engine: Engine,
         prompt_list: Any,
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
+        priority: SequenceOf[int] | None = None,
         request_id: str | None = None,
+        output_kind: RequestOutputKind | None = None,
     ) -> list[Sequence]:
         """Checked sequences for all prompts, the samples of each one after another; or an error
-        before any is made.
+        before any is made. Called in the caller's thread.
 
         Args:
-            engine: where they will run; their ids are free there.
-            prompt_list, sampling_params: as for LLM.generate.
+            prompt_list, sampling_params, priority: as for LLM.generate.
             request_id: of a single prompt; None: numbers.
+            output_kind: instead of the parameters'.
         """
-        _check_awake(engine)
         checkpoint = self.checkpoint
         vocab_size = checkpoint.model_config.vocab_size
-        tokenized = prompts.normalize(
-            prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
-        )
         if sampling_params is None:
             sampling_params = checkpoint.default_sampling_params
-        params = prompts.match_params(sampling_params, len(tokenized))
-        for p in {id(p): p for p in params}.values():  # one may serve all prompts
-            prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
-            if p.structured_outputs is not None:
-                p.grammar = self.grammars.compile(p.structured_outputs)
-        now = time.monotonic()
-        seqs = []
-        for prompt, p in zip(tokenized, params, strict=True):
-            number = self.num_made
-            self.num_made += 1
-            own_id = request_id or _free_id(engine, number)
+        with self.lock:
+            tokenized = prompts.normalize(
+                prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
+            )
+            params = prompts.match_params(sampling_params, len(tokenized))
+            for p in {id(p): p for p in params}.values():  # one may serve all prompts
+                prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
+                if p.structured_outputs is not None:
+                    p.grammar = self.grammars.compile(p.structured_outputs)
+                p.output_kind = output_kind or p.output_kind
+            priorities = prompts.match_priorities(priority, len(tokenized))
+            first = self.num_made
+            self.num_made += len(tokenized)
+        now, seqs = time.monotonic(), []
+        for number, prompt, p, own_priority in zip(
+            range(first, first + len(tokenized)), tokenized, params, priorities, strict=True
+        ):
             others = p
             if p.n > 1 and p.prompt_logprobs is not None:  # the first sample's are enough
                 others = copy(p)
                 others.prompt_logprobs = None
             samples = [
                 Sequence(
-                    own_id,
+                    request_id or str(number),
                     prompt.token_ids[:] if index else prompt.token_ids,
                     others if index else p,
                     seed=_sequence_seed(p.seed, self.seed, number, index),
@@ -111,6 +108,7 @@ class Requests:
                     eos_token_ids=checkpoint.eos_token_ids,
                     prompt=prompt.text,
                     arrival_time=now,
+                    priority=own_priority,
                 )
                 for index in range(p.n)
             ]
@@ -118,60 +116,44 @@ class Requests:
             seqs += samples
         return seqs
 
-    def make_scored(self, engine: Engine, scored: list[Scored]) -> list[Sequence]:
-        """Sequences that score tokens after those before them."""
-        _check_awake(engine)
-        seqs = []
-        for token_ids, start in scored:
-            seqs.append(
-                Sequence(
-                    _free_id(engine, self.num_made),
-                    array("I", token_ids[:-1]),
-                    scoring.PARAMS,
-                    seed=0,
-                    max_model_len=self.max_model_len + 1,
-                    arrival_time=time.monotonic(),
-                    targets=token_ids[start:],
-                    score_from=start,
-                )
-            )
-            self.num_made += 1
-        return seqs
-
-    def news(self, engine: Engine, left_out: set[Sequence]) -> list[RequestOutput]:
-        """Of the sequences that advanced, an output for each request, as its output_kind says."""
-        final_only, delta = RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA
-        news = [
-            seq
-            for seq in engine.advanced
-            if seq not in left_out
-            and (
-                seq.params.output_kind is not final_only or seq.request_id not in engine.unfinished
-            )
-        ]
-        news.sort(key=lambda seq: seq.error is None)  # raised before anybody's news are taken
+    def make_scored(self, scored: list[Scored]) -> list[Sequence]:
+        """Sequences that score tokens after the tokens before them."""
+        with self.lock:
+            first = self.num_made
+            self.num_made += len(scored)
         return [
-            self.output(engine, seqs, delta=True)
-            if seqs[0].params.output_kind is delta
-            else self.output(engine, seqs[0].samples)
-            for seqs in by_request(news)
+            Sequence(
+                str(number),
+                array("I", token_ids[:-1]),
+                scoring.PARAMS,
+                seed=0,
+                max_model_len=self.max_model_len + 1,
+                arrival_time=time.monotonic(),
+                targets=token_ids[start:],
+                score_from=start,
+            )
+            for number, (token_ids, start) in enumerate(scored, first)
         ]
 
-    def output(self, engine: Engine, samples: list[Sequence], delta: bool = False) -> RequestOutput:
+    def news(self, seqs: Iterable[Sequence]) -> list[RequestOutput]:
+        """Of sequences that have news an output for each request, as its output_kind says."""
+        by_request: dict[str, list[Sequence]] = {}
+        for seq in seqs:
+            by_request.setdefault(seq.request_id, []).append(seq)
+        outputs = []
+        for samples in by_request.values():
+            kind = samples[0].params.output_kind
+            if kind is RequestOutputKind.DELTA:
+                outputs.append(self.output(samples, delta=True))
+            elif kind is RequestOutputKind.CUMULATIVE or samples[0].request_finished:
+                outputs.append(self.output(samples[0].samples))
+        return outputs
+
+    def output(self, samples: list[Sequence], delta: bool = False) -> RequestOutput:
         """What samples of a request have so far, or only what is new since the last such call.
-        Raises RequestError for a request that an error ended, and takes its news."""
-        for seq in samples:
-            if seq.error is not None:
-                for sample in seq.samples:
-                    engine.advanced.pop(sample, None)
-                raise RequestError(
-                    seq.request_id,
-                    f"request {seq.request_id!r} ended by an error in its logits_processors or its "
-                    f"structured_outputs after {len(seq.token_ids) - seq.num_prompt_tokens} "
-                    f"tokens: {seq.error!r}",
-                ) from seq.error
+        Called in the engine's thread."""
         seq = samples[0]
-        first = (seq.siblings or samples)[0]
+        first = seq.samples[0]
         prompt_logprobs: SequenceOf[dict[int, Logprob] | None] | None = None
         if first.scores is not None:
             prompt_logprobs = []
@@ -188,19 +170,18 @@ class Requests:
             prompt=seq.prompt,
             prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
             prompt_logprobs=prompt_logprobs,
-            outputs=[self._completion(engine, sample, delta) for sample in samples],
+            outputs=[self._completion(sample, delta) for sample in samples],
             finished=finished,
             metrics=metrics,
             num_cached_tokens=first.num_cached_tokens or 0,
         )
 
-    def _completion(self, engine: Engine, seq: Sequence, delta: bool) -> CompletionOutput:
+    def _completion(self, seq: Sequence, delta: bool) -> CompletionOutput:
         text = self.detokenizer.text(seq) if self.detokenizer else ""
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
         cumulative = None
         if seq.logprobs is not None:
-            engine.scheduler.logprobs.take(seq)
             logprobs = seq.logprobs.copy(self._token_text(seq))
             cumulative = seq.logprobs.cumulative
         if delta:
@@ -216,31 +197,12 @@ class Requests:
             logprobs=logprobs,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
+            error=seq.error,
         )
 
     def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
         tokenizer = self.checkpoint.tokenizer
         return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
-
-
-def by_request(seqs: Iterable[Sequence]) -> list[list[Sequence]]:
-    """Sequences, those of a request together."""
-    groups: dict[str, list[Sequence]] = {}
-    for seq in seqs:
-        groups.setdefault(seq.request_id, []).append(seq)
-    return list(groups.values())
-
-
-def _check_awake(engine: Engine) -> None:
-    if engine.executor.sleeping:
-        raise RuntimeError("this LLM sleeps: call wake_up() first")
-
-
-def _free_id(engine: Engine, number: int) -> str:
-    request_id = str(number)
-    while engine.has_request(request_id):  # somebody chose our number
-        request_id += "'"
-    return request_id
 
 
 def _sequence_seed(seed: int | None, engine_seed: int, request_number: int, index: int) -> int:

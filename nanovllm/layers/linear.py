@@ -38,7 +38,7 @@ class Linear(nn.Module):
     def use(self, format: WeightFormat) -> None:
         """Hold the weight in another format from now on: its tensors take the place of `weight`."""
         del self.weight
-        for name, tensor in format.tensors(self.in_features, sum(self.sizes)).items():
+        for name, tensor in format.tensors(self.in_features, self.sizes).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.format = format
 

@@ -28,6 +28,11 @@ class Checkpoint:
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def recommends_limits(self) -> bool:
+        """Whether generation_config sets top_k, top_p or min_p."""
+        return any(self.generation_config.get(name) for name in ("top_k", "top_p", "min_p"))
+
     @cached_property
     def default_sampling_params(self) -> SamplingParams:
         """The sampling parameters that generation_config recommends.

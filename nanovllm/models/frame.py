@@ -121,14 +121,16 @@ class CausalLM(nn.Module):
         targets: dict[str, torch.Tensor] = {}
         for name, param in self.named_parameters():
             path, _, kind = name.rpartition(".")
-            parent, _, leaf = path.rpartition(".")
-            if leaf not in self.packed:
+            module, leaf = self.get_submodule(path), path.rpartition(".")[2]
+            if not isinstance(module, Linear):
                 targets[name] = param
                 continue
-            linear, first = self.get_submodule(path), 0
-            assert isinstance(linear, Linear)
-            for part, size in zip(self.packed[leaf], linear.sizes, strict=True):
-                dim, per_element = linear.format.outputs.get(kind, (0, 1))
-                rows = param.narrow(dim, first // per_element, size // per_element)
-                targets[f"{parent}.{part}.{kind}"], first = rows, first + size
+            parts, sizes = self.packed.get(leaf), module.sizes
+            if parts is None:
+                parts, sizes = (leaf,), (sum(sizes),)
+            dim, per_element = module.format.outputs.get(kind, (0, 1))
+            lengths = [-(-size // per_element) if per_element else 1 for size in sizes]
+            for part, view in zip(parts, param.split(lengths, dim), strict=True):
+                view = view if per_element else view.squeeze(dim)
+                targets[f"{path.removesuffix(leaf)}{part}.{kind}"] = view
         return targets

@@ -101,7 +101,8 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
 
 
 def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Fill an allocated model, before `prepare_weights`, or again.
+    """Fill an allocated model, once or again, but before `prepare_weights`: on a CPU that leaves
+    nothing to fill.
 
     Args:
         tensors: names in the checkpoint and tensors, on any device; all that `model.sources()`

@@ -10,7 +10,7 @@ try:
 except ImportError:
     flash_attn = None
 
-PAGE_MULTIPLE = 256  # flash-attn 2 reads no smaller pages
+BLOCK_MULTIPLE = 256  # flash-attn 2 reads no smaller blocks
 MAX_HEAD_DIM = 256
 
 
@@ -20,7 +20,7 @@ class FlashAttention(Attention):
     Args:
         head_dim: of the model.
         dtype: of queries and cache.
-        block_size: tokens a page.
+        block_size: tokens per block.
 
     Raises:
         ValueError: the package is missing, or has no kernel for these.
@@ -34,9 +34,9 @@ class FlashAttention(Attention):
                 "attention_backend 'FLASH_ATTN' needs the flash-attn package: "
                 "pip install 'nanovllm[flash-attn]', or leave attention_backend out"
             )
-        if block_size % PAGE_MULTIPLE:
+        if block_size % BLOCK_MULTIPLE:
             raise ValueError(
-                f"attention_backend 'FLASH_ATTN' reads pages of a multiple of {PAGE_MULTIPLE} "
+                f"attention_backend 'FLASH_ATTN' reads blocks of a multiple of {BLOCK_MULTIPLE} "
                 f"tokens; block_size={block_size} is none: leave it out, or use 'TRITON_ATTN'"
             )
         if dtype not in (torch.float16, torch.bfloat16):
@@ -61,14 +61,17 @@ class FlashAttention(Attention):
         num_decodes: int,
         graph_size: int | None,
     ) -> dict[str, np.ndarray]:
-        if graph_size is not None:
+        if graph_size is not None:  # decodes; padding sees a token of block 0
             tables = np.zeros((graph_size, block_tables.shape[1]), np.int32)
             tables[: len(rows)] = block_tables[rows]
-            return {"tables": tables}
-        num_pages = -(-int(context_lens.max()) // self.block_size)
+            decode_lens = np.ones(graph_size, np.int32)
+            decode_lens[: len(rows)] = context_lens
+            return {"tables": tables, "decode_lens": decode_lens}
+        num_blocks = -(-int(context_lens.max()) // self.block_size)
         chunk_lens = context_lens[num_decodes:]
         return {
-            "tables": block_tables[rows, :num_pages],
+            "tables": block_tables[rows, :num_blocks],
+            "decode_lens": context_lens[:num_decodes].astype(np.int32),
             "chunk_query_start": (query_start[num_decodes:] - num_decodes).astype(np.int32),
             "chunk_key_start": np.concatenate(([0], chunk_lens.cumsum())).astype(np.int32),
         }
@@ -76,15 +79,16 @@ class FlashAttention(Attention):
     def attend(
         self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
-        """As reference.paged_attention."""
-        arrays, num_decodes = batch.attention_arrays, batch.num_decodes
+        """As reference_attention.TorchAttention."""
+        arrays = batch.groups[kv.group].arrays
+        num_decodes = len(arrays["decode_lens"])
         outs = []
         if num_decodes:
             decodes = flash_attn.flash_attn_with_kvcache(
                 q[:num_decodes, None],
                 kv.k,
                 kv.v,
-                cache_seqlens=batch.context_lens[:num_decodes],
+                cache_seqlens=arrays["decode_lens"],
                 block_table=arrays["tables"][:num_decodes],
                 softmax_scale=scale,
                 causal=True,

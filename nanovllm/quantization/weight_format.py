@@ -5,6 +5,7 @@ layers/linear.py multiplies through it, models/loader.py fills and prepares its 
 keeps no state: all tensors are the Linear's own.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -29,17 +30,22 @@ class WeightFormat:
 
     Attributes:
         outputs: how the outputs lie in a tensor, by its name: the dimension that they run along,
-            and outputs per element of it. The loader finds there the part of each projection of
-            several packed in a Linear. (0, 1), one output a row, if it is not named.
+            and outputs per element of it; 0: one element for all outputs of a projection. The
+            loader finds there the part of each projection of several packed in a Linear. A tensor
+            that is not named has one output a row, (0, 1).
     """
 
     outputs: ClassVar[dict[str, tuple[int, int]]] = {}
 
-    def tensors(self, in_features: int, out_features: int) -> dict[str, torch.Tensor]:
+    def tensors(self, in_features: int, sizes: Sequence[int]) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint that replace `weight`, by the ends of their names: empty, in
         their shapes and dtypes. FP8 in blocks, for one, has `weight` [out, in] and
-        `weight_scale_inv` [out / 128, in / 128], of outputs (0, 128); AWQ has `qweight`
-        [in, out / 8], of outputs (1, 8), and two more."""
+        `weight_scale_inv` [blocks of out, in / 128], of outputs (0, 128); AWQ has `qweight`
+        [in, out / 8], of outputs (1, 8), and two more.
+
+        Args:
+            sizes: outputs of each projection, which come one after another.
+        """
         raise NotImplementedError
 
     def prepare(self, linear: Weights) -> "WeightFormat":

@@ -1,14 +1,19 @@
-"""How large the KV cache is: what the user says, what fits, what a GPU has left.
+"""How large the KV cache is: what the user says, what fits, what a GPU has left; and which layers
+have a block table in common.
 
-worker.py asks before it loads weights, or after it has tried the largest step.
+worker.py calls it before it loads weights, or after it has tried the largest step.
 """
 
 import logging
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from nanovllm.core.step import CacheGroup
 from nanovllm.ops import platform
+from nanovllm.ops.batch import AttentionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -21,21 +26,59 @@ SMALLER_STEP = (
 
 
 @dataclass(frozen=True, slots=True)
-class CachePlan:
-    """How large the cache is: `num_blocks` pages of `block_size` tokens, sequences of up to
-    `max_model_len` tokens."""
+class LayerGroup:
+    """Layers that have a block table in common.
 
-    num_blocks: int
-    block_size: int
+    Attributes:
+        spec: of the attention of all of them.
+        layers: their indices in the model.
+    """
+
+    spec: AttentionSpec
+    layers: tuple[int, ...]
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements of keys and values."""
+        return 2 * len(self.layers) * self.spec.num_kv_heads * self.spec.head_dim
+
+    def num_blocks(self, num_tokens: int, block_size: int, step_tokens: int) -> int:
+        """Blocks that a sequence holds at most. A windowed one gives those before its window back,
+        and holds what a step adds.
+
+        Args:
+            step_tokens: query tokens of the largest step.
+        """
+        num_blocks = -(-num_tokens // block_size)
+        if self.spec.window is None:
+            return num_blocks
+        return min(num_blocks, -(-(self.spec.window + step_tokens) // block_size) + 1)
+
+
+def layer_groups(specs: Sequence[AttentionSpec]) -> list[LayerGroup]:
+    """The layers of each shape of keys, values and window, in the order of their first layers."""
+    groups: dict[tuple[int | None, ...], list[int]] = {}
+    for i, spec in enumerate(specs):
+        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.window)
+        groups.setdefault(shape, []).append(i)
+    return [LayerGroup(specs[layers[0]], tuple(layers)) for layers in groups.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """How large the cache is, group by group, and how long sequences may be."""
+
+    groups: tuple[CacheGroup, ...]
     max_model_len: int
 
     @property
-    def num_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+    def block_size(self) -> int:
+        """Tokens per block, of all groups."""
+        return self.groups[0].block_size
 
     @property
     def max_blocks(self) -> int:
-        """Pages of the longest sequence."""
+        """Blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
 
 
@@ -50,36 +93,49 @@ def check_model_len(max_model_len: int | None, max_position_embeddings: int) -> 
 
 def plan_cache(
     cache_bytes: int,
-    bytes_per_token: int,
+    layers: Sequence[LayerGroup],
+    itemsize: int,
     block_size: int,
     max_num_seqs: int,
+    step_tokens: int,
     max_model_len: int | None,
     max_position_embeddings: int,
     remedy: str = "kv_cache_memory_bytes (or num_gpu_blocks_override)",
 ) -> CachePlan:
-    """Pages that fit in `cache_bytes`, no more than max_num_seqs requests of full length need, and
-    at least one request's.
+    """Blocks that fit in `cache_bytes`: enough for at least one sequence of full length, and no
+    more than max_num_seqs of them need. Each group holds the same number of such sequences.
 
     Args:
+        layers: the groups of layers.
+        itemsize: bytes of an element of the cache.
+        step_tokens: query tokens of the largest step.
         max_model_len: the user's; None takes the checkpoint's, lowered with a warning to what fits.
         remedy: the option that makes the cache larger.
 
     Raises:
         ValueError: the user's max_model_len does not fit, or nothing fits.
     """
-    fitting_blocks = cache_bytes // (bytes_per_token * block_size)
-    largest = fitting_blocks * block_size
-    if largest < 2:
+
+    def blocks_of(num_tokens: int) -> list[int]:
+        """A sequence's blocks, in each group."""
+        return [group.num_blocks(num_tokens, block_size, step_tokens) for group in layers]
+
+    def bytes_of(num_tokens: int) -> int:
+        per_block = (group.elements_per_token * itemsize * block_size for group in layers)
+        return sum(n * size for n, size in zip(blocks_of(num_tokens), per_block, strict=True))
+
+    if cache_bytes < bytes_of(2):
         raise ValueError(
             f"the KV cache of {cache_bytes} bytes does not hold "
-            f"{'one page' if block_size > 1 else 'two pages'} of {block_size} tokens "
-            f"({bytes_per_token * block_size} bytes); raise {remedy} or lower block_size"
+            f"{'one block' if block_size > 1 else 'two blocks'} of {block_size} tokens "
+            f"({bytes_of(block_size)} bytes); raise {remedy} or lower block_size"
         )
     wanted = max_model_len or max_position_embeddings
+    largest = bisect_right(range(wanted + 1), cache_bytes, key=bytes_of) - 1
     if wanted > largest and max_model_len is not None:
         raise ValueError(
             f"max_model_len={max_model_len} does not fit in the KV cache of {cache_bytes} bytes: "
-            f"{(wanted - largest) * bytes_per_token} more are needed; the largest that fits is "
+            f"{bytes_of(wanted) - cache_bytes} more are needed; the largest that fits is "
             f"{largest}: lower it or raise {remedy}"
         )
     if wanted > largest:
@@ -92,8 +148,12 @@ def plan_cache(
             remedy,
         )
     fitted = min(wanted, largest)
-    blocks_per_seq = -(-fitted // block_size)
-    return CachePlan(min(fitting_blocks, max_num_seqs * blocks_per_seq), block_size, fitted)
+    groups = []
+    for group, num_blocks in zip(layers, blocks_of(fitted), strict=True):
+        share = cache_bytes * num_blocks // bytes_of(fitted)
+        num_blocks = min(share, max_num_seqs * num_blocks)
+        groups.append(CacheGroup(num_blocks, block_size, group.spec.window))
+    return CachePlan(tuple(groups), fitted)
 
 
 class GPUMemory:

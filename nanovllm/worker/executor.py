@@ -2,30 +2,29 @@
 process."""
 
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from itertools import cycle
+from typing import Any
 
 import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.model_config import ModelConfig
-from nanovllm.core.step import StepInput, StepOutput
+from nanovllm.core.step import MIXED_STEPS, StepInput
 from nanovllm.ops import platform
-from nanovllm.worker.runner import ModelRunner, Sampled
+from nanovllm.worker.record import StepRecord
+from nanovllm.worker.runner import ModelRunner
 from nanovllm.worker.worker import Worker
-
-STEPS_IN_FLIGHT = 4  # more than any engine has
 
 
 class InProcessExecutor:
     """One Worker in the caller's process; arguments are the worker's.
 
     Attributes:
-        plan: how large the cache is.
+        groups: the KV cache, group by group.
+        max_model_len: tokens of the longest sequence.
         device, dtype: where and in what the model computes.
         description: of all that was chosen, for the log.
-        mixed_tokens, mixed_keys: as the engine's.
     """
 
     def __init__(
@@ -35,25 +34,21 @@ class InProcessExecutor:
         device: torch.device,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        limited: bool = False,
     ):
         self.device = device
+        sizes = max_num_seqs, max_num_batched_tokens
         try:
             with platform.use(device):
-                self.worker = Worker(
-                    config, model_config, device, max_num_seqs, max_num_batched_tokens
-                )
+                self.worker = Worker(config, model_config, device, *sizes, limited)
         except BaseException as error:
-            # Its frames hold weights for as long as somebody holds the exception.
+            # Its frames hold weights for as long as the exception lives.
             traceback.clear_frames(error.__traceback__)
             platform.release_memory(device)
             raise
-        self.events = None
-        if device.type == "cuda":
-            self.events = cycle([torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)])
-        self.plan, self.dtype = self.worker.plan, self.worker.dtype
+        self.groups, self.dtype = self.worker.plan.groups, self.worker.dtype
+        self.max_model_len = self.worker.plan.max_model_len
         self.description = self.worker.description
-        self.mixed_tokens = self.worker.mixed_tokens
-        self.mixed_keys = self.worker.attention.mixed_keys
 
     @property
     def runner(self) -> ModelRunner:
@@ -61,13 +56,34 @@ class InProcessExecutor:
         assert self.worker.runner is not None
         return self.worker.runner
 
-    def submit(self, step: StepInput) -> "SampledTokens":
+    def submit(self, step: StepInput) -> StepRecord:
         with platform.use(self.device):
-            sampled = self.runner.run(step)
-            written = next(self.events) if self.events else None
-            if written is not None:
-                written.record()
-        return SampledTokens(sampled, written)
+            return self.runner.run(step)
+
+    def prompt_budget(self, num_decodes: int, waiting: Iterable[tuple[int, int]]) -> int:
+        """As in the protocol. Prompts fill the largest CUDA graph beside the decodes, as far as its
+        attention may read their keys; if that would take more than MIXED_STEPS steps, one step that
+        is launched kernel by kernel takes all."""
+        worker = self.worker
+        full = worker.max_num_batched_tokens - num_decodes
+        if not num_decodes or not worker.graph_sizes:
+            return full
+        num_tokens = budget = 0
+        room, keys = worker.mixed_tokens - num_decodes, worker.mixed_keys
+        for new_tokens, seq_tokens in waiting:
+            num_tokens += new_tokens
+            if room > 0:
+                joining = min(new_tokens, room, keys // seq_tokens)
+                room = room - joining if joining == new_tokens else 0
+                budget, keys = budget + joining, keys - joining * seq_tokens
+            if num_tokens > MIXED_STEPS * budget:
+                return full
+        return budget
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        if self.worker.model is None:
+            raise RuntimeError("the weights sleep: call wake_up() first")
+        return [func(self.worker.model)]
 
     @property
     def sleeping(self) -> Collection[str]:
@@ -98,7 +114,7 @@ class InProcessExecutor:
 
     def close(self) -> None:
         """Give the memory back; no step may follow."""
-        # A step in flight writes into page-locked memory, also when nobody wants its tokens.
+        # A step in flight writes into pinned memory, also when its tokens are never read.
         with suppress(RuntimeError):  # a device that failed has nothing in flight
             self._wait()
         del self.worker
@@ -109,21 +125,3 @@ class InProcessExecutor:
         """For the steps in flight."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class SampledTokens:
-    """Tokens on their way from the device.
-
-    Args:
-        sampled: what the device writes to.
-        written: recorded behind that; None: it is there.
-    """
-
-    def __init__(self, sampled: Sampled, written: torch.cuda.Event | None):
-        self.sampled, self.written = sampled, written
-
-    def result(self) -> StepOutput:
-        if self.written is not None:
-            self.written.synchronize()
-        token_ids, places, logprobs, scores, errors = self.sampled
-        return StepOutput(token_ids[places].tolist(), logprobs, scores, errors)

@@ -1,49 +1,40 @@
 """CUDA graphs of a step: forward, LM head and sampling, recorded once for each of some numbers of
 tokens and replayed with a single launch.
 
-model_runner.py makes them and decides when one is used. A step of a size in between is padded; what
+The runner makes them and decides when one is used. A step of a size in between is padded; what
 differs from step to step, prompts or decodes too, is data in memory that the graph reads.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from nanovllm.ops import platform
-from nanovllm.worker.upload import Uploader, layout
+from nanovllm.ops.batch import Attention
+from nanovllm.worker.record import StepRecord, layout
 
 MIXED_SIZES = [128, 256, 512]  # for steps with prompts, where there are few rows
 
 
-@dataclass(frozen=True, slots=True)
-class GraphOutput:
-    """What a step leaves on the device, n tokens that are drawn from or might be, padding last; the
-    next step overwrites it. What is drawn by temperature alone is in the rows' state and at the
-    host already.
-
-    Attributes:
-        logits: [n, vocab].
-        rows, turn: as keep_sampled takes them, for who draws others.
-    """
-
-    logits: torch.Tensor
-    rows: torch.Tensor
-    turn: torch.Tensor
+def least_mixed_of(attentions: Sequence[Attention]) -> int | None:
+    """Tokens of the smallest graph that may hold chunks, by all these backends; None: none may."""
+    least = [attention.least_mixed for attention in attentions]
+    return None if None in least else max(n for n in least if n is not None)
 
 
 def graph_sizes(
     max_num_seqs: int, least_mixed: int | None = None, max_tokens: int = 0
 ) -> list[int]:
-    """The sizes to capture, ascending: so far apart that few graphs are needed, and so close that
-    padding costs little. Up to 64 rows a product takes as long as its weight is read; from there
-    its tiles are as wide as the steps, a quarter of a power of two. Beyond max_num_seqs there are
-    up to four for prompts, the largest of twice as many tokens or of 512.
+    """The sizes to capture, ascending: far enough apart that few graphs are needed, and close
+    enough that padding costs little. Up to 64 rows a product takes as long as its weight is read;
+    from there its tiles are as wide as the steps, a quarter of a power of two. Beyond max_num_seqs
+    there are up to four for prompts, the largest of 2 * max_num_seqs tokens or of 512.
 
     Args:
         max_num_seqs: decodes at most.
@@ -65,71 +56,87 @@ def graph_sizes(
 
 
 Result = TypeVar("Result")
-# A step of so many tokens, padding included, on what its attention needs.
-Step = Callable[[int, dict[str, torch.Tensor]], GraphOutput]
+# A step of some shape (inputs.StepShape), on what its attention needs.
+Step = Callable[[Any, dict[str, torch.Tensor]], Result]
 
 
 @dataclass(slots=True)
 class Captured:
-    """A graph, the memory on the device that its attention reads, where in it each array lies and
-    which arrays are there, and what it leaves."""
+    """A graph.
+
+    Attributes:
+        memory: what its attention reads, on the device.
+        offsets: where each array lies in it.
+        arrays: the arrays that are there now.
+        output: what the step returned, which each replay writes again.
+    """
 
     graph: torch.cuda.CUDAGraph
     memory: torch.Tensor
     offsets: dict[str, int]
     arrays: dict[str, np.ndarray]
-    output: GraphOutput
+    output: Any
 
 
 class StepGraphs:
-    """The graphs of one model, cache and row state: one for each size, and one more for each other
-    choice of attention's launches (its arrays' names) that a step of the size turns out to need.
+    """The graphs of one model, cache and row state: one for each shape, and one more for each other
+    choice of attention's launches (its arrays' names) that a step of the shape turns out to need.
 
     Args:
         sizes: numbers of tokens, ascending.
-        uploader: to the device.
+        device: a GPU.
     """
 
-    def __init__(self, sizes: list[int], uploader: Uploader):
-        self.sizes = sizes
-        self.uploader = uploader
-        self.graphs: dict[tuple[int, tuple[str, ...]], Captured] = {}
+    def __init__(self, sizes: list[int], device: torch.device):
+        self.sizes, self.device = sizes, device
+        self.graphs: dict[tuple[Any, tuple[str, ...]], Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(uploader.device)
+        self.stream = torch.cuda.Stream(device)
 
     def padded_size(self, num_tokens: int) -> int | None:
-        """The smallest captured size for so many; None: they are too many."""
+        """The smallest captured size >= num_tokens, or None."""
         i = bisect_left(self.sizes, num_tokens)
         return self.sizes[i] if i < len(self.sizes) else None
 
-    def run(self, size: int, arrays: dict[str, np.ndarray], step: Step) -> GraphOutput:
-        """Run a step by the graph for its size and such arrays, which is captured after the first
-        such step. The output is overwritten by the next one.
+    def run(
+        self,
+        shape: Any,
+        arrays: dict[str, np.ndarray],
+        record: StepRecord,
+        step: Step[Result],
+    ) -> Result:
+        """Run a step by the graph for its shape and arrays, which is captured after the first such
+        step. The output is overwritten by the next one.
 
         Args:
             arrays: what the step's attention needs; uploaded unless they are the last ones.
             step: the step itself; operations on the device alone.
         """
-        captured = self.graphs.get((size, tuple(arrays)))
+        captured = self.graphs.get((shape, tuple(arrays)))
         if captured is None:
-            return self.capture(size, arrays, step, warm_up=step)
+            return self.capture(shape, arrays, record, step, warm_up=step)
         if captured.arrays is not arrays:
-            self.uploader.copy(arrays, captured.offsets, captured.memory)
+            record.copy(arrays, captured.offsets, captured.memory)
             captured.arrays = arrays
         captured.graph.replay()
         return captured.output
 
     def capture(
-        self, size: int, arrays: dict[str, np.ndarray], step: Step, warm_up: Step
-    ) -> GraphOutput:
-        """Capture the graph for a size and such arrays. Returns what warm_up does, which has run
-        all kernels of `step` on them: they are compiled and loaded outside of the capture."""
+        self,
+        shape: Any,
+        arrays: dict[str, np.ndarray],
+        record: StepRecord,
+        step: Step[Result],
+        warm_up: Step[Result],
+    ) -> Result:
+        """Capture the graph for a shape and arrays. Returns what warm_up does, which has run all
+        kernels of `step` on them: they are compiled and loaded outside of the capture."""
         offsets, num_bytes = layout(arrays)
-        memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.uploader.device)
-        tensors = self.uploader.upload(arrays, out=memory)
-        warmed = warm_up(size, tensors)
-        graph, output = self.record(partial(step, size, tensors))
-        self.graphs[size, tuple(arrays)] = Captured(graph, memory, offsets, arrays, output)
+        memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        tensors = record.upload(arrays, out=memory)
+        warmed = warm_up(shape, tensors)
+        graph, output = self.record(partial(step, shape, tensors))
+        self.graphs[shape, tuple(arrays)] = Captured(graph, memory, offsets, arrays, output)
         return warmed
 
     def record(self, operations: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:

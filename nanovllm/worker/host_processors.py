@@ -1,13 +1,13 @@
 """What needs the host between a forward and its draws: Python logits processors, and grammars,
 whose masks llguidance makes there.
 
-sampler.py hands it the rows that begin and, each step, the logits of those that ask, when the
-device has done its part to them. A step is submitted before the host has seen the tokens of the one
-before, so a step that draws for such a row waits for them, while its forward runs; other steps
-don't (docs/decisions/0017).
+sampler.py calls it with the logits of the rows that need it, when the device has done its part to
+them. A step is submitted before the host has seen the tokens of the one before, so a step that
+draws for such a row waits for them, while its forward runs; other steps don't
+(docs/decisions/0017).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,18 +15,22 @@ import torch
 from nanovllm.core.step import RowStart
 from nanovllm.sampling_params import takes_prompt
 from nanovllm.worker.logits import keep_allowed
-from nanovllm.worker.upload import Uploader
+from nanovllm.worker.record import StepRecord
+
+if TYPE_CHECKING:
+    from nanovllm.worker.rows import Rows
 
 BANNED = -1e30  # finite, also when divided by a temperature
 
 
 class HostRow:
-    """A row that needs the host: what it was told, and what it has to be told yet.
+    """A row that needs the host: the tokens that it was told.
 
     Attributes:
         processors: its callables, and whether they take the prompt.
         matcher: where its text stands in its grammar; None: it has none.
-        drawn: [1] where its last drawn token is, or will be; None: it was told.
+        drawn: the step that sampled its last token, and the token's index there; None: the row was
+            told.
     """
 
     def __init__(self, start: RowStart):
@@ -35,8 +39,10 @@ class HostRow:
         self.processors = [(call, takes_prompt(call)) for call in params.logits_processors or ()]
         self.stop_token_ids = params.stop_token_ids or ()
         self.matcher: Any = None
-        self.drawn: np.ndarray | None = None
+        self.num_words = 0  # of a mask
+        self.drawn: tuple[StepRecord, int] | None = None
         if params.grammar is not None:
+            self.num_words = params.grammar.num_words
             self.matcher = params.grammar.matcher.deep_copy()
             # Of several EOS tokens, after ignore_eos, the first is the last that it takes.
             self.matcher.try_consume_tokens(self.output)
@@ -60,54 +66,34 @@ class HostRow:
 
 
 class HostProcessors:
-    """Keeps the rows that need the host, and does for them what it has to.
+    """Does for the rows that need the host what it has to.
 
     Args:
-        num_rows: rows that there are.
-        uploader: to the device of the logits.
+        rows: the state of all rows; methods take the numbers of some, [n].
 
     Attributes:
-        used, masked: [rows] whether it needs the host, and whether it has a grammar.
-        bits: [rows, vocab / 32] int32, the tokens that grammars allow next; made when somebody has
+        bits: [rows, vocab / 32] int32, the tokens that grammars allow next; made when a row has
             one.
-        written: recorded behind the draws of the last such step; None on a CPU.
-        errors: by row, those of this step, whose draws are worth nothing.
+        errors: by row, of this step, whose draws are worth nothing.
     """
 
-    def __init__(self, num_rows: int, uploader: Uploader):
-        self.uploader = uploader
-        self.used, self.masked = np.zeros(num_rows, bool), np.zeros(num_rows, bool)
-        self.rows: dict[int, HostRow] = {}
-        self.bits = np.empty((num_rows, 0), np.int32)
-        self.written: torch.cuda.Event | None = None
+    def __init__(self, rows: "Rows"):
+        self.of = rows
+        self.bits = np.empty((0, 0), np.int32)
         self.errors: dict[int, Exception] = {}
         self.threads: Any = None
 
-    def start_rows(self, starts: list[RowStart]) -> None:
-        """Sequences take over rows."""
-        for start in starts:
-            row, params = start.row, start.params
-            self.used[row], self.masked[row] = params.needs_host, params.grammar is not None
-            if params.grammar is not None and not self.bits.size:
-                self.bits = np.zeros((len(self.used), params.grammar.num_words), np.int32)
-            if params.needs_host:
-                self.rows[row] = HostRow(start)
-            elif self.rows:
-                self.rows.pop(row, None)
-
     def catch_up(self, rows: np.ndarray) -> None:
-        """Before tokens are drawn for these rows: wait for those drawn before, and say which ones
-        grammars allow now."""
-        own = {row: self.rows[row] for row in rows[self.used[rows]].tolist()}
-        if not own:
-            return
+        """Before tokens are sampled for these rows: wait for the ones sampled before, and have
+        grammars say which tokens they allow now."""
         self.errors = {}
-        if self.written is not None:
-            self.written.synchronize()
+        own = {row: self.of.on_host[row] for row in rows[self.of.needs_host[rows]].tolist()}
         told = []
         for row in own.values():
             if row.drawn is not None:
-                row.output.append(int(row.drawn[0]))
+                record, index = row.drawn
+                record.wait()
+                row.output.append(int(record.token_ids[index]))
                 row.drawn = None
                 # A stopped one has ended, or failed.
                 if row.matcher is not None and not row.matcher.is_stopped():
@@ -123,6 +109,9 @@ class HostProcessors:
         self.threads = self.threads or LLExecutor()
         if told:
             consume_token_par(self.threads, told)
+        if not self.bits.size:
+            num_words = next(iter(rows.values())).num_words
+            self.bits = np.zeros((len(self.of.has_grammar), num_words), np.int32)
         matchers = [(row.matcher, number) for number, row in rows.items()]
         fill_next_token_bitmask_par(self.threads, matchers, self.bits)
         bits = self.bits.view(np.uint32)
@@ -133,31 +122,30 @@ class HostProcessors:
                 for token in row.stop_token_ids:
                     bits[number, token // 32] |= np.uint32(1 << token % 32)
 
-    def apply(self, logits: torch.Tensor, rows: np.ndarray) -> None:
+    def apply(self, logits: torch.Tensor, rows: np.ndarray, record: StepRecord) -> None:
         """Change [n, vocab] float32 of rows, of which some need it, after catch_up. A grammar has
-        the last word: where all it allows is forbidden otherwise, it is drawn all the same."""
-        for i in np.flatnonzero(self.used[rows]).tolist():
+        the last word: where other options forbid all that it allows, it decides."""
+        for i in np.flatnonzero(self.of.needs_host[rows]).tolist():
             row = int(rows[i])
             try:
-                self.rows[row].process(logits[i])
+                self.of.on_host[row].process(logits[i])
             except Exception as error:  # the user's code may raise anything
                 self.errors.setdefault(row, error)
-        masked = np.flatnonzero(self.masked[rows])
+        masked = np.flatnonzero(self.of.has_grammar[rows])
         if masked.size:
-            new = self.uploader.upload({"index": masked, "bits": self.bits[rows[masked]]})
+            new = record.upload({"index": masked, "bits": self.bits[rows[masked]]})
             own = logits[new["index"]].clamp_(min=BANNED)
             keep_allowed(own, new["bits"])
             logits[new["index"]] = own
 
-    def drawn(self, rows: np.ndarray, token_ids: np.ndarray) -> dict[int, Exception]:
-        """A step has drawn for these rows; the tokens are there, or the device writes them to
-        there. Returns the step's errors, by place."""
-        if not self.rows:
-            return {}
-        places = np.flatnonzero(self.used[rows]).tolist()
-        for i in places:
-            self.rows[int(rows[i])].drawn = token_ids[i : i + 1]
-        if places and self.uploader.device.type == "cuda":
-            self.written = torch.cuda.current_stream().record_event()
-        errors, self.errors = self.errors, {}
-        return {i: errors[rows[i]] for i in places if rows[i] in errors}
+    def keep(self, rows: np.ndarray, indices: np.ndarray, record: StepRecord) -> None:
+        """Note where these rows' sampled tokens are, or will be, and the step's errors.
+
+        Args:
+            indices: [n] the rows' indices among the step's sampled tokens.
+        """
+        for row, index in zip(rows.tolist(), indices.tolist(), strict=True):
+            if row in self.of.on_host:
+                self.of.on_host[row].drawn = record, index
+            if row in self.errors:
+                record.errors[index] = self.errors[row]

@@ -1,7 +1,7 @@
-"""Log-probabilities of drawn and of known tokens, and of the most likely ones, and their way to the
-host.
+"""Log-probabilities of sampled and of known tokens, and of the most likely ones, and their way to
+the host.
 
-sampler.py hands it the rows that begin, model_runner.py each step's logits and tokens.
+The runner calls it with a step's logits and tokens, or hidden states.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,59 +13,54 @@ from nanovllm import ops
 from nanovllm.core.step import StepInput
 from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.worker.upload import RING, Uploader
+from nanovllm.worker.record import StepRecord
 
-NORMALIZED_LOGITS = 2**25  # there is a float32 copy of so many at a time
+NORMALIZED_LOGITS = 2**25  # logits of which there is a float32 copy at a time
 
 
 class LogprobsReader:
-    """Computes them for rows that ask. All get as many as anyone may ask for: that makes next to no
-    difference to the device, and what a row gets does not depend on the others.
+    """Computes them. Each sampled token comes with the largest number of most likely tokens that a
+    request may want: that makes next to no difference to the device, and what a row gets does not
+    depend on the others.
 
-    Known tokens are many more, so those get as many as anyone of the step does ask for, and their
-    logits are never there all at once.
+    Known tokens are many more: they come with the largest number that a scoring of the step wants,
+    and their logits are never there all at once.
 
     Args:
-        num_rows: rows that there are.
+        max_num_seqs: sampled tokens of a step.
         vocab_size: of the logits.
-        uploader: to the device of the logits.
 
     Attributes:
-        asks: [rows].
-        num_rows: so many rows of logits are normalised at a time.
+        num_rows: rows of logits that are normalised at a time.
     """
 
-    def __init__(self, num_rows: int, vocab_size: int, uploader: Uploader):
-        self.uploader = uploader
-        self.asks = np.zeros(num_rows, bool)
+    def __init__(self, max_num_seqs: int, vocab_size: int):
+        self.max_num_seqs = max_num_seqs
         self.num_top = min(MAX_LOGPROBS, vocab_size)
-        # By eights, so that parts of aligned logits are: kernels would be compiled once more.
+        # A multiple of 8, so that parts of aligned logits are aligned: kernels would be compiled
+        # once more.
         self.num_rows = max(1, NORMALIZED_LOGITS // vocab_size // 8 * 8)
-        # Of each turn. Made when somebody asks.
-        self.memory = torch.empty(0)
-        self.turn = 0
 
     def read(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, rows: np.ndarray
-    ) -> LogprobLines | None:
-        """Those of a step, in memory that the device writes to; they stay there for some steps.
-        None: no row asks.
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        wanted: np.ndarray,
+        record: StepRecord,
+    ) -> LogprobLines:
+        """Log-probabilities of sampled tokens, in the record's memory, which the device writes to.
 
         Args:
             logits: [n, vocab], the model's own.
-            token_ids: [n], drawn.
-            rows: [n].
+            token_ids: [n].
+            wanted: indices of the tokens that want them.
         """
-        asking = np.flatnonzero(self.asks[rows])
-        if not asking.size:
-            return None
-        if not self.memory.numel():
-            self.memory = self._host_memory(RING, len(self.asks), num_top=self.num_top)
-        self.turn = (self.turn + 1) % RING
-        host = self.memory[self.turn, : len(asking)]
-        if len(asking) == len(rows):  # no copy of all logits
+        if not record.logprob_memory.numel():
+            record.logprob_memory = _host_memory(self.max_num_seqs, self.num_top, logits.is_cuda)
+        host = record.logprob_memory[: len(wanted)]
+        if len(wanted) == len(logits):  # no copy of all logits
             return self._write(host, logits.split(self.num_rows), token_ids)
-        index = self.uploader.upload({"index": asking})["index"]
+        index = record.upload({"index": wanted})["index"]
         parts = (logits[part] for part in index.split(self.num_rows))
         return self._write(host, parts, token_ids[index])
 
@@ -74,11 +69,13 @@ class LogprobsReader:
         step: StepInput,
         hidden: torch.Tensor,
         lm_head: Callable[[torch.Tensor], torch.Tensor],
+        record: StepRecord,
     ) -> LogprobLines:
-        """Those of the step's scorings, in memory of their own that the device writes to.
+        """Log-probabilities of the step's scorings, in memory of their own, which the device writes
+        to.
 
         Args:
-            hidden: [T, hidden] of the step's tokens, or what lm_head takes instead.
+            hidden: [T, hidden] of the step's tokens.
             lm_head: logits, [n, vocab], of some of them.
         """
         scorings, query_lens = step.scorings, step.query_lens
@@ -89,17 +86,12 @@ class LogprobsReader:
         # Each query token gives the one after it.
         index = np.arange(lens.sum()) + np.repeat(firsts - (lens.cumsum() - lens), lens)
         token_ids = np.concatenate([scoring.token_ids for scoring in scorings]).astype(np.int64)
-        new = self.uploader.upload({"index": index, "token_ids": token_ids})
+        new = record.upload({"index": index, "token_ids": token_ids})
         num_top = min(max(scoring.num_top for scoring in scorings), self.num_top)
-        # A pool that knows of the copies under way takes it back.
-        host = self._host_memory(len(index), num_top=num_top)
+        # A pool that knows of the copies under way takes the memory back.
+        host = _host_memory(len(index), num_top, hidden.is_cuda)
         parts = (lm_head(hidden[part]) for part in new["index"].split(self.num_rows))
         return self._write(host, parts, new["token_ids"])
-
-    def _host_memory(self, *shape: int, num_top: int) -> torch.Tensor:
-        """For lines; page-locked for a GPU."""
-        pin = self.uploader.device.type == "cuda"
-        return torch.empty(*shape, 1 + 2 * (1 + num_top), dtype=torch.int32, pin_memory=pin)
 
     def _write(
         self,
@@ -121,3 +113,7 @@ class LogprobsReader:
             part[:, 0], part[:, 1::2], part[:, 2::2] = ranks, ids, logprobs.view(torch.int32)
         host.copy_(lines, non_blocking=True)
         return LogprobLines(host.numpy())
+
+
+def _host_memory(num_lines: int, num_top: int, pin: bool) -> torch.Tensor:
+    return torch.empty(num_lines, 1 + 2 * (1 + num_top), dtype=torch.int32, pin_memory=pin)

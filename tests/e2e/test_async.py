@@ -42,10 +42,10 @@ def llm(shared):
     """Nothing of a test stays behind."""
     yield shared
     deadline = time.monotonic() + 5
-    while shared._engine.requests or not shared._llm.is_finished():
+    while shared._client.consumers or not shared._llm.is_finished():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-        if not shared._engine.requests:
+        if not shared._client.consumers:
             shared._llm.step()  # one step of the aborted requests is in flight
     blocks = shared._llm.llm_engine.scheduler.block_manager
     assert blocks.num_free == blocks.num_blocks
@@ -150,7 +150,7 @@ def test_who_leaves_ends_the_request(llm, sync, way):
         else:
             await leave()
         gc.collect()
-        while "mine" in llm._engine.requests:  # at the latest when this step has ended
+        while "mine" in llm._client.consumers:  # at the latest when this step has ended
             await asyncio.sleep(0.001)
         assert "mine" not in llm._llm.llm_engine.unfinished
         again = await collect(llm, "The king", greedy(40), "mine")  # the id is free
@@ -216,8 +216,8 @@ def test_the_event_loop_never_waits(llm, monkeypatch):
     monkeypatch.setattr(
         llm._llm.llm_engine.executor, "submit", lambda step: time.sleep(0.2) or submit(step)
     )
-    tokenize = llm._tokenize
-    monkeypatch.setattr(llm, "_tokenize", lambda *args: time.sleep(0.3) or tokenize(*args))
+    make = llm._make
+    monkeypatch.setattr(llm, "_make", lambda *args: time.sleep(0.3) or make(*args))
 
     async def run():
         task = asyncio.create_task(collect(llm, TEXT, greedy(3)))
@@ -310,9 +310,9 @@ def test_requests_of_a_closed_event_loop_are_dropped(llm):
     loop.run_until_complete(anext(outputs))
     loop.close()
     deadline = time.monotonic() + 5
-    while "lost" in llm._engine.requests and time.monotonic() < deadline:
+    while "lost" in llm._client.consumers and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert "lost" not in llm._engine.requests
+    assert "lost" not in llm._client.consumers
     assert llm._llm.llm_engine.metrics.finish_reasons["abort"] == aborts + 1
 
 
@@ -346,9 +346,10 @@ def test_an_error_of_a_request_ends_it_alone(llm, sync):
     wanted = expected(sync, [TEXT, "The king"], greedy(30))
 
     async def run():
-        with pytest.raises(RuntimeError, match="ended by an error in its logits_processors") as got:
-            await asyncio.wait_for(collect(llm, TEXT, params), 60)
-        assert isinstance(got.value.__cause__, ZeroDivisionError)
+        [*_, last] = await asyncio.wait_for(collect(llm, TEXT, params), 60)
+        assert last.finished and {c.finish_reason for c in last.outputs} == {"error"}
+        assert "ended by an error in its logits_processors" in last.error
+        assert "ZeroDivisionError" in last.error
 
     async def run_all():
         others = (collect(llm, text, greedy(30)) for text in (TEXT, "The king"))
@@ -427,13 +428,13 @@ def test_shutdown_ends_everything(tiny):
 
     asyncio.run(run())
     gc.collect()
-    assert not llm._engine.thread.is_alive() and runner() is None
+    assert not llm._thread.thread.is_alive() and runner() is None
 
 
 def test_who_drops_it_frees_its_memory(tiny):
     llm = AsyncLLM(str(tiny), **SMALL)
     assert asyncio.run(collect(llm))[-1].finished
-    runner, thread = weakref.ref(llm._llm.llm_engine.executor.runner), llm._engine.thread
+    runner, thread = weakref.ref(llm._llm.llm_engine.executor.runner), llm._thread.thread
     del llm
     gc.collect()
     assert not thread.is_alive() and runner() is None

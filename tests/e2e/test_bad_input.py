@@ -467,9 +467,9 @@ def test_options_are_checked_before_the_checkpoint_is_looked_for(options, error,
         LLM("no such model!", **options)
 
 
-def test_a_cache_without_room_for_a_page(tiny):
+def test_a_cache_without_room_for_a_block(tiny):
     size = 16 * TOKEN_BYTES
-    message = f"{size - 1} bytes does not hold one page of 16 tokens ({size} bytes); raise kv_cache"
+    message = f"{size - 1} bytes does not hold one block of 16 tokens ({size} bytes); raise kv_c"
     with says(ValueError, message):
         load(tiny, kv_cache_memory_bytes=size - 1, max_model_len=None)
     with load(tiny, kv_cache_memory_bytes=size, max_model_len=None) as llm:

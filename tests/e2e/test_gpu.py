@@ -140,7 +140,8 @@ def test_tokens_are_the_same_when_requests_wait_for_rows(setting, eager):
     with load(folder, max_num_seqs=100) as llm:
         expected = generate(llm, prompts, params)
     with load(folder, max_num_seqs=24, enforce_eager=eager) as llm:
-        assert llm.llm_engine.scheduler.mixed_tokens == (None if eager else 512)
+        budget = llm.llm_engine.executor.prompt_budget(1, [(1, 1)])
+        assert budget == (llm.llm_engine.scheduler.max_num_batched_tokens if eager else 512) - 1
         by_graph = count_calls(
             llm.llm_engine.executor.runner, "graph_size", lambda size: size is not None
         )
@@ -172,7 +173,9 @@ def test_tokens_are_the_same_however_steps_mix(setting, mixed_tokens, chunk):
     with load(folder, max_num_seqs=100, enforce_eager=True) as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
     with load(folder, max_num_seqs=24, max_num_batched_tokens=chunk) as llm:
-        llm.llm_engine.scheduler.mixed_tokens = mixed_tokens
+        llm.llm_engine.executor.prompt_budget = lambda num_decodes, waiting: min(
+            chunk - num_decodes, max(1, mixed_tokens - num_decodes) if num_decodes else chunk
+        )
         outputs = llm.generate(prompts, params, use_tqdm=False)
     for output, other in zip(outputs, expected, strict=True):
         assert output["token_ids"] == other["token_ids"]
@@ -206,7 +209,7 @@ def test_tokens_are_the_same_when_a_shared_prefix_is_read_once(setting, options)
     ]
     params = [greedy(rng.randrange(1, 30)) for _ in prompts]
     with load(folder, max_num_seqs=40, **options) as llm:
-        attention = llm.llm_engine.executor.worker.attention
+        [attention] = llm.llm_engine.executor.worker.attentions
         attention.min_gain_bytes = 1 << 60
         expected = generate(llm, prompts, params)
         attention.min_gain_bytes = 0
@@ -309,15 +312,15 @@ def test_an_interrupted_generate_leaves_the_engine_usable(setting, monkeypatch):
     folder, prompts, expected = setting
     with load(folder) as llm:
         runner = llm.llm_engine.executor.runner
-        update, calls = runner.inputs._take_turn, []  # of every step, with graphs and without
+        begin, calls = runner.inputs.begin, []  # of every step, with graphs and without
 
-        def fail(step):
+        def fail(*args):
             calls.append(1)
             if len(calls) == 5:
                 raise KeyboardInterrupt
-            update(step)
+            return begin(*args)
 
-        monkeypatch.setattr(runner.inputs, "_take_turn", fail)
+        monkeypatch.setattr(runner.inputs, "begin", fail)
         with pytest.raises(KeyboardInterrupt):
             generate(llm, prompts, greedy())
         assert generate(llm, prompts, greedy()) == expected
@@ -461,7 +464,7 @@ def test_flash_attn_gives_the_same_tokens_where_it_is_installed(tiny):
         with load(
             tiny, dtype="bfloat16", attention_backend="FLASH_ATTN", enforce_eager=eager
         ) as llm:
-            assert llm.llm_engine.executor.plan.block_size == 256
+            assert llm.llm_engine.executor.groups[0].block_size == 256
             theirs = generate(llm, prompts, greedy(4))
         # bfloat16 rounds; the first tokens are hardly ever near a tie.
         assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= len(prompts) - 2

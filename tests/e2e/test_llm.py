@@ -19,7 +19,8 @@ import torch
 from transformers import AutoTokenizer
 
 import nanovllm
-from nanovllm import LLM, CompletionOutput, RequestOutput, SamplingParams, ops
+from nanovllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+from nanovllm.quantization.weight_format import packs_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,10 +118,15 @@ def test_no_parameters_take_the_checkpoints(llm):
     assert (default.temperature, default.top_k, default.top_p) == (0.6, 20, 0.95)
     assert default.max_tokens == 16
     seen = []
-    start_row = llm.llm_engine.executor.runner.sampler.start_row
+    rows = llm.llm_engine.executor.runner.rows
+    start = rows.start
     with pytest.MonkeyPatch.context() as patch:
-        spy = lambda start: seen.append(start.params) or start_row(start)  # noqa: E731
-        patch.setattr(llm.llm_engine.executor.runner.sampler, "start_row", spy)
+
+        def spy(starts, record):
+            seen.extend(start.params for start in starts)
+            start(starts, record)
+
+        patch.setattr(rows, "start", spy)
         llm.generate([TEXT, TEXT], use_tqdm=False)
         llm.generate(TEXT, SamplingParams(), use_tqdm=False)
     assert seen == [default, default, SamplingParams()]
@@ -262,10 +268,10 @@ def test_a_batch_that_runs_longest_first_comes_back_in_order(tiny):
 
 
 def test_generate_makes_outputs_while_others_run(llm, monkeypatch):
-    left, make_output = [], llm._requests.output
+    left, make_output, engine = [], llm._requests.output, llm.llm_engine
 
     def output(*args):
-        left.append(len(llm.llm_engine.unfinished))
+        left.append(len(engine.unfinished))
         return make_output(*args)
 
     monkeypatch.setattr(llm._requests, "output", output)
@@ -421,7 +427,7 @@ def test_the_memory_is_freed_at_once(tiny, end, unfinished):
             llm.add_request([5], greedy())
             llm.step()
         runner = llm.llm_engine.executor.runner
-        parts = [runner.model, runner.kv.data, next(runner.model.parameters()), llm.llm_engine]
+        parts = [runner.model, runner.kv.data[0], next(runner.model.parameters()), llm.llm_engine]
         refs = [weakref.ref(part) for part in parts if type(part).__weakrefoffset__]
         assert len(refs) == 4
         del runner, parts
@@ -568,12 +574,10 @@ def test_one_line_at_the_start_says_what_runs_where(tiny, caplog):
     line = record.getMessage()
     for part in ("Qwen3ForCausalLM on cpu in float32, ", "TORCH_SDPA"):
         assert part in line
-    packed = ops.packs_weights(
-        torch.device("cpu"), torch.float32
-    )  # then the tied head is there twice
+    packed = packs_weights(torch.device("cpu"), torch.float32)  # then the tied head is there twice
     assert f"weights {0.02 if packed else 0.01} GiB" in line
     # 4 MiB / (2 * 5 layers * 2 heads * 64 * 4 bytes) = 819 tokens, 51 blocks of 16
-    assert "cache of 816 tokens in pages of 16, 12.8 requests of 64 tokens" in line
+    assert "cache of 816 tokens in blocks of 16, 12.8 requests of 64 tokens" in line
 
 
 def test_importing_nanovllm_imports_no_torch():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from nanovllm.worker.upload import Uploader
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
@@ -18,7 +19,6 @@ from nanovllm import LLM, RequestOutputKind, SamplingParams, StructuredOutputsPa
 from nanovllm.core.step import RowStart
 from nanovllm.frontend.structured_outputs import _closed
 from nanovllm.worker.host_processors import HostProcessors
-from nanovllm.worker.upload import Uploader
 
 pytest.importorskip("llguidance")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.entrypoints.watch import page_map, watch
+from nanovllm.entrypoints.watch import block_map, watch
 
 PROMPTS = [f"Tell me in a few plain words all that you know about {it}." for it in "abcdefgh"]
 PARAMS = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, stop_token_ids=[7])
@@ -74,7 +74,7 @@ def test_the_lines_add_up(watched):
     # What is computed again after a preemption comes on top, less what the cache still had.
     assert known <= prefill + decode + cached <= known + preempted * 48 * 4
     assert {reason for _, reason, _ in steps} == {
-        *("max_num_batched_tokens", "max_num_seqs", "pages", "preemption", "")
+        *("max_num_batched_tokens", "max_num_seqs", "blocks", "preemption", "")
     }
 
 
@@ -91,13 +91,13 @@ def test_the_map_is_that_of_the_block_tables(small_llm):
         small_llm.step()
     scheduler = small_llm.llm_engine.scheduler
     names = dict(zip(ids, "XYZ", strict=True))
-    [plain] = page_map(scheduler, names, color=False)
-    [colored] = page_map(scheduler, names, color=True)
+    [plain] = block_map(scheduler, names, color=False)
+    [colored] = block_map(scheduler, names, color=True)
     assert re.sub(r"\033\[[0-9;]*m", "", colored) == plain
     assert colored.count("\033[30;48;5;") == sum(cell not in "-." for cell in plain)
     holders = {}
     for seq in scheduler.running:
-        for block in seq.block_table:
+        for block in seq.block_tables[0]:
             holders.setdefault(block, []).append(names[seq.request_id])
     for block, cell in enumerate(plain):
         who = holders.get(block, [])

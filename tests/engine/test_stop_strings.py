@@ -98,37 +98,20 @@ def test_a_stop_string_ends_the_request_wherever_it_lies(
         assert all(later.startswith(shown) for shown, later in pairwise(seen[seq]))
 
 
-@pytest.mark.parametrize("nth", range(1, 9))
 @pytest.mark.parametrize("depth", [1, 2])
-def test_an_interrupt_between_a_token_and_its_check_loses_no_stop(depth, nth, monkeypatch):
-    pieces = Pieces([chr(97 + i) for i in range(VOCAB)])
-    [tokens, _] = expected_tokens([5], SamplingParams(max_tokens=6, ignore_eos=True))
-    stop = pieces.decode(tokens[2:4])
-    detokenizer = Detokenizer(pieces)
-    engine = make_engine(depth=depth, detokenizer=detokenizer)
-    seq = make_sequence([5], max_tokens=6, stop=stop)
-    engine.add(seq)
-    calls, check, read = [], detokenizer.check_stop, detokenizer._read
+def test_an_error_of_the_tokenizer_ends_its_request_alone(depth):
+    class Breaks(Pieces):
+        def decode(self, token_ids, **options):
+            calls.append(token_ids)
+            return 1 / 0 if len(calls) == 4 else super().decode(token_ids, **options)
 
-    def interrupted(call):
-        def run(seq):
-            calls.append(call)
-            if len(calls) == nth:
-                raise KeyboardInterrupt
-            result = call(seq)
-            return result
-
-        return run
-
-    monkeypatch.setattr(detokenizer, "check_stop", interrupted(check))
-    monkeypatch.setattr(detokenizer, "_read", interrupted(read))
-    with pytest.raises(KeyboardInterrupt):
-        while engine.has_unfinished:
-            engine.step()
-    while engine.has_unfinished:
-        take_step(engine)
-    assert (seq.output_token_ids, seq.stop_reason) == (tokens[:4], stop)
-    assert detokenizer.text(seq) == pieces.decode(tokens[:2])
+    calls = []
+    engine = make_engine(depth=depth, detokenizer=Detokenizer(Breaks(["a"] * VOCAB)))
+    bad, good = make_sequence([5], "bad", max_tokens=6, stop="b"), make_sequence([5], max_tokens=6)
+    run(engine, bad, good)
+    assert good.finish_reason == "length" and len(good.output_token_ids) == 6
+    assert bad.finish_reason == "error"
+    assert "'bad' ended by an error in its stop strings after 2 tokens: Zero" in bad.error
 
 
 def test_sequences_without_stop_strings_are_not_decoded():

@@ -4,6 +4,7 @@ a kernel makes."""
 import numpy as np
 import pytest
 import torch
+from nanovllm.worker.upload import ALIGNMENT, Uploader, layout, pack, views
 
 from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.ops.reference import TorchAttention
@@ -12,7 +13,6 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.graphs import graph_sizes
 from nanovllm.worker.inputs import InputBuilder
 from nanovllm.worker.sampler import noise_keys
-from nanovllm.worker.upload import ALIGNMENT, Uploader, layout, pack, views
 
 CPU = torch.device("cpu")
 

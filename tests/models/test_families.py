@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_models import engine_logits
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, ops
 from nanovllm.core.model_config import ModelConfig, RopeConfig
 from nanovllm.layers.activation import ACTIVATIONS
 from nanovllm.layers.attention import Attention
@@ -90,7 +90,21 @@ class ParallelForCausalLM(CausalLM):
         )
 
 
-# RMSNorm beside each other, which a GPU fuses with both products; multipliers: as in Granite.
+# RMSNorm beside each other, which a GPU fuses with both products; multipliers, as in Granite;
+# attention with norms of all heads at once, as in OLMo 2.
+
+
+class WideNormAttention(Attention):
+    def __init__(self, config, rope, **options):
+        super().__init__(config, rope, **options)
+        self.q_norm, self.k_norm, _ = (RMSNorm(n, 1e-5) for n in self.qkv_proj.sizes)
+
+    def forward(self, x, batch, kv):
+        q, k, v = self.qkv_proj(x).tensor().split(self.qkv_proj.sizes, dim=1)
+        q, k, v = (y.unflatten(1, (-1, 16)) for y in (self.q_norm(q), self.k_norm(k), v))
+        ops.store(self.rope(k, batch.positions), v, kv, batch)
+        out = ops.attend(self.rope(q, batch.positions), kv, batch, self.spec.scale)
+        return self.o_proj(out.flatten(1))
 
 
 class MultipliedLayer(DecoderLayer):
@@ -105,7 +119,7 @@ class MultipliedLayer(DecoderLayer):
 
 class MultipliedForCausalLM(CausalLM):
     def make_layer(self, config, i):
-        attention = Attention(config, self.rope, o_bias=True, scale=config.hf["scale"])
+        attention = WideNormAttention(config, self.rope, o_bias=True, scale=config.hf["scale"])
         layer = MultipliedLayer(config, attention, GatedMLP(config, activation="relu"))
         layer.other_mlp = GatedMLP(config, bias=True)
         layer.residual_multiplier = config.hf["residual_multiplier"]
@@ -131,9 +145,13 @@ def linear(x, w, name):
 
 def plain_attention(x, w, path, theta, scale=0.25):
     """theta: None: no RoPE."""
-    q, k, v = (linear(x, w, f"{path}.{n}_proj").view(len(x), -1, 16) for n in "qkv")
-    if f"{path}.q_norm.weight" in w:
-        q, k = rms(q, w[f"{path}.q_norm.weight"]), rms(k, w[f"{path}.k_norm.weight"])
+    q, k, v = (linear(x, w, f"{path}.{n}_proj") for n in "qkv")
+    q_norm, k_norm = w[f"{path}.q_norm.weight"], w[f"{path}.k_norm.weight"]
+    if len(q_norm) > 16:
+        q, k = rms(q, q_norm), rms(k, k_norm)
+    q, k, v = (y.view(len(x), -1, 16) for y in (q, k, v))
+    if len(q_norm) == 16:
+        q, k = rms(q, q_norm), rms(k, k_norm)
     if theta is not None:
         angle = torch.arange(len(x))[:, None, None] * theta ** (-torch.arange(8) / 8)
         q, k = (

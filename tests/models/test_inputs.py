@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
+from nanovllm.worker.upload import Uploader
 
 from nanovllm.core.step import Chunk, RowStart, StepInput
 from nanovllm.ops.reference import TorchAttention
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.inputs import InputBuilder
-from nanovllm.worker.upload import Uploader
 
 
 def make_inputs(num_rows, max_blocks):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import TINY
 from fake_worker import logprob_lines
+from nanovllm.worker.upload import Uploader
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, Logprob, SamplingParams
 from nanovllm.ops.reference_sampling import top_logprobs
 from nanovllm.outputs import SampleLogprobs
 from nanovllm.worker.logprobs import LogprobsReader
-from nanovllm.worker.upload import Uploader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from nanovllm.worker.upload import Uploader
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams
 from nanovllm.core.step import Chunk, Scoring, StepInput
 from nanovllm.ops.reference_sampling import top_logprobs
 from nanovllm.worker.logprobs import LogprobsReader
-from nanovllm.worker.upload import Uploader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

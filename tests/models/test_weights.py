@@ -30,10 +30,10 @@ class Int8(WeightFormat):
 
     outputs: ClassVar = {"qweight": (1, 1)}
 
-    def tensors(self, in_features, out_features):
+    def tensors(self, in_features, sizes):
         return {
-            "qweight": torch.empty(in_features, out_features, dtype=torch.int8),
-            "scales": torch.empty(out_features),
+            "qweight": torch.empty(in_features, sum(sizes), dtype=torch.int8),
+            "scales": torch.empty(sum(sizes)),
         }
 
     def prepare(self, linear):
@@ -83,6 +83,45 @@ def test_a_weight_format(copy_tiny, monkeypatch):
         tokens(folder)
     register("Int8Qwen3ForCausalLM", Qwen3ForCausalLM)
     assert actual == tokens(folder)
+
+
+class Blocks(WeightFormat):
+    """Scales for blocks of 48 outputs, a scale for each projection, 4 bits packed along outputs."""
+
+    outputs: ClassVar = {"scale_inv": (0, 48), "input_scale": (0, 0), "qzeros": (1, 8)}
+
+    def tensors(self, in_features, sizes):
+        return {
+            "weight": torch.empty(sum(sizes), in_features, dtype=torch.float8_e4m3fn),
+            "scale_inv": torch.empty(sum(-(-size // 48) for size in sizes), 3),
+            "input_scale": torch.empty(len(sizes)),
+            "qzeros": torch.empty(5, sum(sizes) // 8, dtype=torch.int32),
+        }
+
+
+def test_where_the_tensors_of_a_format_go(model):
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj.use(Blocks())
+        layer.self_attn.o_proj.use(Blocks())
+    sources = model.sources()
+    for name, out in (("q", 256), ("k", 128), ("v", 128), ("o", 256)):
+        path = f"model.layers.1.self_attn.{name}_proj"
+        shapes = {
+            kind.removeprefix(f"{path}."): list(view.shape)
+            for kind, view in sources.items()
+            if kind.startswith(path)
+        }
+        assert shapes == {
+            "weight": [out, 256],
+            "scale_inv": [-(-out // 48), 3],
+            "input_scale": [],
+            "qzeros": [5, out // 8],
+        }
+    sources["model.layers.1.self_attn.v_proj.scale_inv"].fill_(7.0)
+    sources["model.layers.1.self_attn.k_proj.input_scale"].fill_(7.0)
+    linear = model.model.layers[1].self_attn.qkv_proj
+    assert (linear.scale_inv[9:] == 7.0).all() and linear.scale_inv.shape == (12, 3)
+    assert linear.input_scale[1] == 7.0
 
 
 @pytest.fixture

@@ -59,7 +59,6 @@ Kernel._init_handles = lambda self: setattr(self, "run", lambda *_: None)
 triton.runtime.driver.set_active(Driver())
 torch.cuda.set_device = lambda device: None
 compiler = KernelCompiler(torch.device("cuda", 0))
-triton_ops.copy(*torch.zeros(2, 16))
 with compiler.instead_of_launches() as compiling:
     launch()
     while not all(future.done() for future in compiling):
@@ -76,6 +75,5 @@ def note(fn, **_):
 
 triton.knobs.runtime.jit_cache_hook = note
 launch()
-triton_ops.copy(*torch.zeros(2, 16))
 print(sorted(early))
 print(again)

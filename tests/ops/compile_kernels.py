@@ -32,13 +32,15 @@ def record_launches() -> dict[str, tuple]:
     """Run every wrapper on small CPU tensors, with launches noted down instead of made."""
     from kernel_calls import paged_case
 
-    from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
+    from nanovllm.ops.batch import BatchGroup, ForwardBatch, KVLayer, Rotary
     from nanovllm.ops.triton import layers as triton_ops
     from nanovllm.ops.triton import limits as triton_limits
     from nanovllm.ops.triton import linear as triton_linear
     from nanovllm.ops.triton import rows as triton_rows
     from nanovllm.ops.triton import sampling as triton_sampling
-    from nanovllm.worker.inputs import _step_inputs
+    from nanovllm.worker.inputs import _step_tensors
+    from nanovllm.worker.record import make_records
+    from nanovllm.worker.rows import Rows
 
     launches: dict[str, tuple] = {}
     label = ""
@@ -65,40 +67,39 @@ def record_launches() -> dict[str, tuple]:
             queries = f"{len(query_lens)} queries of {query_lens[0]}"
             label = f"head_dim {head_dim} {dtype} pages of {block_size}, {queries}"
             lens = [300] * len(query_lens)
-            q, kv, batch = paged_case(query_lens, lens, 4, 2, head_dim, block_size, dtype, cpu)
-            batch.attention.attend(q, kv, batch, 1.0)
+            q, kv, step = paged_case(query_lens, lens, 4, 2, head_dim, block_size, dtype, cpu)
+            step.attend(q, kv, 1.0)
             if query_lens[0] == 1 and (head_dim, dtype) in PROJECTED:
                 label += ", projected"
                 qkv = torch.zeros(len(query_lens), 8 * head_dim, dtype=dtype)
                 norm = torch.zeros(head_dim, dtype=dtype)
                 rotary = Rotary((norm, norm), 1e-6, torch.zeros(300, head_dim))
-                batch.attention.attend_projected(qkv, rotary, kv, batch, 1.0)
+                step.attention.attend_projected(qkv, rotary, kv, step.batch, 1.0)
         if block_size != 16 or head_dim == 80:
             continue
         label = f"head_dim {head_dim} {dtype} pages of {block_size}, shared keys"
         lens, groups = [4 * block_size + 9] * 64, [(np.arange(64), 4)]
-        q, kv, batch = paged_case(
+        q, kv, step = paged_case(
             [1] * 64, lens, 4, 2, head_dim, block_size, dtype, cpu, groups=groups
         )
-        assert "shared_items" in batch.attention_arrays
-        batch.attention.attend(q, kv, batch, 1.0)
+        assert "shared_items" in step.arrays
+        step.attend(q, kv, 1.0)
     label = "shared keys, each head with its own"
     sizes = 2, 2, 128, 16, torch.bfloat16, cpu
-    q, kv, batch = paged_case([1] * 64, [73] * 64, *sizes, groups=[(np.arange(64), 4)])
-    assert "shared_items" in batch.attention_arrays
-    batch.attention.attend(q, kv, batch, 1.0)
+    q, kv, step = paged_case([1] * 64, [73] * 64, *sizes, groups=[(np.arange(64), 4)])
+    assert "shared_items" in step.arrays
+    step.attend(q, kv, 1.0)
     for head_dim in (64, 128):
         label = f"a crowd, head_dim {head_dim}"
         sizes = 4, 2, head_dim, 16, torch.bfloat16, cpu
-        q, kv, batch = paged_case([1] * 40, [50] * 40, *sizes, num_sms=1)
-        assert "crowd_items" in batch.attention_arrays
-        batch.attention.attend(q, kv, batch, 1.0)
+        q, kv, step = paged_case([1] * 40, [50] * 40, *sizes, num_sms=1)
+        assert "crowd_items" in step.arrays
+        step.attend(q, kv, 1.0)
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)
         x = torch.zeros(2, 4096, dtype=dtype)
         triton_ops.rms_norm(x, x[0], 1e-6)
         triton_ops.silu_and_mul(x)
-        triton_ops.copy(x[0], x[1])
         weight = torch.zeros(64, 4096, dtype=dtype)
         for rows in (1, 4):
             few = torch.zeros(rows, 4096, dtype=dtype)
@@ -108,15 +109,11 @@ def record_launches() -> dict[str, tuple]:
             triton_linear.add_linear(few[:, :64].contiguous(), few, weight)
         label = str(dtype)
         kv = KVLayer(*torch.zeros(2, 4, 16, 8, 128, dtype=dtype))
-        batch = ForwardBatch(
-            token_ids=None, positions=torch.zeros(2, dtype=torch.int64),
-            slot_mapping=torch.zeros(2, dtype=torch.int64), block_tables=None, rows=None,
-            query_start=None, context_lens=None, max_query_len=1, num_decodes=2,
-            logits_indices=None, attention=None,
-        )  # fmt: skip
+        numbers = torch.zeros(2, dtype=torch.int64)
+        batch = ForwardBatch(numbers, numbers, (BatchGroup(None, numbers, None, {}),))
         rotary = Rotary((x[0], x[0]), 1e-6, torch.zeros(9, 128))
         triton_ops.qk_norm_rope_store(x, rotary, batch, kv)
-        triton_ops.store(*x.view(2, -1, 8, 128)[:, :2].unbind(1), kv, batch.slot_mapping)
+        triton_ops.store(*x.view(2, -1, 8, 128)[:, :2].unbind(1), kv, numbers)
         logits = torch.zeros(2, 151936, dtype=dtype)
         draws = torch.ones(2), torch.zeros(2, 2).long()
         triton_sampling.sample(logits, *draws)
@@ -125,14 +122,12 @@ def record_launches() -> dict[str, tuple]:
         label = f"{dtype}, the most likely"
         triton_limits.top_logprobs(logits, torch.zeros(2).long(), 20)
     label = "of rows"
-    state = {
-        "block_tables": torch.zeros(9, 4, dtype=torch.int32), "temperature": torch.zeros(9),
-        "last_tokens": torch.zeros(9).long(), "seed": torch.zeros(9).long(),
-    }  # fmt: skip
-    inputs = _step_inputs(8, cpu)
-    triton_rows.begin_step(torch.zeros(5, 8).long(), state, inputs, 16)
-    rows, tokens = inputs["rows"], torch.zeros(16, 8).long()
-    triton_rows.keep_sampled(state["last_tokens"], tokens, rows, rows, inputs["turn"])
+    state = Rows(8, 1, 4, 100, cpu)
+    records, host_tokens = make_records(8, 1, 16, cpu)
+    tensors = _step_tensors(state, 1, 16)
+    triton_rows.begin_step(records[0].columns, state.state, tensors, 16, 16)
+    sampled = tensors.rows, tensors.rows, tensors.slot
+    triton_rows.keep_sampled(state.state.last_tokens, host_tokens, *sampled)
     return launches
 
 

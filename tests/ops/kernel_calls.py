@@ -1,9 +1,11 @@
 """What the tests of the Triton kernels share: cases, tolerances, attention in float64."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from nanovllm.ops.batch import ForwardBatch, KVLayer
+from nanovllm.ops.batch import Attention, BatchGroup, ForwardBatch, KVLayer
 from nanovllm.ops.triton.attention import TritonAttention
 
 # Query and context lengths by name.
@@ -19,11 +21,11 @@ LENS = {
 
 def launch_attention(case: dict) -> None:
     """One launch, so that its kernels are compiled."""
-    q, kv, batch = paged_case(
+    q, kv, step = paged_case(
         *LENS[case["lens"]](np.random.default_rng()), *case["heads"], case["head_dim"],
         case["block_size"], case["dtype"], torch.device("cuda"),
     )  # fmt: skip
-    batch.attention.attend(q, kv, batch, 1.0)
+    step.attend(q, kv, 1.0)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -39,8 +41,8 @@ def paged_case(
     query_lens, context_lens, heads, kv_heads, head_dim, block_size, dtype, device, num_sms=132,
     groups=(),
 ):  # fmt: skip
-    """Queries, blocks and the batch that points at them: scattered blocks, NaN in every slot that
-    no query may read, rows in any order.
+    """Queries, blocks and a Case that points at them: scattered blocks, NaN in every slot that no
+    query may read, rows in any order.
 
     Args:
         groups: (sequences, blocks) that begin with the same blocks; they are read together if the
@@ -79,42 +81,73 @@ def paged_case(
         [np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)]
     )
     token_rows = np.repeat(rows, query_lens)
-    batch = ForwardBatch(
-        token_ids=None,
-        positions=torch.from_numpy(positions).to(device),
-        slot_mapping=torch.from_numpy(
-            tables[token_rows, positions // block_size].astype(np.int64) * block_size
-            + positions % block_size
-        ).to(device),
-        block_tables=torch.from_numpy(tables).to(device),
-        rows=torch.from_numpy(rows).to(device),
-        query_start=torch.from_numpy(query_start).int().to(device),
-        context_lens=torch.from_numpy(context_lens).int().to(device),
-        max_query_len=int(query_lens.max()),
-        num_decodes=num_decodes,
-        logits_indices=None,
-        attention=attention,
-        attention_arrays={name: torch.from_numpy(a).to(device) for name, a in arrays.items()},
-    )
+    slots = tables[token_rows, positions // block_size].astype(np.int64) * block_size
+    case = Case(
+        attention, tables, rows, query_start, query_lens, context_lens, num_decodes, positions,
+        slots + positions % block_size, arrays, device,
+    )  # fmt: skip
     q = torch.randn(len(positions), heads, head_dim, device=device).to(dtype)
-    return q, kv, batch
+    return q, kv, case
 
 
-def attention_in_float64(q, kv, batch, scale):
+@dataclass
+class Case:
+    """A step of some sequences, for one group of layers. Fields as in Attention.host_arrays.
+
+    Attributes:
+        positions, slots: of the query tokens.
+        arrays: attention's, of the host.
+        list_age: in steps.
+    """
+
+    attention: Attention
+    tables: np.ndarray
+    rows: np.ndarray
+    query_start: np.ndarray
+    query_lens: np.ndarray
+    context_lens: np.ndarray
+    num_decodes: int
+    positions: np.ndarray
+    slots: np.ndarray
+    arrays: dict
+    device: torch.device
+    list_age: int = 0
+
+    @property
+    def batch(self) -> ForwardBatch:
+        def on_device(array):
+            return torch.from_numpy(array).to(self.device)
+
+        arrays = {name: on_device(array) for name, array in self.arrays.items()}
+        arrays["list_age"] = torch.full((1,), self.list_age, dtype=torch.int32, device=self.device)
+        group = BatchGroup(on_device(self.tables), on_device(self.slots), self.attention, arrays)
+        return ForwardBatch(None, on_device(self.positions), (group,))
+
+    def attend(self, q, kv, scale):
+        return self.attention.attend(q, kv, self.batch, scale)
+
+
+def attention_in_float64(q, kv, case, scale, window=None):
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
-    starts, block_size = batch.query_start.tolist(), kv.k.shape[1]
+    starts, block_size = case.query_start.tolist(), kv.k.shape[1]
     groups = q.shape[1] // kv.k.shape[2]
-    for i, context_len in enumerate(batch.context_lens.tolist()):
-        pages = batch.block_tables[batch.rows[i], : -(-context_len // block_size)].long()
+    positions = torch.from_numpy(case.positions).to(q.device)
+    for i, context_len in enumerate(case.context_lens.tolist()):
+        pages = case.tables[case.rows[i], : -(-context_len // block_size)]
+        pages = torch.from_numpy(pages).long().to(q.device)
         k, v = (
             cache[pages].flatten(0, 1)[:context_len].double().repeat_interleave(groups, 1)
             for cache in (kv.k, kv.v)
         )
         tokens = slice(starts[i], starts[i + 1])
         scores = torch.einsum("thd,lhd->htl", q[tokens].double(), k) * scale
-        hidden = torch.arange(context_len, device=q.device) > batch.positions[tokens, None]
+        key, query = torch.arange(context_len, device=q.device), positions[tokens, None]
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
         probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        out[tokens] = torch.einsum("htl,lhd->thd", probs, v)
+        seen = v.masked_fill(hidden.all(0)[:, None, None], 0.0)  # may be NaN
+        out[tokens] = torch.einsum("htl,lhd->thd", probs, seen)
     return out
 
 

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from nanovllm.worker.upload import Uploader
 from torch.nn.functional import scaled_dot_product_attention
 
 from nanovllm.core.step import Chunk, RowStart, StepInput
@@ -14,7 +15,6 @@ from nanovllm.ops.batch import KVLayer
 from nanovllm.ops.flash_attention import FlashAttention
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.inputs import InputBuilder
-from nanovllm.worker.upload import Uploader
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 16

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.ops.reference_rows import noise_keys
 from nanovllm.ops.triton import blocks as triton_blocks
 from nanovllm.ops.triton import limits as triton_limits
 from nanovllm.ops.triton import sampling as triton_sampling
-from nanovllm.worker.sampler import noise_keys
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 DEVICES = [

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from logits_oracle import asked_logits
+from nanovllm.worker.upload import Uploader
 
 from nanovllm.core.step import RowStart
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.sampler import Sampler
-from nanovllm.worker.upload import Uploader
 
 VOCAB = 70  # not a multiple of 32
 PROMPT = [3, 9, 3, 4]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from nanovllm.worker.upload import Uploader
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import ops
@@ -10,7 +11,6 @@ from nanovllm.core.step import RowStart
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.sampler import Sampler, noise_keys
-from nanovllm.worker.upload import Uploader
 
 
 def draw(logits, num_draws, temperature=1.0, seed=1, **cuts):

@@ -22,13 +22,13 @@ from kernel_calls import (
 from nanovllm.core.model_config import RopeConfig
 from nanovllm.layers.rope import Rope
 from nanovllm.ops import reference, reference_sampling
-from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.batch import BatchGroup, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.reference_rows import noise_keys
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits
 from nanovllm.ops.triton import layers as triton_ops
 from nanovllm.ops.triton import linear as triton_linear
 from nanovllm.ops.triton import sampling as triton_sampling
 from nanovllm.ops.triton.attention import TritonAttention
-from nanovllm.worker.sampler import noise_keys
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 on_gpu = pytest.mark.gpu
@@ -40,13 +40,13 @@ DEVICES = [pytest.param(CPU, marks=interpreted), pytest.param(CUDA, marks=on_gpu
 
 
 def check_attention(query_lens, context_lens, heads, kv_heads, head_dim, *args, **kwargs):
-    q, kv, batch = paged_case(query_lens, context_lens, heads, kv_heads, head_dim, *args, **kwargs)
-    out = batch.attention.attend(q, kv, batch, head_dim**-0.5)
-    expected = attention_in_float64(q, kv, batch, head_dim**-0.5)
+    q, kv, case = paged_case(query_lens, context_lens, heads, kv_heads, head_dim, *args, **kwargs)
+    out = case.attend(q, kv, head_dim**-0.5)
+    expected = attention_in_float64(q, kv, case, head_dim**-0.5)
     assert relative_error(out, expected) < tolerance(q.dtype)
-    again = batch.attention.attend(q, kv, batch, head_dim**-0.5)  # the counters are as before
+    again = case.attend(q, kv, head_dim**-0.5)  # the counters are as before
     assert torch.equal(out, again)
-    return batch
+    return case
 
 
 @interpreted
@@ -64,11 +64,11 @@ def check_attention(query_lens, context_lens, heads, kv_heads, head_dim, *args, 
 def test_attention_interpreted(
     heads, kv_heads, head_dim, query_lens, context_lens, num_sms, block_size
 ):
-    batch = check_attention(
+    step = check_attention(
         query_lens, context_lens, heads, kv_heads, head_dim, block_size, torch.float32, CPU,
         num_sms=num_sms,
     )  # fmt: skip
-    arrays = batch.attention_arrays
+    arrays = step.arrays
     items = arrays["few_items" if "few_items" in arrays else "short_items"]
     if num_sms == 60 and max(context_lens) > 200:
         assert (items[:, 6] >= 0).any()
@@ -100,8 +100,8 @@ def shared_cases():
 SHARED_CASES = shared_cases()
 
 
-def shares(batch):
-    return "shared_items" in batch.attention_arrays
+def shares(step):
+    return "shared_items" in step.arrays
 
 
 @interpreted
@@ -110,17 +110,17 @@ def shares(batch):
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 32), (14, 2, 20), (3, 3, 16)])
 def test_shared_prefixes_interpreted(heads, kv_heads, head_dim, case, num_sms):
     query_lens, context_lens, groups = SHARED_CASES[case]
-    batch = check_attention(
+    step = check_attention(
         query_lens, context_lens, heads, kv_heads, head_dim, 16, torch.float32, CPU,
         num_sms=num_sms, groups=groups,
     )  # fmt: skip
-    assert shares(batch) == (heads != 14 or case != "one page")  # seven results each cost more
-    if shares(batch):
-        shared = batch.attention_arrays["shared_tokens"].tolist()
+    assert shares(step) == (heads != 14 or case != "one page")  # seven results each cost more
+    if shares(step):
+        shared = step.arrays["shared_tokens"].tolist()
         members = np.concatenate([seqs for seqs, _ in groups[:2]])
-        assert sorted(shared) == sorted(members[members < batch.num_decodes].tolist())
+        assert sorted(shared) == sorted(members[members < step.num_decodes].tolist())
     if "split" in case and num_sms == 60:
-        slots = batch.attention_arrays["short_items"][:, 6:9]
+        slots = step.arrays["short_items"][:, 6:9]
         assert ((slots[:, 0] > slots[:, 1]) & (slots[:, 2] > 1)).any()
 
 
@@ -130,39 +130,31 @@ def test_shared_prefixes_interpreted(heads, kv_heads, head_dim, case, num_sms):
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(16, 8, 128), (14, 2, 64), (8, 8, 80)])
 def test_shared_prefixes_on_a_gpu(heads, kv_heads, head_dim, dtype, case):
     query_lens, context_lens, groups = SHARED_CASES[case]
-    batch = check_attention(
+    step = check_attention(
         query_lens, context_lens, heads, kv_heads, head_dim, 16, dtype, CUDA, groups=groups
     )
-    assert shares(batch) == (heads != 14 or case != "one page")
+    assert shares(step) == (heads != 14 or case != "one page")
 
 
 @interpreted
 def test_a_crowd_interpreted():
     lens = np.random.default_rng().integers(1, 90, 12)
-    batch = check_attention([1] * 12, lens, 4, 2, 128, 16, torch.float16, CPU, num_sms=1)
-    assert "crowd_items" in batch.attention_arrays
+    step = check_attention([1] * 12, lens, 4, 2, 128, 16, torch.float16, CPU, num_sms=1)
+    assert "crowd_items" in step.arrays
 
 
 def check_in_a_graphs_tiles(query_lens, context_lens, size, *args, **kwargs):
     """All in one list of work, chunks too, which has room for a size."""
-    q, kv, batch = paged_case(query_lens, context_lens, *args, **kwargs)
-    lens = np.array(query_lens)
-    arrays = batch.attention.host_arrays(
-        batch.block_tables.cpu().numpy(),
-        batch.rows.cpu().numpy(),
-        batch.query_start.cpu().numpy(),
-        lens,
-        np.array(context_lens),
-        batch.num_decodes,
-        size,
+    q, kv, step = paged_case(query_lens, context_lens, *args, **kwargs)
+    lens = step.query_lens, step.context_lens, step.num_decodes
+    step.arrays = arrays = step.attention.host_arrays(
+        step.tables, step.rows, step.query_start, *lens, size
     )
-    arrays = {name: torch.from_numpy(a).to(q.device) for name, a in arrays.items()}
-    batch = replace(batch, attention_arrays=arrays)
     assert "long_items" not in arrays
     head_dim = q.shape[-1]
     for _ in range(2):  # the counters are as before
-        out = batch.attention.attend(q, kv, batch, head_dim**-0.5)
-        expected = attention_in_float64(q, kv, batch, head_dim**-0.5)
+        out = step.attend(q, kv, head_dim**-0.5)
+        expected = attention_in_float64(q, kv, step, head_dim**-0.5)
         assert relative_error(out, expected) < tolerance(q.dtype)
     return arrays
 
@@ -184,8 +176,8 @@ def test_chunks_in_a_graphs_tiles_interpreted(heads, kv_heads, head_dim, num_sms
 def test_long_contexts_interpreted(monkeypatch):
     monkeypatch.setattr("nanovllm.ops.triton.attention.DEEP_KEYS", 100)
     case = [1] * 3, [50, 1000, 300], 4, 2, 32, 16, torch.float32, CPU
-    batch = check_attention(*case, num_sms=1)
-    assert (batch.attention_arrays["deep_items"][:, 8] > 1).any()
+    step = check_attention(*case, num_sms=1)
+    assert (step.arrays["deep_items"][:, 8] > 1).any()
     assert "deep_items" in check_in_a_graphs_tiles(*case[:2], 5, *case[2:], num_sms=1)
 
 
@@ -210,8 +202,8 @@ def test_chunks_in_a_graphs_tiles_on_a_gpu(heads, kv_heads, head_dim, num_decode
 def test_long_contexts_on_a_gpu(heads, kv_heads, head_dim, dtype):
     lens = np.random.default_rng().integers(1000, 30_000, 12)
     sizes = heads, kv_heads, head_dim, 16, dtype, CUDA
-    batch = check_attention([1] * len(lens), lens, *sizes)
-    assert kv_heads == 2 or "deep_items" in batch.attention_arrays
+    step = check_attention([1] * len(lens), lens, *sizes)
+    assert kv_heads == 2 or "deep_items" in step.arrays
     check_projected([*[4000] * 40, 100, 9000], *sizes, norm=True)
 
 
@@ -254,40 +246,36 @@ def check_projected(
     context_lens = np.array(context_lens)
     ones, scale = np.ones_like(context_lens), head_dim**-0.5
     oldest = TritonAttention.steps_per_list - 1
-    _, kv, batch = paged_case(
+    _, kv, step = paged_case(
         ones, context_lens + oldest, heads, kv_heads, head_dim, block_size, dtype, device, **kwargs
     )
-    rows, tables = batch.rows.cpu().numpy(), batch.block_tables.cpu().numpy()
+    rows, tables = step.rows, step.tables
     query_start = np.arange(len(rows) + 1)
-    batch.attention.max_projected = len(rows)
-    arrays = batch.attention.host_arrays(
+    step.attention.max_projected = len(rows)
+    step.arrays = step.attention.host_arrays(
         tables, rows, query_start, ones, context_lens, len(rows), None
     )
-    arrays = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
     table = Rope(RopeConfig(10000.0), head_dim, int(context_lens.max()) + oldest).table.to(device)
     weights = torch.randn(2, head_dim, device=device).to(dtype).unbind() if norm else None
     exact_weights = tuple(w.double() for w in weights) if weights else None
     for longer in (0, oldest):
         positions = context_lens + longer - 1
-        slots = tables[rows, positions // block_size].astype(np.int64) * block_size
-        slots = torch.from_numpy(slots + positions % block_size).to(device)
-        batch = replace(
-            batch,
-            positions=torch.from_numpy(positions).to(device),
-            context_lens=torch.from_numpy(positions + 1).int().to(device),
-            slot_mapping=slots.clone(),
-            attention_arrays=arrays | {"list_age": torch.full((1,), longer, device=device).int()},
+        all_slots = tables[rows, positions // block_size].astype(np.int64) * block_size
+        all_slots += positions % block_size
+        slots = torch.from_numpy(all_slots).to(device)
+        exact_step = replace(
+            step, positions=positions, context_lens=positions + 1, slots=all_slots, list_age=longer
         )
-        batch.slot_mapping[-1] = -1  # its block is shared, and has the key already
+        # The last one's block is shared, and has the key already.
+        new_slots = np.append(all_slots[:-1], -1)
+        batch = replace(exact_step, slots=new_slots).batch
         qkv = torch.randn(len(rows), (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
         exact_kv, old = KVLayer(kv.k.double(), kv.v.double()), (kv.k.clone(), kv.v.clone())
         rotary = Rotary(exact_weights, 1e-6, table)
-        exact_q = reference.qk_norm_rope_store(
-            qkv.double(), rotary, replace(batch, slot_mapping=slots), exact_kv
-        )
-        exact = attention_in_float64(exact_q, exact_kv, batch, scale)
+        exact_q = reference.qk_norm_rope_store(qkv.double(), rotary, exact_step.batch, exact_kv)
+        exact = attention_in_float64(exact_q, exact_kv, exact_step, scale)
         rotary = Rotary(weights, 1e-6, table)
-        out = batch.attention.attend_projected(qkv, rotary, kv, batch, scale)
+        out = step.attention.attend_projected(qkv, rotary, kv, batch, scale)
         # Queries and the new keys are rounded as well.
         assert relative_error(out, exact) < 2 * tolerance(dtype)
         kept = torch.ones(kv.k.shape[:2], dtype=torch.bool, device=device)
@@ -357,21 +345,6 @@ def test_norms_and_silu(device, dtype, shape):
     gate, up = x.double().repeat(1, 3), other.double().repeat(1, 3)
     out = triton_ops.silu_and_mul(torch.cat((gate, up), -1).to(dtype))
     assert relative_error(out, gate * gate.sigmoid() * up) < tolerance(dtype)
-
-
-# Copies
-
-
-@on_gpu
-@pytest.mark.parametrize("num_bytes", [4, 400, 16 * 1001])
-def test_copies_of_pinned_memory(num_bytes):
-    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8).pin_memory()
-    on_gpu = torch.zeros(num_bytes, dtype=torch.uint8, device=CUDA)
-    back = torch.zeros(num_bytes, dtype=torch.uint8).pin_memory()
-    triton_ops.copy(on_gpu, source)
-    triton_ops.copy(back, on_gpu)
-    torch.cuda.synchronize()
-    assert torch.equal(back, source)
 
 
 # Products
@@ -450,13 +423,8 @@ def test_qk_norm_rope_store(device, dtype, norm, heads, kv_heads, head_dim):
     num_tokens, block_size = 21, 16
     slots = torch.randperm(4 * block_size)[:num_tokens]
     slots[3] = -1
-    batch = ForwardBatch(
-        token_ids=None,
-        positions=torch.randint(0, 500, (num_tokens,), device=device),
-        slot_mapping=slots.to(device),
-        block_tables=None, rows=None, query_start=None, context_lens=None, max_query_len=1,
-        num_decodes=0, logits_indices=None, attention=None,
-    )  # fmt: skip
+    positions = torch.randint(0, 500, (num_tokens,), device=device)
+    batch = ForwardBatch(None, positions, (BatchGroup(None, slots.to(device), None, {}),))
     old = torch.randn(2, 4, block_size, kv_heads, head_dim, device=device).to(dtype)
     qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
     weights = torch.randn(2, head_dim, device=device).to(dtype).unbind() if norm else None

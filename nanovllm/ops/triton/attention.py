@@ -101,7 +101,7 @@ class TritonAttention(Attention):
         """The step's work lists. A graph's has room for all that its tokens may need; which lists
         there are depends on their keys too, and each choice has a graph of its own."""
         shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, graph_size)
-        arrays = {"list_age": np.zeros(1, np.int32), **shared}
+        arrays = dict(shared)
         short = query_lens <= self._tile_tokens(self.configs["short"])
         if graph_size is not None:
             short[:] = True  # in tiles of a few tokens
@@ -189,17 +189,20 @@ class TritonAttention(Attention):
     def attend(
         self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
-        """As reference.paged_attention."""
+        """As reference_attention.TorchAttention."""
         return self._launch(q, None, kv, batch, scale)
 
     def attend_projected(
         self, qkv: torch.Tensor, rotary: Rotary, kv: KVLayer, batch: ForwardBatch, scale: float
     ) -> torch.Tensor:
-        """As reference.qk_norm_rope_store and reference.paged_attention."""
-        apart = {"shared_items", "deep_items"} & batch.attention_arrays.keys()
+        """As reference.qk_norm_rope_store, then attend."""
+        apart = {"shared_items", "deep_items"} & batch.groups[kv.group].arrays.keys()
         if qkv.shape[0] <= self.max_projected and not apart:
             return self._launch(qkv, rotary, kv, batch, scale)
         return self.attend(qk_norm_rope_store(qkv, rotary, batch, kv), kv, batch, scale)
+
+    def reset(self) -> None:
+        self.arrivals.zero_()
 
     def _launch(
         self,
@@ -214,7 +217,8 @@ class TritonAttention(Attention):
         out = q.new_empty(q.shape[0], self.num_kv_heads * self.group, head_dim)
         norm_weights = rotary.norm_weights if rotary else None
         q_weight, k_weight = norm_weights or (q, q)
-        arrays = batch.attention_arrays
+        group = batch.groups[kv.group]
+        arrays, block_tables = group.arrays, group.block_tables
         # Shared keys first, and nothing between them and everybody's own: that launch begins when
         # all before this one is there, and does not wait for it.
         for name, config in self.configs.items():
@@ -224,12 +228,12 @@ class TritonAttention(Attention):
             has_prefixes = name not in ("shared", "long") and "shared_items" in arrays
             page_stride, slot_stride, head_stride, _ = kv.k.stride()
             paged_attention_kernel[(items.shape[0] * self.num_kv_heads,)](
-                out, q, kv.k, kv.v, batch.block_tables,
+                out, q, kv.k, kv.v, block_tables,
                 items, arrays["list_age"], arrays["shared_tokens"] if name == "shared" else None,
-                batch.slot_mapping, q_weight, k_weight,
+                group.slot_mapping, q_weight, k_weight,
                 rotary.table if rotary else q, rotary.eps if rotary else 0.0,
                 self.partial, self.stats, self.arrivals,
-                scale * LOG2_E, batch.block_tables.stride(0), page_stride, slot_stride, head_stride,
+                scale * LOG2_E, block_tables.stride(0), page_stride, slot_stride, head_stride,
                 NUM_KV_HEADS=self.num_kv_heads, GROUP=self.group, HEAD_DIM=head_dim,
                 BLOCK_SIZE=self.block_size, BLOCK_M=self._block_m(config), BLOCK_N=config.block_n,
                 BLOCK_D=self.block_d, PRECISION=self.precision, HAS_PREFIXES=has_prefixes,

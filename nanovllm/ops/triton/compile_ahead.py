@@ -21,17 +21,13 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from nanovllm.ops.triton.kernel_configs import COPY_BLOCK
-from nanovllm.ops.triton.layers import copy_kernel
-
 logger = logging.getLogger(__name__)
 
 _HOOK = threading.Lock()  # Triton has one for the whole process
 
 
 class KernelCompiler:
-    """Threads that compile for one GPU. Making it takes a second: what every launch needs, and the
-    kernel that the trial itself can't do without, as torch reads what it copies.
+    """Threads that compile for one GPU. Making it takes a second: what every launch needs.
 
     Args:
         device: a GPU.
@@ -43,7 +39,6 @@ class KernelCompiler:
         self.pool = ThreadPoolExecutor(
             os.cpu_count(), "nanovllm-compile", torch.cuda.set_device, (device,)
         )
-        self.pool.submit(self._compile_copy).result()
 
     @contextmanager
     def instead_of_launches(self) -> Iterator[list[Future[None]]]:
@@ -91,13 +86,6 @@ class KernelCompiler:
             # The launch compiles it once more, and its error says who wanted it.
             logger.debug("%s is not compiled ahead", kernel.__name__, exc_info=True)
         logger.debug("compiled %s in %.2f s", kernel.__name__, time.perf_counter() - start)
-
-    def _compile_copy(self) -> None:
-        words = torch.int32, torch.int32, 1
-        try:
-            self._make_launcher(copy_kernel.warmup(*words, BLOCK=COPY_BLOCK, grid=(1,)))
-        except Exception:
-            logger.debug("copies are not compiled ahead", exc_info=True)
 
     def _make_launcher(self, compiled: Any) -> None:
         """It stays on the disk too, for all kernels of a signature: the first makes it."""

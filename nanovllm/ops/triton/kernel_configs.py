@@ -17,7 +17,6 @@ MAX_HEAD_DIM = 256
 
 # Elements for each CTA, the same on all GPUs.
 SILU_BLOCK = 1024
-COPY_BLOCK = 1024
 ROWS_BLOCK = 128  # rows, in the kernels for the rows' state
 SEARCH_BLOCK, SEARCH_WARPS = 2048, 8  # logits, in the kernels with a CTA for each row of logits
 GROUP = 128  # tokens in a group of logits; its best logit says whether the group is read again

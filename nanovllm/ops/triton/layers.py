@@ -12,7 +12,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.triton.kernel_configs import (
-    COPY_BLOCK,
     HEADS_PER_PROGRAM,
     SILU_BLOCK,
     cdiv,
@@ -36,21 +35,6 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
     return {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
-
-
-@triton.jit(do_not_specialize=["num_words"])
-def copy_kernel(out, source, num_words, BLOCK: tl.constexpr):
-    words = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + words, tl.load(source + words, mask=words < num_words), mask=words < num_words)
-
-
-def copy(out: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between a GPU and page-locked memory, of a multiple of four bytes; nobody waits for it.
-    A copy engine would not wait either, but be waited for by the kernels around it."""
-    words = out.view(torch.int32), source.view(torch.int32)
-    num_words = words[0].shape[0]
-    if num_words:
-        copy_kernel[(cdiv(num_words, COPY_BLOCK),)](*words, num_words, BLOCK=COPY_BLOCK)
 
 
 @triton.jit
@@ -178,8 +162,9 @@ def qk_norm_rope_store(
     q_weight, k_weight = rotary.norm_weights or (qkv, qkv)
     num_heads_in = num_heads + 2 * num_kv_heads
     qk_norm_rope_store_kernel[(num_tokens, cdiv(num_heads_in, HEADS_PER_PROGRAM))](
-        q, kv.k, kv.v, qkv, q_weight, k_weight, rotary.table, batch.positions, batch.slot_mapping,
-        rotary.eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        q, kv.k, kv.v, qkv, q_weight, k_weight, rotary.table, batch.positions,
+        batch.groups[kv.group].slot_mapping, rotary.eps,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         HEADS=HEADS_PER_PROGRAM, HALF=next_power_of_2(head_dim // 2),
         NORM=rotary.norm_weights is not None, num_warps=4, **pdl_options(qkv.device),
     )  # fmt: skip

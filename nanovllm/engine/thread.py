@@ -1,0 +1,358 @@
+"""The thread that owns the engine. It runs the functions that callers post, steps while a client
+needs it, and tells each client what is new of its requests.
+
+LLM and AsyncLLM post; what a client does with the news is frontend/clients.py's business.
+"""
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import Context, copy_context
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, TypeVar
+
+from nanovllm.engine.engine import Engine
+from nanovllm.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Answer = Callable[[Any, BaseException | None], None]
+_threads: "weakref.WeakSet[EngineThread]" = weakref.WeakSet()
+
+
+class Client:
+    """Requests of one caller. The engine's thread calls its methods.
+
+    Attributes:
+        drives: whether the thread steps by itself until its sequences have ended.
+        wants_tokens: whether it is told of each token, and not only of ends.
+        seqs: its sequences that have not ended.
+        news: the sequences that have more than the caller was given.
+    """
+
+    drives = wants_tokens = True
+
+    def __init__(self) -> None:
+        self.seqs: dict[Sequence, None] = {}
+        self.news: dict[Sequence, None] = {}
+
+    def advance(self, seqs: list[Sequence]) -> None:
+        """These sequences have news. While the client drives it is called after each round."""
+        raise NotImplementedError
+
+    def fail(self, error: BaseException) -> None:
+        """A step has failed in which its sequences ran, or the engine is gone: nothing follows."""
+        raise NotImplementedError
+
+
+class Command(NamedTuple):
+    """A function for the engine's thread, what takes its result and its error there, and what of
+    the caller's thread counts."""
+
+    function: Callable[[Engine], Any]
+    answer: Answer | None
+    context: Context
+    num_threads: int
+
+
+class EngineThread:
+    """An engine and its thread, until close(). What a signal handler, a garbage collection or any
+    thread may call only puts commands into a queue.
+
+    Args:
+        engine: from now on the thread's alone.
+        by_hand: the client whose requests run when a caller says step; their news wait for it.
+        survives_fork: whether a forked process can use the executor.
+        get_num_threads, set_num_threads: torch's; a number counts for one thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        by_hand: Client,
+        survives_fork: bool,
+        get_num_threads: Callable[[], int],
+        set_num_threads: Callable[[int], None],
+    ):
+        self.engine: Engine | None = engine
+        self.by_hand = by_hand
+        self.survives_fork = survives_fork
+        self.get_num_threads, self.set_num_threads = get_num_threads, set_num_threads
+        self.clients: dict[str, Client] = {}  # request id -> whose it is, until it has ended
+        self.driving: dict[Client, None] = {}
+        self.num_calls = 0
+        self.why_closed = "this LLM is closed"
+        self.is_closing = self.is_closed = self.is_forked = False
+        self._start_anew()
+        _threads.add(self)
+
+    def _start_anew(self) -> None:
+        self.inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self.thread: threading.Thread | None = None  # started when a command comes
+        self._starting = threading.RLock()
+
+    # Called from any thread
+
+    def call(
+        self, function: Callable[[Engine], Result], undo: Callable[[Result], None] | None = None
+    ) -> Result:
+        """Have function(engine) called between two rounds, and wait for its result.
+
+        Args:
+            undo: called in the engine's thread with a result that an interrupt, which hits the
+                caller, has kept from being returned.
+
+        Raises: what the function raises; RuntimeError if the engine is closed; as post.
+        """
+        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+        def take_back(_: Engine) -> None:
+            with suppress(Empty):
+                result, error = answers.get_nowait()
+                if undo is not None and error is None:
+                    undo(result)
+
+        try:
+            self.post(function, lambda *answer: answers.put(answer))
+            result, error = answers.get()
+        except BaseException:
+            self.post_if_running(take_back)
+            raise
+        if error is None:
+            return result
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame
+
+    def post(self, function: Callable[[Engine], Any], answer: Answer | None = None) -> None:
+        """Have function(engine) called between two rounds; answer(result, error) is called with
+        what came of it, in the engine's thread too. Raises RuntimeError if that thread calls."""
+        if threading.current_thread() is self.thread:
+            raise RuntimeError("an LLM can't be used by what its own step calls")
+        with self._starting:
+            if self.thread is None and not self.is_closed:
+                self.thread = threading.Thread(target=self._run, name="nanovllm", daemon=True)
+                self.thread.start()
+        self._put(function, answer)
+
+    def post_if_running(self, function: Callable[[Engine], Any]) -> None:
+        """As post, for what has nothing to do without a thread, as an abort."""
+        if self.thread is not None:
+            self._put(function, None)
+
+    def _put(self, function: Callable[[Engine], Any], answer: Answer | None) -> None:
+        self.inbox.put(Command(function, answer, copy_context(), self.get_num_threads()))
+        if self.is_closed:  # the thread may have looked into its inbox for the last time
+            self._empty_inbox()
+
+    def close(self, why: str | None = None) -> None:
+        """Free the model's and the cache's memory after the step that runs; unfinished requests are
+        gone. The engine's own thread closes when the step has ended that called it."""
+        if self.is_closed:
+            return
+        self.why_closed = why or self.why_closed
+        self.is_closing = True
+        with self._starting:
+            thread = self.thread
+            if thread is None:
+                self._end()
+                return
+        self.inbox.put(None)
+        if thread is not threading.current_thread():
+            thread.join()
+
+    # In the engine's thread
+
+    def add(self, client: Client, seqs: list[Sequence], own_id: bool = False) -> None:
+        """Queue a client's sequences, all of them or none.
+
+        Args:
+            own_id: the caller has chosen the request id; else it is a number, and may change.
+
+        Raises:
+            ValueError: the caller's id is in use.
+            RuntimeError: weights or cache sleep.
+        """
+        assert self.engine is not None
+        if self.engine.executor.sleeping:
+            raise RuntimeError("this LLM sleeps: call wake_up() first")
+        in_use = {*self.clients, *(seq.request_id for seq in self.by_hand.news)}
+        self.num_calls += 1
+        for seq in seqs:
+            while seq.index == 0 and seq.request_id in in_use:
+                if own_id:
+                    raise ValueError(
+                        f"request_id {seq.request_id!r} is in use by an unfinished request"
+                    )
+                seq.request_id += "'"  # a caller has chosen our number
+            seq.request_id, seq.caller = seq.samples[0].request_id, self.num_calls
+        self.engine.add_batch(seqs)
+        for seq in seqs:
+            client.seqs[seq], self.clients[seq.request_id] = None, client
+        if seqs and client.drives:
+            self.driving[client] = None
+
+    def abort(self, request_id: str) -> None:
+        """End a request, and tell its client."""
+        if self.engine is not None and request_id in self.engine.unfinished:
+            [seq, *_] = self.engine.unfinished[request_id]
+            ended = self.engine.abort(seq.samples)
+            self._tell({self.clients[request_id]: ended}, ended)
+
+    def drop(self, client: Client, seqs: list[Sequence]) -> None:
+        """End some of a client's sequences, of which the caller wants to hear no more."""
+        assert self.engine is not None
+        self._forget(self.engine.abort(seqs))
+        for seq in seqs:
+            client.news.pop(seq, None)
+        if not client.seqs:
+            self.driving.pop(client, None)
+
+    def round(self) -> BaseException | None:
+        """One step of the engine, and its news to the clients. Returns what the executor raised."""
+        assert self.engine is not None
+        news = self.engine.step()
+        told: dict[Client, list[Sequence]] = {client: [] for client in self.driving}
+        wants_tokens = self.by_hand.seqs or any(client.wants_tokens for client in told)
+        for seq in news.advanced if wants_tokens else news.ended:
+            told.setdefault(self.clients[seq.request_id], []).append(seq)
+        if wants_tokens:
+            for seq in news.advanced:
+                if seq.logprobs is not None:
+                    self.engine.scheduler.logprobs.take(seq)
+        self._tell(told, news.ended)
+        if news.error is not None:
+            self._fail(news.error)
+        return news.error
+
+    def _tell(self, told: dict[Client, list[Sequence]], ended: list[Sequence]) -> None:
+        self._forget(ended)
+        for client, seqs in told.items():
+            try:
+                client.advance(seqs)
+            except BaseException as error:  # a tokenizer may raise anything
+                self._give_up(client, error)
+            if not client.seqs:
+                self.driving.pop(client, None)
+
+    def _forget(self, ended: list[Sequence]) -> None:
+        for seq in ended:
+            del self.clients[seq.request_id].seqs[seq]
+        for seq in ended:
+            if seq.request_finished:
+                self.clients.pop(seq.request_id, None)
+
+    def _fail(self, error: BaseException) -> None:
+        """A step has failed: its requests end, but for the requests that are stepped by hand."""
+        self._close_if_lost(error)
+        for client in list(self.driving):
+            if any(seq.failed_at == len(seq.token_ids) for seq in client.seqs):
+                self._give_up(client, error)
+
+    def _give_up(self, client: Client, error: BaseException) -> None:
+        client.fail(error)
+        self.driving.pop(client, None)
+        if client is not self.by_hand:
+            self.drop(client, [*client.seqs, *client.news])
+
+    def _close_if_lost(self, error: BaseException) -> None:
+        """After some errors of a kernel every call to CUDA fails."""
+        if self.engine is not None and not self.engine.executor.is_usable():
+            self.is_closing = True
+            self.why_closed = (
+                f"this LLM is closed: its GPU failed, and can't be used any more in this process "
+                f"({error}); start another one"
+            )
+
+    def _run(self) -> None:
+        try:
+            if self.is_forked:
+                self._recover_from_fork()
+            while not self.is_closing:
+                if self.driving and self.inbox.empty():
+                    self.round()
+                else:
+                    self._execute(self.inbox.get())
+        except BaseException as error:
+            logger.exception("the engine's thread failed")
+            self.why_closed = f"this LLM is closed: its thread failed ({error!r})"
+        finally:
+            self._end()
+
+    def _execute(self, command: Command | None) -> None:
+        if command is None:
+            return
+        function, answer, context, num_threads = command
+        try:
+            if self.engine is None:
+                raise RuntimeError(self.why_closed)
+            if self.get_num_threads() != num_threads:
+                self.set_num_threads(num_threads)
+            result = context.run(function, self.engine)
+        except BaseException as error:  # the caller's
+            if isinstance(error, RuntimeError):
+                self._close_if_lost(error)
+            if answer is not None:
+                answer(None, error)
+        else:
+            if answer is not None:
+                answer(result, None)
+
+    def _empty_inbox(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._execute(self.inbox.get_nowait())
+
+    def _end(self) -> None:
+        engine, self.engine = self.engine, None
+        clients = {*self.clients.values(), self.by_hand}
+        self.clients, self.driving = {}, {}
+        try:
+            if engine is not None:
+                engine.executor.close()
+        finally:
+            self.is_closed = True
+            for client in clients:
+                client.fail(RuntimeError(self.why_closed))
+            self._empty_inbox()
+
+    # After a fork
+
+    def after_fork(self) -> None:
+        """In a forked process: the thread is not there, and may have been in the middle of a step.
+        Requests stay with the process that was forked, but for the requests stepped by hand."""
+        self._start_anew()
+        self.is_forked = True
+        clients = {*self.clients.values()} - {self.by_hand}
+        self.driving = {}
+        self.clients = {id: self.by_hand for id, c in self.clients.items() if c is self.by_hand}
+        if not self.survives_fork:
+            self.is_closing = self.is_closed = True  # the memory is the other process's
+            self.why_closed = (
+                "this LLM was made before the process forked, and a GPU can't be used in the "
+                "forked one: make the LLM there, or start processes by 'spawn'"
+            )
+        for client in clients:
+            client.fail(RuntimeError("this request runs in the process that was forked"))
+
+    def _recover_from_fork(self) -> None:
+        assert self.engine is not None
+        self.is_forked = False
+        unfinished = self.engine.unfinished
+        self.engine.unfinished = {id: unfinished[id] for id in self.clients if id in unfinished}
+        ended = self.engine.restart()
+        self._tell({self.by_hand: ended}, ended)
+
+
+def _after_fork() -> None:
+    for thread in list(_threads):
+        thread.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
