@@ -4,6 +4,7 @@ import difflib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ class EngineConfig:
         enforce_eager: no CUDA graphs; no effect on a CPU.
         enable_prefix_caching: share the blocks of equal prefixes.
         async_scheduling: schedule the next step while one runs; None: on a GPU.
-        attention_backend: "auto", on a GPU "TRITON_ATTN" or "FLASH_ATTN", on a CPU "TORCH_SDPA".
+        scheduling_policy: "fcfs" (first come, first served) or "priority" (the lowest `priority` of
+            generate and add_request first).
+        attention_backend: "auto", on a GPU "TRITON_ATTN" or "FLASH_ATTN", on a CPU "TORCH_SDPA"; or
+            a callable that makes a backend from ops.make_attention's other arguments.
         load_format: "auto" (safetensors) or "dummy" (random weights from config.json alone).
         seed: seeds of requests without a seed of their own are made from it.
         tensor_parallel_size: 1.
@@ -97,7 +101,8 @@ class EngineConfig:
     enforce_eager: bool = False
     enable_prefix_caching: bool | None = None
     async_scheduling: bool | None = None
-    attention_backend: str | None = None
+    scheduling_policy: str = "fcfs"
+    attention_backend: str | Callable | None = None
     load_format: str = "auto"
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -125,10 +130,12 @@ class EngineConfig:
         return cls(model=os.fspath(model), **options)
 
     def __post_init__(self) -> None:
-        required = ("device", "load_format", "generation_config")
+        required = ("device", "load_format", "generation_config", "scheduling_policy")
         optional = ("revision", "tokenizer_revision", "attention_backend")
         for name in {*PATHS, *required, *optional}:
             value = getattr(self, name)
+            if name == "attention_backend" and callable(value):
+                continue
             if not isinstance(value, str) and (value is not None or name in required):
                 raise TypeError(f"{name} must be a string, got {value!r}")
         for name in ("hf_overrides", "override_generation_config", "profiler_config"):
@@ -186,10 +193,15 @@ class EngineConfig:
                 "profiler_config must be {'profiler': 'torch', 'torch_profiler_dir': FOLDER}, "
                 f"got {profiler!r:.80}"
             )
-        if self.attention_backend not in (None, "auto", *ATTENTION_BACKENDS):
+        backend = self.attention_backend
+        if not (callable(backend) or backend in (None, "auto", *ATTENTION_BACKENDS)):
             raise ValueError(
                 f"attention_backend must be one of 'auto', "
-                f"{', '.join(map(repr, ATTENTION_BACKENDS))}; got {self.attention_backend!r}"
+                f"{', '.join(map(repr, ATTENTION_BACKENDS))}, or a callable; got {backend!r}"
+            )
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            raise ValueError(
+                f"scheduling_policy must be 'fcfs' or 'priority', got {self.scheduling_policy!r}"
             )
         if self.tensor_parallel_size != 1:
             raise ValueError(

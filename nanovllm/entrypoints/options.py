@@ -4,7 +4,7 @@ of an option are the field's, so that no second list exists. cli.py calls it."""
 import argparse
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -42,7 +42,7 @@ def given_options(args: argparse.Namespace, cls: Any) -> dict[str, Any]:
 
 def _how_to_read(kind: Any) -> dict[str, Any]:
     """add_argument's arguments for a field of that type."""
-    kinds = [k for k in get_args(kind) or (kind,) if k is not NoneType]
+    kinds = [k for k in get_args(kind) or (kind,) if k not in (NoneType, Callable)]
     lists = [k for k in kinds if get_origin(k) is list]
     if lists:
         [element] = get_args(lists[0])
