@@ -93,7 +93,6 @@ class LLM:
             config, self.model_config, device, max_num_seqs, max_num_batched_tokens,
             self._checkpoint.recommends_limits,
         )  # fmt: skip
-        group = min(executor.groups, key=lambda group: group.num_blocks)
         self.max_model_len = executor.max_model_len
         self._requests = Requests(self._checkpoint, detokenizer, self.max_model_len, config.seed)
         overlaps = config.async_scheduling
@@ -120,15 +119,7 @@ class LLM:
         )
         # When the last reference to the LLM is gone, or at the end of the process.
         self._finalizer = weakref.finalize(self, self._thread.close)
-        logger.info(
-            "%s on %s; KV cache of %d tokens in blocks of %d, %.1f requests of %d tokens",
-            self.model_config.architecture,
-            executor.description,
-            group.num_blocks * group.block_size,
-            group.block_size,
-            group.num_blocks / -(-self.max_model_len // group.block_size),
-            self.max_model_len,
-        )
+        logger.info("%s on %s", self.model_config.architecture, executor.description)
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> "LLM":

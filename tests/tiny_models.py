@@ -81,16 +81,19 @@ def oracle_greedy(oracle: torch.nn.Module, prompt: list[int], num_tokens: int) -
 def engine_logits(llm: LLM, token_ids: list[int], chunk: int) -> torch.Tensor:
     """[n, vocab] of one sequence from the worker, `chunk` tokens a step, on scattered blocks."""
     executor = llm.llm_engine.executor
-    runner, [group] = executor.runner, executor.groups
-    blocks = list(reversed(range(group.num_blocks)))[: -(-len(token_ids) // group.block_size)]
+    runner, groups = executor.runner, executor.groups
+    num_blocks = -(-len(token_ids) // groups[0].block_size)
+    tables = tuple(
+        np.arange(group.num_blocks, dtype=np.int32)[::-1][:num_blocks] for group in groups
+    )
     logits = []
     for start in range(0, len(token_ids), chunk):
         query = token_ids[start : start + chunk]
         step = StepInput(chunks=[Chunk(0, start, query, samples=True)])
+        step.decode_blocks = np.empty((len(groups), 0), np.int32)
         record = runner.take_record()
         if start == 0:
-            table = np.array(blocks, np.int32)
-            start_row = RowStart(0, 0, SamplingParams(), 0, (), 0, (table,))
+            start_row = RowStart(0, 0, SamplingParams(), 0, (), 0, tables)
             runner.rows.start([start_row], record)
         arrays = record.upload(runner.inputs.begin(step, record))
         shape = StepShape(len(query), 0, is_decode=False, max_query_len=len(query))

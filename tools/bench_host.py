@@ -3,11 +3,12 @@
 python tools/bench_host.py [SEQUENCES ...]
 
 "engine" is Engine.step over an executor that does nothing: scheduling, blocks, stop checks.
-"worker" is the host's work for a CUDA graph without its launches: rows and positions into pinned
-memory and, every 64 steps, the attention's work list, packed for the upload. Contexts have 100 to
-500 tokens, sampled with temperature, two steps in flight. Each number is the mean over 64 steps (so
-one work list serves them, and each sequence opens four blocks), the fastest of several; "with ends"
-is the worker with a work list for each step, as when a sequence ends in every step.
+"worker" is what ModelRunner does on the host for a step that a CUDA graph replays, without the
+launches: columns into pinned memory and, when it is due, the attention's work list, packed for the
+upload. Contexts are 100 to 500 tokens, sampled with temperature; the overlapping engine (depth 2).
+Each number is the mean over the window of 64 steps (so one work list serves it, and each sequence
+opens four blocks) that took least; "with ends" is the worker's where a list serves one step, as
+when sequences end in each.
 """
 
 import sys
@@ -17,7 +18,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from nanovllm.worker.upload import Uploader, layout, pack
 
 from nanovllm import ops
 from nanovllm.core.step import CacheGroup, StepInput, StepOutput
@@ -26,7 +26,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.inputs import InputBuilder
-from nanovllm.worker.sampler import Sampler
+from nanovllm.worker.record import StepRecord, layout, make_records, pack
+from nanovllm.worker.rows import Rows
 
 BLOCK_SIZE = 16
 NUM_STEPS = 320
@@ -55,7 +56,7 @@ class NullExecutor:
 
 
 class HostExecutor(NullExecutor):
-    """An executor that does only the host's work for a step of decodes, timed."""
+    """The host's part of ModelRunner's steps of decodes, timed."""
 
     def __init__(self, max_num_seqs: int, steps_per_list: int | None = None):
         super().__init__(max_num_seqs)
@@ -65,35 +66,38 @@ class HostExecutor(NullExecutor):
         )
         if steps_per_list is not None:
             attention.steps_per_list = steps_per_list
-        uploader = Uploader(device)
         self.size = max_num_seqs
-        self.sampler = Sampler(max_num_seqs + 1, 151936, uploader)
-        sizes = (max_num_seqs, max_num_seqs, 256, BLOCK_SIZE)
-        self.inputs = InputBuilder(*sizes, attention, uploader, self.sampler.device_state)
+        max_tokens = max(16384, max_num_seqs)
+        self.rows = Rows(max_num_seqs, 1, 256, 151936, device)
+        self.inputs = InputBuilder(self.rows, (attention,), BLOCK_SIZE, max_tokens)
+        self.records, _ = make_records(max_num_seqs, 1, max_tokens, device)
+        self.num_steps = 0
         self.arrays: dict[str, np.ndarray] = {}
         self.offsets: dict[tuple[str, ...], dict[str, int]] = {}
         self.buffer = np.empty(1 << 22, np.uint8)
         self.seconds: list[float] = []
 
     def submit(self, step: StepInput) -> Done:
-        self.sampler.start_rows(step.starts)
+        start_time = time.perf_counter()
+        record = self.records[self.num_steps % len(self.records)]
+        self.num_steps += 1
+        record.begin()
+        self.rows.start(step.starts, record)
         if step.chunks:
-            self.inputs.build(step)
+            self.inputs.begin(step, record)
         else:
-            start_time = time.perf_counter()
-            self._run_decodes(step)
+            self._run_decodes(step, record)
             self.seconds.append(time.perf_counter() - start_time)
         return super().submit(step)
 
-    def _run_decodes(self, step: StepInput) -> None:
-        arrays = self.inputs.begin(step, self.size)
+    def _run_decodes(self, step: StepInput, record: StepRecord) -> None:
+        arrays = self.inputs.begin(step, record, self.size)
         if arrays is not self.arrays:
             names = tuple(arrays)
             if names not in self.offsets:
                 self.offsets[names], _ = layout(arrays)
             pack(arrays, self.offsets[names], self.buffer)
             self.arrays = arrays
-        self.sampler.is_plain(step.decode_rows, step.decode_positions + 1)
 
 
 def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:

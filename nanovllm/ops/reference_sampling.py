@@ -5,8 +5,8 @@ tested against.
 import torch
 import torch.nn.functional as F
 
-SAMPLED_LOGITS = 2**19  # logits of the rows that are sampled at a time, to stay in a CPU's cache
-VOCAB_BLOCK = 4096  # tokens in a block of the vocabulary: a draw is of a block, then of its token
+SAMPLED_LOGITS = 2**19  # logits that are sampled from at a time, to stay in a CPU's cache
+VOCAB_BLOCK = 4096  # tokens per block of the vocabulary: a draw is of a block, then of its tokens
 
 
 def sample(
@@ -17,17 +17,17 @@ def sample(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Draw a token for each row from softmax(logits / temperature), among the most likely tokens if
-    the row has limits; at temperature 0 take the first of the most likely tokens.
+    """Draw a token for each row from softmax(logits / temperature), cut down to the most likely
+    tokens by the row's limits; at temperature 0 take the most likely one, the first of several.
 
     A row's noise comes from its keys alone, so its draw does not depend on the batch.
 
     Args:
         logits: [S, vocab].
         temperature: [S] float32.
-        noise_keys: [S, 2] int64, two 32-bit keys a row.
-        top_k: [S] int64, the vocabulary's size keeps all tokens; None: no row has limits.
-        top_p, min_p: [S] float32; None: no row has them.
+        noise_keys: [S, 2] int64, two 32-bit keys for each row.
+        top_k: [S] int64, the vocabulary's size keeps all; None: no row has a limit.
+        top_p, min_p: [S] float32, or None.
 
     Returns: [S] int64.
     """
@@ -37,12 +37,42 @@ def sample(
     num_rows = max(1, SAMPLED_LOGITS // logits.shape[1])
     for rows in random.nonzero().squeeze(1).split(num_rows):
         logits32, t = logits[rows].float(), temperature[rows, None]
-        if top_k is not None or top_p is not None or min_p is not None:
-            limits = (None if limit is None else limit[rows] for limit in (top_k, top_p, min_p))
-            # The remaining tokens are drawn by their logits, as in rows without limits.
-            logits32[keep_likely(logits32 / t, *limits) == -torch.inf] = -torch.inf
+        limits = [None if limit is None else limit[rows] for limit in (top_k, top_p, min_p)]
+        cut_down(logits32, t, *limits)
         token_ids[rows] = draw(logits32, t, noise_keys[rows])
     return token_ids
+
+
+def cut_down(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+) -> None:
+    """Set to -inf what the rows' limits drop. What is kept stays as it is, so that it is drawn as
+    in a row without limits. Rows without limits are left out, and limits that no row has: top_k and
+    top_p sort the logits.
+
+    Args:
+        logits: [n, vocab] float32, changed in place.
+        temperature: [n, 1].
+        top_k, top_p, min_p: [n] each, or None.
+    """
+    has_limit = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    limits: list[torch.Tensor | None] = []
+    for limit, neutral in ((top_k, logits.shape[1]), (top_p, 1), (min_p, 0)):
+        is_one = None if limit is None else limit != neutral
+        if is_one is None or not is_one.any():
+            limits.append(None)
+        else:
+            limits.append(limit)
+            has_limit |= is_one
+    rows = has_limit.nonzero().squeeze(1)
+    if len(rows):
+        of_rows = (None if limit is None else limit[rows] for limit in limits)
+        dropped = keep_likely(logits[rows] / temperature[rows], *of_rows) == -torch.inf
+        logits[rows] = logits[rows].masked_fill_(dropped, -torch.inf)
 
 
 def draw(logits: torch.Tensor, temperature: torch.Tensor, noise_keys: torch.Tensor) -> torch.Tensor:

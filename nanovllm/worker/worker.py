@@ -126,7 +126,7 @@ class Worker:
         try:
             sizes = self.max_positions, self.graph_sizes
             with compiled_ahead(compiler, self._trial_runner, *sizes, laps):
-                self._load()
+                self._load(self.model)
             laps.end("weights")
             if cache_bytes is None:
                 self.plan = self._plan_cache(self._measure())
@@ -150,13 +150,17 @@ class Worker:
 
     @property
     def description(self) -> str:
-        """Device, dtype, attention backend and weights, for the log."""
+        """Device, dtype, attention backend, weights and cache, for the log."""
         dtype = str(self.dtype).removeprefix("torch.")
         gib = self.weight_bytes / platform.GIB
         graphs = f", {len(self.graph_sizes)} CUDA graphs" if self.graph_sizes else ""
+        plan, group = self.plan, self.plan.groups[0]
+        sizes = plan.max_model_len, self.block_size, self.max_num_batched_tokens
+        num_seqs = group.num_blocks / self.layers[0].num_blocks(*sizes)
         return (
             f"{self.device} in {dtype}, attention {self.attentions[0].name}{graphs}, "
-            f"weights {gib:.2f} GiB"
+            f"weights {gib:.2f} GiB; KV cache of {group.num_blocks * group.block_size} tokens in "
+            f"blocks of {group.block_size}, {num_seqs:.1f} requests of {plan.max_model_len} tokens"
         )
 
     # Load, measure, allocate, capture
@@ -167,14 +171,13 @@ class Worker:
         allocate(model, self.device)
         return model
 
-    def _load(self) -> None:
+    def _load(self, model: CausalLM) -> None:
         """Read the weights."""
-        assert self.model is not None
         if self.config.load_format == "dummy":
-            fill_dummy_weights(self.model, self.config.seed)
+            fill_dummy_weights(model, self.config.seed)
         else:
-            load_checkpoint(self.model, resolve_folder(self.config, with_weights=True))
-        prepare_weights(self.model)
+            load_checkpoint(model, resolve_folder(self.config, with_weights=True))
+        prepare_weights(model)
 
     def _measure(self) -> int:
         """Try the largest step, and CUDA graphs, on a cache of one block. Returns the bytes that
@@ -274,8 +277,9 @@ class Worker:
         woken = self.sleeping.intersection(tags)
         try:
             if "weights" in woken and self.model is None:
-                self.model = self._allocated_model()
-                self._load()
+                model = self._allocated_model()
+                self._load(model)
+                self.model = model
             elif "weights" in woken and self.model is not None:
                 self.model.to(self.device)
             if "kv_cache" in woken:

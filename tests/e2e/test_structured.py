@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from nanovllm.worker.upload import Uploader
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
@@ -19,6 +18,8 @@ from nanovllm import LLM, RequestOutputKind, SamplingParams, StructuredOutputsPa
 from nanovllm.core.step import RowStart
 from nanovllm.frontend.structured_outputs import _closed
 from nanovllm.worker.host_processors import HostProcessors
+from nanovllm.worker.record import make_records
+from nanovllm.worker.rows import Rows
 
 pytest.importorskip("llguidance")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -338,24 +339,29 @@ def test_processors_see_every_token(depth):
 
 
 def test_tokens_are_read_when_the_device_has_written_them():
+    rows = Rows(4, 1, 4, 100, torch.device("cpu"))
+    records, _ = make_records(4, 1, 4, torch.device("cpu"))
+    record, host = records[0], HostProcessors(rows)
+
     class Event:
         def synchronize(self):
-            tokens[:] = [5, 7]
+            record.token_ids[:2] = [5, 7]
             waits.append(self)
 
-    tokens, waits = np.array([-1, -1]), []
-    host = HostProcessors(4, Uploader(torch.device("cpu")))
+    waits = []
     params = ask(logits_processors=[lambda output, logits: logits])
-    host.start_rows([RowStart(1, 0, ask(), 0, (), 0), RowStart(2, 0, params, 0, (), 0)])
-    assert host.drawn(np.array([1, 2]), tokens) == {}
-    host.written = Event()
+    starts = [RowStart(1, 0, ask(), 0, (), 0), RowStart(2, 0, params, 0, (), 0)]
+    rows.start(starts, record)
+    host.keep(np.array([1, 2]), np.array([0, 1]), record)
+    assert record.errors == {}
+    record.event = Event()
     host.catch_up(np.array([0, 1, 3]))
-    assert not waits  # no row there needs the host
+    assert not waits  # none of these rows needs the host
     host.catch_up(np.array([2, 1]))
     host.catch_up(np.array([2]))  # it has drawn nothing since
-    assert host.rows[2].output == [7]
-    host.start_rows([RowStart(2, 0, ask(), 0, (), 0)])
-    assert not host.rows and not host.used.any()
+    assert rows.on_host[2].output == [7] and len(waits) == 1
+    rows.start([RowStart(2, 0, ask(), 0, (), 0)], records[1])
+    assert not rows.on_host and not rows.needs_host.any()
 
 
 def test_what_a_processor_may_take():

@@ -4,15 +4,18 @@ a kernel makes."""
 import numpy as np
 import pytest
 import torch
-from nanovllm.worker.upload import ALIGNMENT, Uploader, layout, pack, views
 
 from nanovllm.core.step import Chunk, RowStart, StepInput
-from nanovllm.ops.reference import TorchAttention
+from nanovllm.ops.batch import RowState
+from nanovllm.ops.reference_attention import TorchAttention
+from nanovllm.ops.reference_rows import noise_keys
+from nanovllm.ops.triton import rows as triton_rows
 from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.graphs import graph_sizes
-from nanovllm.worker.inputs import InputBuilder
-from nanovllm.worker.sampler import noise_keys
+from nanovllm.worker.inputs import InputBuilder, _step_tensors
+from nanovllm.worker.record import ALIGNMENT, layout, make_records, pack, views
+from nanovllm.worker.rows import Rows
 
 CPU = torch.device("cpu")
 
@@ -46,44 +49,39 @@ def test_sizes_go_up_to_max_num_seqs_with_little_padding(max_num_seqs):
 
 
 def make_inputs(num_rows, max_blocks, **heads):
+    """A builder of a GPU's inputs, whose kernels do not run."""
     heads = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, **heads}
     attention = TritonAttention(
         **heads, block_size=16, dtype=torch.bfloat16, device=CPU, num_sms=132, max_decodes=num_rows
     )
-    sizes = (num_rows, num_rows, max_blocks, 16)
-    return InputBuilder(*sizes, attention, Uploader(CPU), no_state(num_rows))
+    rows = Rows(num_rows, 1, max_blocks, 100, CPU)
+    return InputBuilder(rows, (attention,), 16, num_rows), make_records(num_rows, 1, num_rows, CPU)
 
 
-def no_state(num_rows):
-    return {
-        "temperature": torch.zeros(num_rows + 1),
-        "seed": torch.zeros(num_rows + 1, dtype=torch.int64),
-    }
-
-
-def decode_step(rows, positions, pages=None):
-    pages = np.full(len(rows), -1, np.int32) if pages is None else pages
-    return StepInput(decode_rows=rows, decode_positions=positions, decode_blocks=pages[None])
+def decode_step(rows, positions):
+    blocks = np.full((1, len(rows)), -1, np.int32)
+    return StepInput(decode_rows=rows, decode_positions=positions, decode_blocks=blocks)
 
 
 @pytest.mark.parametrize("size", [1, 8, 40])
 def test_a_graphs_arrays_have_the_shapes_of_its_size_and_their_names(size):
-    inputs = make_inputs(40, 300)
+    inputs, ([record, *_], _) = make_inputs(40, 300)
+    [attention] = inputs.attentions
     rng = np.random.default_rng(0)
     shapes = {}
     for num_decodes in {1, (size + 1) // 2, size}:
         for longest in (2, 400, 4000, 4700):
             # Tables of zeros: all rows share all of their blocks, if that counts.
-            for inputs.attention.min_gain_bytes in (0, 1 << 60):
+            for attention.min_gain_bytes in (0, 1 << 60):
                 rows = rng.permutation(40)[:num_decodes]
-                inputs.steps_listed = 0
+                inputs.list_age = 0
                 step = decode_step(rows, rng.integers(1, longest, num_decodes))
-                arrays = inputs.begin(step, size)
+                arrays = inputs.begin(step, record, size)
                 kinds = tuple((a.shape, a.dtype) for a in arrays.values())
                 shapes.setdefault(tuple(arrays), set()).add(kinds)
     assert all(len(kinds) == 1 for kinds in shapes.values())
-    assert any("shared_items" in names for names in shapes) == (size > 2)
-    layouts = [names for names in shapes if "shared_items" not in names]
+    assert any("0.shared_items" in names for names in shapes) == (size > 2)
+    layouts = [names for names in shapes if "0.shared_items" not in names]
     assert len(layouts) == 1 or size == 8  # few decodes with few keys, and with many
 
 
@@ -97,24 +95,27 @@ def test_a_graphs_arrays_have_the_shapes_of_its_size_and_their_names(size):
     ],
 )
 def test_the_layout_of_attention_follows_from_decodes_and_keys(num_decodes, num_keys, layout):
-    inputs = make_inputs(1024, 12_500, num_heads=16, num_kv_heads=8, head_dim=128)
-    inputs.attention.min_gain_bytes = 1 << 60
+    inputs, ([record, *_], _) = make_inputs(
+        1024, 12_500, num_heads=16, num_kv_heads=8, head_dim=128
+    )
+    inputs.attentions[0].min_gain_bytes = 1 << 60
     step = decode_step(np.arange(num_decodes), np.full(num_decodes, num_keys) - 1)
-    arrays = inputs.begin(step, num_decodes)
-    assert [name for name in arrays if name.endswith("_items")] == [f"{layout}_items"]
+    arrays = inputs.begin(step, record, num_decodes)
+    assert [name for name in arrays if name.endswith("_items")] == [f"0.{layout}_items"]
 
 
 def test_a_list_of_work_serves_while_the_decodes_are_the_same():
-    inputs = make_inputs(8, 300)
+    inputs, ([record, *_], _) = make_inputs(8, 300)
     rows, positions = np.array([3, 1, 6]), np.array([30, 700, 2])
 
     def begin(rows, positions, size=8):
-        return inputs.begin(decode_step(rows, positions), size)
+        return inputs.begin(decode_step(rows, positions), record, size)
 
     first = begin(rows, positions)
-    served = inputs.attention.steps_per_list
+    served = inputs.attentions[0].steps_per_list
     for i in range(1, served):
         assert begin(rows, positions + i) is first
+        assert inputs.tensors.list_age.item() == i
     positions += served
     later = begin(rows, positions)
     assert later is not first and begin(rows, positions + 1) is later
@@ -124,93 +125,126 @@ def test_a_list_of_work_serves_while_the_decodes_are_the_same():
     other_size = begin(rows[:2], positions[:2] + 5, size=4)
     assert other_size is not fewer
     # Row 3 ends, another sequence takes it.
-    inputs.build(
-        StepInput(
-            starts=[RowStart(3, 0, SamplingParams(), 0, (), 0, (np.array([5], np.int32),))],
-            chunks=[Chunk(3, 0, [1, 2], samples=True)],
-        )
-    )
+    starts = [RowStart(3, 0, SamplingParams(), 0, (), 0, (np.array([5], np.int32),))]
+    inputs.rows.start(starts, record)
+    inputs.begin(StepInput(starts, chunks=[Chunk(3, 0, [1, 2], samples=True)]), record)
     assert begin(rows[:2], np.array([2, positions[1] + 6]), size=4) is not other_size
 
 
 @pytest.mark.gpu
-def test_a_steps_inputs_on_a_gpu():
-    check_step_inputs(torch.device("cuda"))
+def test_a_steps_tensors_on_a_gpu():
+    check_step_tensors(torch.device("cuda"))
 
 
-def test_a_steps_inputs_interpreted():
-    check_step_inputs(CPU)
+def test_a_steps_tensors_interpreted():
+    check_step_tensors(CPU)
 
 
-def check_step_inputs(device):
-    """begin_step's kernel beside what numpy makes of the same step."""
-    rng = np.random.default_rng()
-    num_rows, num_tokens = 300, 420
-    seeds = rng.integers(0, 2**64, 301, np.uint64)
+def random_state(rng, num_groups, num_rows, max_blocks, device):
+    """Of num_rows sequences and padding."""
+    n = num_rows + 1
+    seeds = rng.integers(0, 2**64, n, np.uint64)
     seeds[0] = 2**64 - 1
-    state = {
-        "temperature": torch.from_numpy(rng.random(301).astype(np.float32)).to(device),
-        "seed": torch.from_numpy(seeds.view(np.int64)).to(device),
-    }
-    inputs = InputBuilder(num_rows, num_tokens, 20, 16, TorchAttention(), Uploader(device), state)
-    inputs.host_tables[:] = rng.permutation(301 * 20).reshape(301, 20)
-    inputs.block_tables.copy_(torch.from_numpy(inputs.host_tables))
-    inputs.last_tokens.copy_(torch.from_numpy(rng.integers(0, 150_000, 301)))
+    arrays = [
+        rng.permutation(num_groups * n * max_blocks).astype(np.int32), rng.integers(0, 150_000, n),
+        seeds.view(np.int64), rng.integers(1, 150_000, n),
+        *(rng.random(n).astype(np.float32) for _ in range(3)),
+    ]  # fmt: skip
+    arrays[0] = arrays[0].reshape(num_groups, n, max_blocks)
+    return RowState(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def random_step(rng, num_decodes, num_chunks, num_groups, num_rows):
+    """Decodes that open blocks or not, chunks of rows of which others computed some tokens."""
+    rows = rng.permutation(num_rows)
+    positions = rng.integers(2, 320, num_decodes)
+    opens = positions % 16 == 0
+    blocks = np.where(opens, rng.integers(9000, 9999, (num_groups, num_decodes)), -1)
+    step = StepInput([], rows[:num_decodes], positions, blocks.astype(np.int32))
+    for row in rows[num_decodes:][:num_chunks].tolist():
+        tables = tuple(rng.permutation(6000)[:20].astype(np.int32) for _ in range(num_groups))
+        cached, samples = int(rng.integers(0, 3)), bool(rng.integers(0, 2))
+        step.starts.append(RowStart(row, cached, SamplingParams(), 0, (), 0, tables))
+        tokens = rng.integers(0, 150_000, rng.integers(1, 9)).tolist()
+        step.chunks.append(Chunk(row, max(0, cached - 1), tokens, samples))
+    return step
+
+
+def check_step_tensors(device):
+    """begin_step's kernel beside its reference, on random steps, and what numpy makes of them."""
+    rng = np.random.default_rng()
+    num_rows, num_tokens, num_groups = 300, 420, 2
+    state = random_state(rng, num_groups, num_rows, 20, device)
+    attentions = (TorchAttention(), TorchAttention())
     for num_decodes, num_chunks in ((1, 0), (270, 0), (280, 0), (0, 1), (100, 20), (290, 10)):
-        all_rows = rng.permutation(num_rows)
-        rows, chunk_rows = all_rows[:num_decodes], all_rows[num_decodes:][:num_chunks]
-        positions = rng.integers(2, 320, num_decodes)  # behind what is cached
-        opens = positions % 16 == 0
-        pages = np.where(opens, rng.integers(9000, 9999, num_decodes), -1).astype(np.int32)
-        step = decode_step(rows, positions, pages)
-        for row in chunk_rows.tolist():
-            table = rng.permutation(6000)[:20].astype(np.int32)
-            cached, samples = int(rng.integers(0, 3)), bool(rng.integers(0, 2))
-            step.starts.append(RowStart(row, cached, SamplingParams(), 0, (), 0, (table,)))
-            tokens = rng.integers(0, 150_000, rng.integers(1, 9)).tolist()
-            step.chunks.append(Chunk(row, max(0, cached - 1), tokens, samples))
-        n = int(step.query_lens.sum())
+        rows = Rows(num_rows, num_groups, 20, 150_000, CPU)
+        rows.state = RowState(*(tensor.cpu().clone() for tensor in state))
+        builder = InputBuilder(rows, attentions, 16, num_tokens)
+        [record, *_], _ = make_records(num_rows, num_groups, num_tokens, device)
+        step = random_step(rng, num_decodes, num_chunks, num_groups, num_rows)
+        for start in step.starts:
+            rows.num_cached_tokens[start.row] = start.num_cached_tokens
+            for tables in (rows.state.block_tables, state.block_tables):
+                for table, blocks in zip(tables, start.block_tables, strict=True):
+                    table[start.row] = torch.from_numpy(blocks)
+        lens = [len(chunk.token_ids) for chunk in step.chunks]
+        n = num_decodes + sum(lens)
         size = int(rng.integers(n, num_tokens + 1))
-        listed = inputs.begin(step, size)
-        written = {n: t[:size].cpu().numpy() for n, t in inputs.step_inputs.items()}
-        arrays = inputs._arrays(step)
-        assert (inputs.host_tables[rows, positions // 16][opens] == pages[opens]).all()
-        assert np.array_equal(inputs.block_tables.cpu().numpy(), inputs.host_tables)
-        for name in ("positions", "slot_mapping"):
-            assert np.array_equal(written[name][:n], arrays[name]), name
-        assert (written["context_lens"] == written["positions"] + 1).all()
-        last_tokens = inputs.last_tokens.cpu().numpy()
-        token_ids = np.concatenate((last_tokens[rows], step.known_tokens))
-        assert np.array_equal(written["token_ids"][:n], token_ids)
-        drawn = np.full(n, inputs.padding_row)
-        drawn[step.sampled_tokens] = step.rows[step.samples]
-        assert np.array_equal(written["rows"][:n], drawn)
-        assert (written["rows"][n:] == inputs.padding_row).all()
-        assert (written["slot_mapping"][n:] == -1).all()
-        assert (written["positions"][n:] == 0).all()
-        assert (written["token_ids"][n:] == last_tokens[inputs.padding_row]).all()
-        sampled = drawn != inputs.padding_row
-        assert ("sampled_tokens" in listed) == (size > num_rows)
-        if size > num_rows:
-            places = listed["sampled_tokens"]
-            assert len(places) == num_rows
-            assert np.array_equal(places[: sampled.sum()], step.sampled_tokens)
-            assert (written["rows"][places[sampled.sum() :]] == inputs.padding_row).all()
-        temperature = state["temperature"].cpu().numpy()
-        assert np.array_equal(written["temperature"][:n][sampled], temperature[drawn[sampled]])
-        keys = noise_keys(seeds[drawn], written["positions"][:n] + 1)
-        assert np.array_equal(written["noise_keys"][:n][sampled], keys[sampled])
+        builder.begin(step, record, size)
+        expected = builder.tensors
+
+        out = _step_tensors(Rows(num_rows, num_groups, 20, 150_000, device), 2, num_tokens)
+        triton_rows.begin_step(record.columns, state, out, 16, size)
+        num_draws, num_sampled = min(size, num_rows), record.num_sampled
+        for name, mine, theirs in zip(out._fields, out, expected, strict=True):
+            if name == "draws":
+                continue
+            end = num_draws if name in ("rows", "sampled_tokens") else size
+            assert torch.equal(mine.cpu()[..., :end], theirs[..., :end]), name
+        for name, mine, theirs in zip(out.draws._fields, out.draws, expected.draws, strict=True):
+            assert torch.equal(mine.cpu()[:num_draws], theirs[:num_draws]), name
+        assert torch.equal(state.block_tables.cpu(), rows.state.block_tables)
+
+        # What they mean.
+        token_rows = np.concatenate((step.decode_rows, np.repeat(step.rows[num_decodes:], lens)))
+        known = [token for chunk in step.chunks for token in chunk.token_ids]
+        last_tokens = state.last_tokens.cpu().numpy()
+        token_ids = np.concatenate((last_tokens[step.decode_rows], np.array(known, np.int64)))
+        assert np.array_equal(expected.token_ids[:n], token_ids)
+        positions = expected.positions[:n].numpy()
+        ends = [chunk.position + len(chunk.token_ids) - 1 for chunk in step.chunks]
+        last = num_decodes + np.cumsum(lens, dtype=int) - 1
+        assert positions[last].tolist() == ends
+        for group in range(num_groups):
+            blocks = state.block_tables[group].cpu().numpy()[token_rows, positions // 16]
+            slots = blocks.astype(np.int64) * 16 + positions % 16
+            slots[num_decodes:][positions[num_decodes:] < rows.num_cached_tokens[
+                token_rows[num_decodes:]]] = -1  # fmt: skip
+            assert np.array_equal(expected.slot_mapping[group, :n], slots)
+        assert (expected.slot_mapping[:, n:size] == -1).all()
+        samples = np.append(np.arange(num_decodes), last)[step.samples]
+        assert expected.sampled_tokens[:num_sampled].tolist() == samples.tolist()
+        assert expected.rows[:num_sampled].tolist() == step.rows[step.samples].tolist()
+        assert (expected.rows[num_sampled:num_draws] == num_rows).all()
+        seeds = state.seed.cpu().numpy().view(np.uint64)[expected.rows[:num_sampled]]
+        keys = noise_keys(seeds, positions[samples] + 1)
+        assert np.array_equal(expected.draws.noise_keys[:num_sampled], keys)
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            of_rows = getattr(state, name).cpu()[expected.rows[:num_draws]]
+            assert torch.equal(getattr(expected.draws, name)[:num_draws], of_rows)
 
         # And back: what is sampled for them.
-        token_ids = torch.from_numpy(rng.integers(0, 150_000, size)).to(device)
-        batch, tensors = inputs.batch_of(size, {})
-        assert batch.query_start.tolist() == list(range(size + 1)) and batch.is_decode
-        inputs.keep_sampled(tensors["rows"], token_ids, tensors["turn"])
-        if device.type == "cuda":
+        pin = device.type == "cuda"
+        host_tokens = torch.zeros(4, num_rows, dtype=torch.int64, pin_memory=pin)
+        token_ids = torch.from_numpy(rng.integers(0, 150_000, num_draws)).to(device)
+        out.slot.fill_(2)
+        sampled = out.rows[:num_draws], token_ids, out.slot
+        triton_rows.keep_sampled(state.last_tokens, host_tokens, *sampled)
+        if pin:
             torch.cuda.synchronize()
-        assert inputs.sampled()[:n].tolist() == token_ids[:n].tolist()
-        places = step.sampled_tokens
-        assert inputs.last_tokens[drawn[places]].tolist() == token_ids[places].tolist()
+        assert torch.equal(host_tokens[2, :num_draws], token_ids.cpu())
+        rows_of = out.rows[:num_sampled]
+        assert torch.equal(state.last_tokens[rows_of], token_ids[:num_sampled])
 
 
 def test_packed_arrays_come_back_as_they_were():

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import TINY
 from fake_worker import logprob_lines
-from nanovllm.worker.upload import Uploader
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, Logprob, SamplingParams
 from nanovllm.ops.reference_sampling import top_logprobs
 from nanovllm.outputs import SampleLogprobs
 from nanovllm.worker.logprobs import LogprobsReader
+from nanovllm.worker.record import make_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,12 +127,9 @@ def test_parts_of_a_batch_and_half_precision(dtype, monkeypatch):
     monkeypatch.setattr("nanovllm.worker.logprobs.NORMALIZED_LOGITS", 3 * 50)
     torch.manual_seed(0)
     logits, tokens = torch.randn(9, 50).to(dtype), torch.arange(9)
-    reader = LogprobsReader(12, 50, Uploader(torch.device("cpu")))
-    rows = np.arange(9) + 2
-    assert reader.read(logits, tokens, rows) is None
+    [record, *_], _ = make_records(12, 1, 12, torch.device("cpu"))
     asking = [0, 2, 3, 5, 6, 7, 8]
-    reader.asks[rows[asking]] = True
-    found = reader.read(logits, tokens, rows)
+    found = LogprobsReader(12, 50).read(logits, tokens, np.array(asking), record)
     expected = top_logprobs(logits[asking].float(), tokens[asking], 20)
     for one, other in zip((found.token_ids, found.logprobs, found.ranks), expected, strict=True):
         np.testing.assert_array_equal(one, other.numpy())

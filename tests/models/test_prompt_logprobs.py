@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from nanovllm.worker.upload import Uploader
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams
 from nanovllm.core.step import Chunk, Scoring, StepInput
 from nanovllm.ops.reference_sampling import top_logprobs
 from nanovllm.worker.logprobs import LogprobsReader
+from nanovllm.worker.record import make_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,12 +121,13 @@ def test_parts_of_a_step_and_half_precision(dtype, monkeypatch):
     monkeypatch.setattr("nanovllm.worker.logprobs.NORMALIZED_LOGITS", 3 * 50)
     torch.manual_seed(0)
     hidden, head = torch.randn(12, 8).to(dtype), torch.randn(50, 8).to(dtype)
-    reader = LogprobsReader(4, 50, Uploader(torch.device("cpu")))
+    reader = LogprobsReader(4, 50)
+    [record, *_], _ = make_records(4, 1, 12, torch.device("cpu"))
     # Two decodes, then chunks of 5, 1 and 4 tokens.
     chunks = [Chunk(row, 0, [1] * n, samples=True) for row, n in enumerate((5, 1, 4))]
     step = StepInput(decode_rows=np.arange(2, 4), decode_positions=np.zeros(2, np.int64))
     step.chunks, step.scorings = chunks, [Scoring(0, 1, [4, 9, 7], 3), Scoring(2, 0, [8] * 4, 0)]
-    found = reader.score(step, hidden, lambda part: part @ head.T)
+    found = reader.score(step, hidden, lambda part: part @ head.T, record)
     queries, tokens = [3, 4, 5, 8, 9, 10, 11], torch.tensor([4, 9, 7, 8, 8, 8, 8])
     expected = top_logprobs((hidden[queries] @ head.T).float(), tokens, 3)
     for one, other in zip((found.token_ids, found.logprobs, found.ranks), expected, strict=True):

@@ -6,15 +6,17 @@ import types
 import numpy as np
 import pytest
 import torch
-from nanovllm.worker.upload import Uploader
 from torch.nn.functional import scaled_dot_product_attention
 
 from nanovllm.core.step import Chunk, RowStart, StepInput
-from nanovllm.ops import flash_attention, reference
+from nanovllm.ops import flash_attention
 from nanovllm.ops.batch import KVLayer
 from nanovllm.ops.flash_attention import FlashAttention
+from nanovllm.ops.reference_attention import TorchAttention
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.inputs import InputBuilder
+from nanovllm.worker.inputs import InputBuilder, StepShape
+from nanovllm.worker.record import make_records
+from nanovllm.worker.rows import Rows
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 16
@@ -68,20 +70,33 @@ def test_it_attends_as_the_reference(monkeypatch, num_decodes, query_lens, conte
     )
     monkeypatch.setattr(flash_attention, "flash_attn", package)
     attention = FlashAttention(HEAD_DIM, torch.bfloat16, BLOCK_SIZE)
-    inputs = InputBuilder(8, 8, 4, BLOCK_SIZE, attention, Uploader(CPU), {})
     firsts = [context - query for query, context in zip(query_lens, context_lens, strict=True)]
     step = StepInput(
-        decode_rows=np.arange(num_decodes), decode_positions=np.array(firsts[:num_decodes], int)
+        decode_rows=np.arange(num_decodes),
+        decode_positions=np.array(firsts[:num_decodes], int),
+        decode_blocks=np.full((1, num_decodes), -1, np.int32),
     )
-    pages = torch.randperm(40).tolist()
+    blocks = torch.randperm(40).tolist()
     for row, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         count = -(-context_len // BLOCK_SIZE)
-        table = np.array([pages.pop() for _ in range(count)], np.int32)
+        table = np.array([blocks.pop() for _ in range(count)], np.int32)
         step.starts.append(RowStart(row, 0, SamplingParams(), 0, (), 0, (table,)))
         if row >= num_decodes:
             step.chunks.append(Chunk(row, firsts[row], [0] * query_len, samples=True))
-    batch, _ = inputs.build(step)
     kv = KVLayer(*torch.randn(2, 40, BLOCK_SIZE, KV_HEADS, HEAD_DIM))
     q = torch.randn(sum(query_lens), HEADS, HEAD_DIM)
-    expected = reference.paged_attention(q, kv, batch, 0.3)
-    torch.testing.assert_close(attention.attend(q, kv, batch, 0.3), expected)
+    sizes = (None, 6) if not step.chunks else (None,)
+    for size in sizes:  # a graph's padding, too
+        outs = []
+        for backend in (TorchAttention(), attention):
+            rows = Rows(8, 1, 4, 100, CPU)
+            [record, *_], _ = make_records(8, 1, 400, CPU)
+            rows.start(step.starts, record)
+            inputs = InputBuilder(rows, (backend,), BLOCK_SIZE, 400)
+            is_torch = backend is not attention
+            arrays = record.upload(inputs.begin(step, record, None if is_torch else size))
+            num_tokens = len(q) if is_torch or size is None else size
+            shape = StepShape(num_tokens, 0, max_query_len=max(query_lens))
+            padded = torch.cat((q, q.new_zeros(num_tokens - len(q), HEADS, HEAD_DIM)))
+            outs.append(backend.attend(padded, kv, inputs.batch(shape, arrays), 0.3)[: len(q)])
+        torch.testing.assert_close(*outs)

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 from logits_oracle import asked_logits
-from nanovllm.worker.upload import Uploader
+from row_sampling import RowSampling
 
 from nanovllm.core.step import RowStart
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.sampler import Sampler
 
 VOCAB = 70  # not a multiple of 32
 PROMPT = [3, 9, 3, 4]
@@ -47,23 +46,22 @@ def start(row, params, known=PROMPT):
                     token_ids=token_ids)  # fmt: skip
 
 
-def processed(sampler, logits, rows, positions):
-    columns = sampler.uploader.upload(sampler.processors.columns(rows, positions))
-    return sampler.processors.apply(logits.clone(), rows, positions, columns)
+def processed(sampling, logits, rows, positions):
+    processors = sampling.sampler.processors
+    columns = sampling.record.upload(processors.columns(rows, positions))
+    return processors.apply(logits.clone(), rows, positions, columns)
 
 
 @pytest.mark.parametrize("resumes_at", [None, 3])
 def test_the_steps_equal_transformers(resumes_at):
     torch.manual_seed(0)
-    sampler = Sampler(len(ASKING) + 3, VOCAB, Uploader(torch.device("cpu")))
+    sampling = RowSampling([], VOCAB, num_rows=len(ASKING) + 3)
     rows = np.arange(len(ASKING))[::-1].copy() + 3
-    sampler.start_rows(
-        [start(row, params) for row, params in zip(rows.tolist(), ASKING, strict=True)]
-    )
+    sampling.start([start(row, params) for row, params in zip(rows.tolist(), ASKING, strict=True)])
     for n in range(len(OUTPUT)):
         if n == resumes_at:  # in other rows, which others have had
             rows = np.roll(rows, 1)
-            sampler.start_rows(
+            sampling.start(
                 [
                     start(row, params, PROMPT + OUTPUT[:n])
                     for row, params in zip(rows.tolist(), ASKING, strict=True)
@@ -71,7 +69,7 @@ def test_the_steps_equal_transformers(resumes_at):
             )
         logits = torch.randn(len(ASKING), VOCAB) * 4
         positions = np.full(len(ASKING), len(PROMPT) + n)
-        found = processed(sampler, logits, rows, positions)
+        found = processed(sampling, logits, rows, positions)
         for i, params in enumerate(ASKING):
             expected = asked_logits(params, logits[i], PROMPT, OUTPUT[:n], STOPS)
             torch.testing.assert_close(
@@ -79,10 +77,11 @@ def test_the_steps_equal_transformers(resumes_at):
             )
             # The same alone.
             assert torch.equal(
-                processed(sampler, logits[i : i + 1], rows[i : i + 1], positions[i : i + 1])[0],
+                processed(sampling, logits[i : i + 1], rows[i : i + 1], positions[i : i + 1])[0],
                 found[i],
             )
-        sampler.processors.keep(rows, positions, torch.full((len(ASKING),), OUTPUT[n]))
+        token_ids = torch.full((len(ASKING),), OUTPUT[n])
+        sampling.sampler.processors.keep(rows, positions, token_ids, sampling.record)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 100])
@@ -93,9 +92,9 @@ def test_draws_from_changed_logits_do_not_touch_the_others(parts, monkeypatch):
     rows, positions = np.arange(len(ASKING)), np.full(len(ASKING), len(PROMPT))
 
     def draw(params):
-        sampler = Sampler(len(params), VOCAB, Uploader(torch.device("cpu")))
-        sampler.start_rows([start(row, p) for row, p in enumerate(params)])
-        return sampler.sample(logits, rows, positions)
+        sampling = RowSampling([], VOCAB, num_rows=len(params))
+        sampling.start([start(row, p) for row, p in enumerate(params)])
+        return sampling.sample(logits, rows, positions)
 
     before = logits.clone()
     mixed = draw(ASKING)
@@ -112,67 +111,67 @@ def test_draws_from_changed_logits_do_not_touch_the_others(parts, monkeypatch):
 
 
 def test_a_reused_row_forgets_what_was_asked_before():
-    sampler = Sampler(1, VOCAB, Uploader(torch.device("cpu")))
+    sampling = RowSampling([], VOCAB, num_rows=1)
     rows, positions = np.array([0]), np.array([len(PROMPT)])
     logits = torch.randn(1, VOCAB)
     for params in [*ASKING, *reversed(ASKING)]:
-        sampler.start_rows([start(0, params)])
+        sampling.start([start(0, params)])
         expected = asked_logits(params, logits[0], PROMPT, [], STOPS)
-        torch.testing.assert_close(processed(sampler, logits, rows, positions)[0], expected)
-    sampler.start_rows([RowStart(0, 0, SamplingParams(), 0, STOPS, 0)])
-    assert sampler.is_plain(rows, positions) and sampler.all_plain
+        torch.testing.assert_close(processed(sampling, logits, rows, positions)[0], expected)
+    sampling.start([RowStart(0, 0, SamplingParams(), 0, STOPS, 0)])
+    assert not (sampling.rows.changes(rows, positions).any() or sampling.rows.any_changed)
 
 
-def test_no_minimum_is_plain():
-    sampler = Sampler(1, VOCAB, Uploader(torch.device("cpu")))
-    sampler.start_rows([start(0, SamplingParams())])
-    assert sampler.all_plain and not sampler.processors.stop_token_ids.used.any()
+def test_no_minimum_changes_nothing():
+    sampling = RowSampling([], VOCAB, num_rows=1)
+    sampling.start([start(0, SamplingParams())])
+    assert not (sampling.rows.any_changed or sampling.rows.stop_token_ids.used.any())
 
 
 def test_single_bad_words_need_no_history():
-    sampler = Sampler(2, VOCAB, Uploader(torch.device("cpu")))
+    sampling = RowSampling([], VOCAB, num_rows=2)
     params = bad_words([5], [69])
-    sampler.start_rows([start(0, params), start(1, SamplingParams(logit_bias={0: 1.0}))])
+    sampling.start([start(0, params), start(1, SamplingParams(logit_bias={0: 1.0}))])
     logits = torch.randn(2, VOCAB)
-    found = processed(sampler, logits, np.arange(2), np.array([6, 6]))
+    found = processed(sampling, logits, np.arange(2), np.array([6, 6]))
     torch.testing.assert_close(found[0], asked_logits(params, logits[0], PROMPT, OUTPUT[:2]))
-    assert not sampler.processors.history.data.numel()
+    assert not sampling.rows.history.data.numel()
 
 
-def test_who_asks_is_not_plain():
+def test_rows_say_whether_their_logits_are_changed():
     for params in ASKING[:-2]:
-        sampler = Sampler(2, VOCAB, Uploader(torch.device("cpu")))
-        sampler.start_rows([start(0, params), RowStart(1, 0, SamplingParams(), 0, STOPS, 0)])
-        positions = np.array([len(PROMPT)])
-        assert not sampler.is_plain(np.array([0]), positions)
-        assert sampler.is_plain(np.array([1]), positions)
+        sampling = RowSampling([], VOCAB, num_rows=2)
+        sampling.start([start(0, params), RowStart(1, 0, SamplingParams(), 0, STOPS, 0)])
+        positions = np.full(2, len(PROMPT))
+        assert sampling.rows.changes(np.arange(2), positions).tolist() == [True, False]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nobody_waits_for_the_gpu(dtype):
-    devices = [torch.device("cpu"), torch.device("cuda")]
-    samplers = [Sampler(len(ASKING), VOCAB, Uploader(device)) for device in devices]
+def test_the_host_never_waits_for_the_gpu(dtype):
+    on_cpu, on_gpu = (
+        RowSampling([], VOCAB, num_rows=len(ASKING), device=device) for device in ("cpu", "cuda")
+    )
     starts = [start(row, params) for row, params in enumerate(ASKING)]
     rows = np.arange(len(ASKING))
     for token in (None, *OUTPUT):  # None: memory is made, kernels are compiled
         if token in (None, OUTPUT[0]):
-            for sampler in samplers:
-                sampler.start_rows(starts)
-                sampler.logprobs.asks[:] = True
+            for sampling in (on_cpu, on_gpu):
+                sampling.start(starts)
+                sampling.rows.wants_logprobs[:] = True
             positions = np.full(len(ASKING), len(PROMPT))
         logits = torch.randn(len(ASKING), VOCAB).to(dtype)
         on_device = logits.cuda()
-        expected = samplers[0].sample(logits, rows, positions)
+        expected = on_cpu.sample(logits, rows, positions)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("default" if token is None else "error")
         try:
-            found = samplers[1].sample(on_device, rows, positions)
-            read = samplers[1].logprobs.read(on_device, found, rows)
+            found = on_gpu.sample(on_device, rows, positions)
+            read = on_gpu.read_logprobs(on_device, found, rows)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert found.tolist() == expected.tolist()
-        own = samplers[0].logprobs.read(logits, expected, rows)
+        own = on_cpu.read_logprobs(logits, expected, rows)
         torch.cuda.synchronize()
         np.testing.assert_allclose(read.logprobs, own.logprobs, atol=1e-4)
         positions = positions + 1

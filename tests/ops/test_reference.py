@@ -1,60 +1,32 @@
 """The reference operations against plain float64 formulas on fresh random inputs."""
 
+import numpy as np
 import pytest
 import torch
+from kernel_calls import attention_in_float64, paged_case
 
 from nanovllm import ops
 from nanovllm.core.model_config import RopeConfig
 from nanovllm.layers.rope import Rope
-from nanovllm.ops import reference
-from nanovllm.ops.batch import ForwardBatch, KVLayer, Rotary
+from nanovllm.ops import reference, reference_attention
+from nanovllm.ops.batch import BatchGroup, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.reference_attention import TorchAttention
+
+CPU = torch.device("cpu")
 
 
-def make_batch(query_lens, context_lens, block_size, num_blocks):
-    """A batch over randomly scattered blocks."""
-    tables_len = -(-max(context_lens) // block_size)
-    free = torch.randperm(num_blocks).tolist()
-    tables = torch.zeros(len(query_lens), tables_len, dtype=torch.int32)
-    positions, slots = [], []
-    for i, (query, context) in enumerate(zip(query_lens, context_lens, strict=True)):
-        pages = [free.pop() for _ in range(-(-context // block_size))]
-        tables[i, : len(pages)] = torch.tensor(pages)
-        for position in range(context - query, context):
-            positions.append(position)
-            slots.append(pages[position // block_size] * block_size + position % block_size)
-    start = torch.tensor([0, *query_lens]).cumsum(0).int()
-    num_decodes = next((i for i, n in enumerate(query_lens) if n > 1), len(query_lens))
-    return ForwardBatch(
-        token_ids=torch.zeros(len(positions), dtype=torch.int64),
-        positions=torch.tensor(positions),
-        slot_mapping=torch.tensor(slots),
-        block_tables=tables,
-        rows=torch.arange(len(query_lens)),
-        query_start=start,
-        context_lens=torch.tensor(context_lens, dtype=torch.int32),
-        max_query_len=max(query_lens),
-        num_decodes=num_decodes,
-        logits_indices=start[1:].long() - 1,
-        attention=reference.TorchAttention(),
+def make_case(query_lens, context_lens, heads, kv_heads, head_dim, block_size, window=None):
+    """A step over randomly scattered blocks, by the reference's backend; NaN in all else."""
+    q, kv, case = paged_case(
+        query_lens, context_lens, heads, kv_heads, head_dim, block_size, torch.float32, CPU
     )
+    case.attention = TorchAttention(window)
+    lens = case.query_lens, case.context_lens, case.num_decodes
+    case.arrays = case.attention.host_arrays(case.tables, case.rows, case.query_start, *lens, None)
+    return q, kv, case
 
 
-def naive_attention(q, kv, batch, scale):
-    """One query token and one head at a time, in float64."""
-    block_size = kv.k.shape[1]
-    groups = q.shape[1] // kv.k.shape[2]
-    out = torch.empty_like(q, dtype=torch.float64)
-    for i in range(len(batch.context_lens)):
-        for t in range(batch.query_start[i], batch.query_start[i + 1]):
-            position = torch.arange(int(batch.positions[t]) + 1)
-            pages = batch.block_tables[i, position // block_size].long()
-            k, v = (x[pages, position % block_size].double() for x in (kv.k, kv.v))
-            for h in range(q.shape[1]):
-                scores = k[:, h // groups] @ q[t, h].double() * scale
-                out[t, h] = scores.softmax(0) @ v[:, h // groups]
-    return out
-
-
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 30])
 @pytest.mark.parametrize(
     "heads, kv_heads, head_dim", [(4, 2, 16), (9, 3, 20), (5, 5, 80), (8, 1, 64)]
 )
@@ -65,65 +37,59 @@ def naive_attention(q, kv, batch, scale):
     ([1, 1, 5, 3, 12], [33, 2, 5, 30, 12]),
     ([4, 1], [20, 9]),
 ])  # fmt: skip
-def test_paged_attention(
-    heads, kv_heads, head_dim, block_size, query_lens, context_lens, monkeypatch
+def test_attention(
+    heads, kv_heads, head_dim, block_size, query_lens, context_lens, window, monkeypatch
 ):
-    monkeypatch.setattr(reference, "MAX_GATHERED_TOKENS", 50)  # several groups of decodes
-    batch = make_batch(query_lens, context_lens, block_size, num_blocks=200)
-    shape = (200, block_size, kv_heads, head_dim)
-    kv = KVLayer(torch.randn(shape), torch.randn(shape))
-    q = torch.randn(sum(query_lens), heads, head_dim)
-    out = reference.paged_attention(q, kv, batch, head_dim**-0.5)
-    expected = naive_attention(q, kv, batch, head_dim**-0.5)
+    # Several groups of decodes.
+    monkeypatch.setattr(reference_attention, "MAX_GATHERED_TOKENS", 50)
+    sizes = heads, kv_heads, head_dim, block_size
+    q, kv, case = make_case(query_lens, context_lens, *sizes, window)
+    if window is not None:  # blocks outside of the window may be other sequences', or empty
+        forget_keys_outside(kv, case, window)
+    out = case.attend(q, kv, head_dim**-0.5)
+    expected = attention_in_float64(q, kv, case, head_dim**-0.5, window)
     assert (out - expected).norm() / expected.norm() < 1e-5
 
 
-def test_decode_groups_hold_every_sequence_once_with_little_padding():
+def forget_keys_outside(kv, case, window):
+    block_size = kv.k.shape[1]
+    for row, query_len, context_len in zip(
+        case.rows, case.query_lens, case.context_lens, strict=True
+    ):
+        gone = np.arange(max(0, context_len - query_len + 1 - window))
+        slots = case.tables[row, gone // block_size] * block_size + gone % block_size
+        for cache in (kv.k, kv.v):
+            cache.flatten(0, 1)[torch.from_numpy(slots).long()] = torch.nan
+
+
+def test_decodes_that_attend_together_are_of_like_length():
     context_lens = [5, 300, 17, 1, 1000, 16, 2000, 290, 33]
-    groups = list(reference._group(context_lens, block_size=16))
+    groups = list(reference_attention._like_lengths(context_lens, block_size=16))
     assert sorted(seq for group in groups for seq in group) == list(range(9))
     for group in groups:
         lens = [context_lens[seq] for seq in group]
         assert lens == sorted(lens)
         padded = -(-lens[-1] // 16) * 16 * len(lens)
-        assert len(group) == 1 or padded <= reference.MAX_GATHERED_TOKENS
-    assert list(reference._group([], block_size=16)) == []
+        assert len(group) == 1 or padded <= reference_attention.MAX_GATHERED_TOKENS
+    assert list(reference_attention._like_lengths([], block_size=16)) == []
 
 
 def test_decodes_gather_a_bounded_number_of_keys(monkeypatch):
-    monkeypatch.setattr(reference, "MAX_GATHERED_TOKENS", 64)
-    gathered = []
-    attend = reference._attend_decodes
-
-    def spy(q, kv, group, scale):
-        gathered.append(group.mask.numel())
-        return attend(q, kv, group, scale)
-
-    monkeypatch.setattr(reference, "_attend_decodes", spy)
-    batch = make_batch([1] * 8, [3, 1, 20, 2, 2, 40, 1, 1], block_size=16, num_blocks=20)
-    kv = KVLayer(*torch.randn(2, 20, 16, 2, 16))
-    reference.paged_attention(torch.randn(8, 4, 16), kv, batch, 0.25)
-    assert len(gathered) > 2 and max(gathered) <= 64
-
-
-def test_attention_is_untouched_by_what_others_left_in_a_page():
-    batch = make_batch([1, 1, 3], [3, 40, 9], block_size=16, num_blocks=20)
-    kv = KVLayer(*torch.full((2, 20, 16, 2, 16), torch.nan))
-    for i, context in enumerate([3, 40, 9]):
-        position = torch.arange(context)
-        pages = batch.block_tables[i, position // 16].long()
-        kv.k[pages, position % 16] = torch.randn(context, 2, 16)
-        kv.v[pages, position % 16] = torch.randn(context, 2, 16)
-    q = torch.randn(5, 4, 16)
-    expected = naive_attention(q, kv, batch, 0.25)
-    torch.testing.assert_close(reference.paged_attention(q, kv, batch, 0.25), expected.float())
+    monkeypatch.setattr(reference_attention, "MAX_GATHERED_TOKENS", 64)
+    _, _, case = make_case([1] * 8, [3, 1, 20, 2, 2, 40, 1, 1], 4, 2, 16, 16)
+    [group] = case.batch.groups
+    decodes, queries = reference_attention.plan_queries(group, 16, None)
+    assert len(decodes) > 2 and max(some.mask.numel() for some in decodes) <= 64
+    assert not queries
 
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_qk_norm_rope_store(norm):
     heads, kv_heads, head_dim, block_size = 6, 2, 20, 4
-    batch = make_batch([1, 5, 9], [13, 5, 30], block_size, num_blocks=30)
-    batch.slot_mapping[3] = -1  # lies in a shared block already
+    slots = torch.randperm(30 * block_size)[:15]
+    slots[3] = -1  # lies in a shared block already
+    positions = torch.randint(0, 64, (15,))
+    batch = ForwardBatch(None, positions, (BatchGroup(None, slots, None, {}),))
     old = torch.randn(2, 30, block_size, kv_heads, head_dim)
     kv = KVLayer(*old.clone())
     qkv = torch.randn(15, (heads + 2 * kv_heads) * head_dim)
@@ -135,7 +101,7 @@ def test_qk_norm_rope_store(norm):
         if weight is not None:
             x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
         half = head_dim // 2
-        angle = batch.positions[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+        angle = positions[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # complex rotation
         turned = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat((turned.real, turned.imag), -1)
@@ -146,9 +112,9 @@ def test_qk_norm_rope_store(norm):
     torch.testing.assert_close(out, expect(q, q_weight).float(), rtol=1e-5, atol=1e-5)
 
     expected_k, expected_v = old.clone().flatten(1, 2)
-    stored = batch.slot_mapping >= 0
-    expected_k[batch.slot_mapping[stored]] = expect(k, k_weight).float()[stored]
-    expected_v[batch.slot_mapping[stored]] = v[stored]
+    stored = slots >= 0
+    expected_k[slots[stored]] = expect(k, k_weight).float()[stored]
+    expected_v[slots[stored]] = v[stored]
     torch.testing.assert_close(kv.k.flatten(0, 1), expected_k, rtol=1e-5, atol=1e-5)
     assert torch.equal(kv.v.flatten(0, 1), expected_v)
 
@@ -167,13 +133,14 @@ def test_silu_and_mul():
 
 
 def test_store_writes_the_batchs_slots_and_no_others():
-    batch = make_batch([1, 5, 9], [13, 5, 30], block_size=4, num_blocks=30)
-    batch.slot_mapping[3] = -1  # lies in a shared block already
+    slots = torch.randperm(30 * 4)[:15]
+    slots[3] = -1  # lies in a shared block already
+    batch = ForwardBatch(None, None, (BatchGroup(None, slots, None, {}),))
     old = torch.randn(2, 30, 4, 2, 20)
     kv, (k, v) = KVLayer(*old.clone()), torch.randn(2, 15, 2, 20)
     ops.store(k, v, kv, batch)
-    stored = batch.slot_mapping >= 0
+    stored = slots >= 0
     for cache, before, new in ((kv.k, old[0], k), (kv.v, old[1], v)):
         expected = before.flatten(0, 1).clone()
-        expected[batch.slot_mapping[stored]] = new[stored]
+        expected[slots[stored]] = new[stored]
         assert torch.equal(cache.flatten(0, 1), expected)

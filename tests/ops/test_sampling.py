@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from nanovllm.worker.upload import Uploader
+from row_sampling import RowSampling
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nanovllm import ops
 from nanovllm.core.step import RowStart
+from nanovllm.ops.reference_rows import noise_keys
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits, keep_likely
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.sampler import Sampler, noise_keys
 
 
 def draw(logits, num_draws, temperature=1.0, seed=1, **cuts):
@@ -145,33 +145,54 @@ def test_cuts_equal_transformers(top_k, top_p, min_p):
     assert torch.equal(kept, expected)
 
 
-def make_sampler(params_list, vocab_size=50, stop_token_ids=(), min_len=0):
-    sampler = Sampler(len(params_list), vocab_size, Uploader(torch.device("cpu")))
-    sampler.start_rows(
-        [
-            RowStart(row, 0, params, 100 + row, stop_token_ids, min_len)
-            for row, params in enumerate(params_list)
-        ]
-    )
-    return sampler
-
-
 @pytest.mark.parametrize("vocab", [50, 10_001])
 def test_a_draw_does_not_depend_on_the_batch(vocab):
     rng = np.random.default_rng(0)
     params = [SamplingParams(temperature=t, top_p=p, top_k=k, min_p=m)
               for t, p, k, m in [(0, 1, 0, 0), (1, 1, 0, 0), (0.7, 0.8, 0, 0), (2, 1, 5, 0),
                                  (1.5, 1, 0, 0.2), (0.8, 0.9, 20, 0.01)]]  # fmt: skip
-    sampler = make_sampler(params, vocab)
+    sampling = RowSampling(params, vocab)
     logits = torch.randn(6, vocab)
     positions = np.arange(6) + 3
-    together = sampler.sample(logits.clone(), np.arange(6), positions)
+    together = sampling.sample(logits, np.arange(6), positions)
     order = rng.permutation(6)
-    assert torch.equal(sampler.sample(logits[order], order, positions[order]), together[order])
+    assert torch.equal(sampling.sample(logits[order], order, positions[order]), together[order])
     for row in range(6):
-        alone = sampler.sample(logits[row : row + 1], np.array([row]), positions[row : row + 1])
+        part = slice(row, row + 1)
+        alone = sampling.sample(logits[part], np.array([row]), positions[part])
         assert alone == together[row]
     assert together[0] == logits[0].argmax()
+
+
+@pytest.mark.parametrize("vocab", [50, 10_001])
+def test_limits_of_the_rows_are_the_references(vocab):
+    """Of rows with limits of all kinds, beside rows without."""
+    params = [
+        SamplingParams(temperature=t, top_p=p, top_k=k, min_p=m)
+        for t in (0, 0.7, 1.5)
+        for p in (1, 0.6)
+        for k in (0, 7)
+        for m in (0, 0.1)
+    ]
+    n = len(params)
+    rows, positions = np.arange(n), np.arange(n) + 9
+    sampling = RowSampling(params, vocab)
+    assert sampling.rows.limited.tolist() == [
+        p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in params
+    ] + [False]
+    logits = torch.randn(n, vocab) * 2
+    found = sampling.sample(logits, rows, positions)
+    temperature = torch.tensor([p.temperature for p in params])
+    seeds = np.arange(n, dtype=np.uint64) + 100
+    kept = keep_likely(
+        logits / temperature.clamp(min=1e-3)[:, None],
+        torch.tensor([p.top_k or vocab for p in params]),
+        torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32),
+    )
+    cut = logits.masked_fill(kept == -torch.inf, -torch.inf)
+    expected = ops.sample(cut, temperature, torch.from_numpy(noise_keys(seeds, positions)))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,46 +212,44 @@ def test_others_warpers_do_not_change_a_draw(dtype):
 
 def test_stop_tokens_are_not_drawn_before_min_len():
     for temperature in (0.0, 1.0):
-        sampler = make_sampler(
-            [SamplingParams(temperature=temperature)] * 2, stop_token_ids=(3, 4), min_len=10
+        sampling = RowSampling(
+            [SamplingParams(temperature=temperature)] * 2, 50, stop_token_ids=(3, 4), min_len=10
         )
         logits = torch.zeros(2, 50)
         logits[:, 3:5] = 40.0
-        tokens = sampler.sample(logits, np.array([0, 1]), np.array([9, 10]))
+        tokens = sampling.sample(logits, np.array([0, 1]), np.array([9, 10]))
         assert tokens[0] not in (3, 4)
         assert tokens[1] in (3, 4)
 
 
 def test_a_reused_row_forgets_its_former_parameters():
-    sampler = make_sampler([SamplingParams(temperature=1.0, top_k=1, top_p=0.5, min_p=0.5)])
-    sampler.start_rows([RowStart(0, 0, SamplingParams(temperature=1.0), 1, (), 0)])
+    sampling = RowSampling([SamplingParams(temperature=1.0, top_k=1, top_p=0.5, min_p=0.5)], 50)
+    sampling.start([RowStart(0, 0, SamplingParams(temperature=1.0), 1, (), 0)])
     logits = torch.zeros(1, 50)
     logits[0, 7] = 1.0
     rows = np.array([0])
-    tokens = {int(sampler.sample(logits.clone(), rows, np.array([i]))) for i in range(200)}
+    tokens = {int(sampling.sample(logits, rows, np.array([i]))) for i in range(200)}
     assert len(tokens) > 20
 
 
-def test_plain_rows_are_known_by_what_they_ask_for():
+def test_what_rows_need_beside_a_plain_draw_is_known():
     rows, positions = np.array([0]), np.array([5])
 
-    def is_plain(stop_token_ids=(3,), min_len=0, **params):
-        sampler = make_sampler([SamplingParams(**params)], 50, stop_token_ids, min_len)
-        plain = sampler.is_plain(rows, positions)
-        sampler.start_rows([RowStart(0, 0, SamplingParams(**params), 1, stop_token_ids, min_len)])
-        assert sampler.is_plain(rows, positions) == plain
-        return plain
+    def needs(stop_token_ids=(3,), min_len=0, **params):
+        sampling = RowSampling([SamplingParams(**params)], 50, stop_token_ids, min_len)
+        state = sampling.rows
+        changes = bool(state.changes(rows, positions)[0])
+        assert state.any_limited == state.limited[0] and state.any_changed == changes
+        found = "limits" * bool(state.limited[0]) + "logits" * changes
+        sampling.start([RowStart(0, 0, SamplingParams(temperature=1.0), 1, stop_token_ids, 0)])
+        assert not (state.any_limited or state.any_changed or state.any_logprobs)
+        return found
 
-    assert is_plain(temperature=1.0) and is_plain(temperature=0.0, top_p=0.5)
-    assert is_plain(temperature=1.0, top_k=50)  # all there are
-    assert not is_plain(temperature=1.0, top_k=49)
-    assert not is_plain(temperature=1.0, top_p=0.9)
-    assert not is_plain(temperature=1.0, min_p=0.1)
-    assert not is_plain(temperature=1.0, min_len=9)
-    assert is_plain(temperature=1.0, min_len=9, stop_token_ids=())
-    assert is_plain(temperature=1.0, logprobs=5)  # of the logits that it was drawn from
-
-    sampler = make_sampler([SamplingParams(temperature=1.0, top_k=1)])
-    sampler.start_rows([])
-    sampler.forget_rows()
-    assert sampler.all_plain and sampler.is_plain(rows, positions)
+    assert needs(temperature=1.0) == needs(temperature=0.0, top_p=0.5) == ""
+    assert needs(temperature=1.0, top_k=50) == ""  # all there are
+    assert needs(temperature=1.0, top_k=49) == "limits"
+    assert needs(temperature=1.0, top_p=0.9) == "limits"
+    assert needs(temperature=1.0, min_p=0.1) == "limits"
+    assert needs(temperature=1.0, min_len=9) == "logits"
+    assert needs(temperature=1.0, min_len=9, stop_token_ids=()) == ""
+    assert needs(temperature=1.0, logprobs=5) == ""  # of the logits that it was drawn from
