@@ -3,6 +3,7 @@ write into docs/ is up to date."""
 
 import ast
 import io
+import json
 import re
 import tokenize
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_speed_is_what_was_recorded():
     run = "run python tools/speed_chart.py"
     assert (ROOT / "docs/speed.svg").read_text() == speed_chart.draw(charted), run
     assert (ROOT / "docs/speed.md").read_text() == speed_chart.write_page(tables), run
+
+
+def test_reports_of_bench_replace_rows(tmp_path):
+    table, report = tmp_path / "table.json", tmp_path / "report.json"
+    table.write_text((ROOT / "docs/speed/h200.json").read_text())
+    vllm, ours = {"tokens_per_second": 20000.06}, {"tokens_per_second": 30000, "ideal_seconds": 2.0}
+    content = {"workload": "short", "model": "qwen3-0.6b with random weights"}
+    content |= {"output_tokens": 80000, "engines": {"nanovllm": ours, "vllm": vllm}}
+    report.write_text(json.dumps(content))
+    before = json.loads(table.read_text())
+    speed_chart.add_reports(table, [report])
+    after = json.loads(table.read_text())
+    assert len(after["rows"]) == len(before["rows"])
+    row = after["rows"][1]
+    assert (row["workload"], row["shape"], row["unit"]) == ("short", "qwen3-0.6b", "tok/s")
+    assert (row["nanovllm"], row["vLLM"], row["ideal"]) == (30000, 20000.1, 40000.0)
+    assert {k: v for k, v in after.items() if k != "rows"} == {
+        k: v for k, v in before.items() if k != "rows"
+    }
+    assert "30,000  (75%)" in speed_chart.draw(after)
 
 
 def test_the_house_is_drawn_as_it_is():

@@ -34,9 +34,9 @@ def read_tables(folder: Path) -> list[Table]:
     return [json.loads(file.read_text()) for file in files]
 
 
-def number(value: float, unit: str) -> str:
-    """Rates from 1,000 on without decimals, others as they were recorded."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:,}{'' if unit == 'tok/s' else f' {unit}'}"
+def number(value: float) -> str:
+    """From 1,000 on without decimals, smaller ones as they were recorded."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,}"
 
 
 def share(row: Row, engine: str) -> float:
@@ -72,7 +72,8 @@ def draw(table: Table) -> str:
         for engine in bars:
             part = share(row, engine)
             width = round(BARS * part, 1)
-            text = f"{number(row[engine], row['unit'])}  ({part:.0%})"
+            unit = "" if row["unit"] == "tok/s" else f" {row['unit']}"
+            text = f"{number(row[engine])}{unit}  ({part:.0%})"
             colour = COLOURS[engines.index(engine)]
             parts.append(
                 f'<rect x="{LABELS}" y="{y}" width="{width}" height="{BAR - 2}" fill="{colour}"/>'
@@ -80,12 +81,14 @@ def draw(table: Table) -> str:
             )
             y += BAR
         y += 14
+    timed = dict.fromkeys(row["workload"] for row in rows if row["unit"] == "s")
+    in_seconds = f" ({', '.join(timed)}: seconds)" if timed else ""
     line = f'x1="{LABELS + BARS}" x2="{LABELS + BARS}" y1="36" y2="{y - 10}"'
     parts.append(f'<line {line} stroke="#6b7280" stroke-dasharray="4 3"/>')
     parts.append(
         f'<line x1="{LABELS}" x2="{LABELS}" y1="{top}" y2="{y - 10}" stroke="#6b7280"/>'
-        f'<text class="figure" x="{LABELS}" y="{y + 10}">output tokens a second (docs: seconds) '
-        "and the share of what the hardware allows</text>"
+        f'<text class="figure" x="{LABELS}" y="{y + 10}">output tokens a second{in_seconds} and '
+        "the share of what the hardware allows</text>"
         f'<text class="figure" x="{LABELS}" y="{y + 28}">{escape(table["title"])}, '
         f"{table['date']}, commit {table['commit']}</text>"
     )
@@ -123,12 +126,12 @@ def write_table(table: Table) -> str:
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in table["rows"]:
         cells = [row["workload"], NAMES.get(row["shape"], row["shape"]), row["unit"]]
-        cells.append(f"{row[ours]:,}")
+        cells.append(number(row[ours]))
         if has_ideal:
             percent = share(row, ours) * 100 if "ideal" in row else row.get("of_ideal")
             cells.append("" if percent is None else f"{percent:.0f}%")
         for peer in peers:
-            cell = f"{row[peer]:,} ({ratio(row, ours, peer):.2f} x)" if peer in row else ""
+            cell = f"{number(row[peer])} ({ratio(row, ours, peer):.2f} x)" if peer in row else ""
             cells.append(cell)
         lines.append(f"| {' | '.join(cells)} |")
     for note in table["notes"]:
@@ -154,7 +157,8 @@ def write_page(tables: list[Table]) -> str:
 
 
 def add_reports(file: Path, reports: list[Path]) -> None:
-    """Put the rates of bench.py's reports into a table's rows; new rows go to the end."""
+    """Put the rates of bench.py's reports into a table: each replaces the row of its workload and
+    shape, or is a new row at the end."""
     table = json.loads(file.read_text())
     names = {"vllm": "vLLM"}
     for report in (json.loads(path.read_text()) for path in reports):
@@ -164,8 +168,9 @@ def add_reports(file: Path, reports: list[Path]) -> None:
             row[names.get(engine, engine)] = round(result["tokens_per_second"], 1)
         ideal_seconds = report["engines"]["nanovllm"]["ideal_seconds"]
         row["ideal"] = round(report["output_tokens"] / ideal_seconds, 1)
-        others = [r for r in table["rows"] if {k: r.get(k) for k in key} != key]
-        table["rows"] = [*others, row]
+        same = [i for i, r in enumerate(table["rows"]) if {k: r.get(k) for k in key} == key]
+        place = same[0] if same else len(table["rows"])
+        table["rows"][place : place + 1] = [row]
     rows = ",\n".join(f"    {json.dumps(row)}" for row in table.pop("rows"))
     head = json.dumps(table, indent=2).removesuffix("\n}")
     file.write_text(f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n')
