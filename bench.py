@@ -1,15 +1,15 @@
-"""Throughput of nanovllm and its peers, beside what the machine could reach.
+"""Throughput of nanovllm and its peers, beside the ideal of the machine.
 
 python bench.py --workload readme --shape qwen3-0.6b
 python bench.py --workload cpu --engine nanovllm transformers vllm=ITS_VENV/bin/python
 python bench.py --model FOLDER --input-len 512 --output-len 128 --num-prompts 64
 python bench.py --workload readme --trace run.json.gz
 
-Each engine runs in a process of its own and with its defaults: import and construct it, generate a
-few tokens, then the workload twice; the better run counts. Weights are random unless --model names
-some; every request generates as many tokens as it must (ignore_eos). Nothing is installed here: an
-engine is one that the interpreter has, or the one given after "=" (for nanovllm, that interpreter's
-torch: the code is the one beside this file).
+Each engine runs in a process of its own with its defaults: import and construct it, generate a few
+tokens, then the workload twice; the better run counts. Weights are random unless --model names a
+checkpoint; every request generates its full number of tokens (ignore_eos). Nothing is installed
+here: an engine comes from this interpreter, or from the interpreter given after "=" (nanovllm's
+code is always the code beside this file).
 
 --breakdown says where nanovllm's time went: it runs the workload once more, under torch's profiler.
 """
@@ -101,8 +101,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts as token ids, and how many tokens each must generate. `shared_len` tokens at their
-    start are the same in all prompts."""
+    """Prompts as token ids, and the number of tokens that each must generate. The first
+    `shared_len` tokens are the same in all prompts."""
 
     prompts: list[list[int]]
     output_lens: list[int]
@@ -121,8 +121,8 @@ class Workload:
         return max(len(p) + n for p, n in zip(self.prompts, self.output_lens, strict=True))
 
     def prompts_of_run(self, run: int, vocab_size: int) -> list[list[int]]:
-        """The second run has other tokens, so that the prefix cache knows none of them; unless the
-        prefix cache is what is measured, then it is warm."""
+        """The prompts of a run. The second run has other tokens, so that it takes no prefix hits;
+        with a shared prefix it has the same tokens, so that the prefix cache is warm."""
         shift = 0 if self.shared_len else run
         return [[(token + shift) % vocab_size for token in prompt] for prompt in self.prompts]
 
@@ -131,7 +131,7 @@ def make_workload(name: str) -> Workload:
     """The seven workloads; always the same tokens.
 
     readme is nano-vllm's benchmark, long prompts and long answers; short has many small requests,
-    where overhead shows, and queue four times as many, more than run at a time; prefix asks 512
+    where overhead shows, and queue 4,096 of them, more than run at a time; prefix has 512
     questions after one system prompt; bs1 is the latency of one request; docs has long prompts and
     short answers, so prompts bound it; cpu is for two CPU cores.
     """
@@ -162,17 +162,16 @@ def uniform_workload(input_len: int, output_len: int, num_prompts: int) -> Workl
     return Workload(prompts, [output_len] * num_prompts)
 
 
-# What could be reached
+# The ideal
 
 
 @dataclass(frozen=True)
 class Ideal:
-    """How long a perfect engine takes: as long as what it moves or what it computes, whichever is
-    longer. A step reads the weights once, each request's keys and values once, and a shared prefix
-    once.
+    """The time of a perfect engine: for each step the longer of moving and computing. A step reads
+    the weights once, each request's keys and values once, and a shared prefix once.
 
     Args:
-        itemsize: bytes a weight, key or value.
+        itemsize: bytes of a weight, key or value.
         bandwidth: bytes a second.
         flops: operations a second.
     """
@@ -196,7 +195,7 @@ class Ideal:
         return max(self.itemsize * moved / self.bandwidth, ops / self.flops)
 
     def _products(self, work: Work) -> tuple[float, float]:
-        """Numbers read, and operations."""
+        """Weights read, and operations."""
         model = self.model
         q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         projections = model.hidden_size * (2 * q_size + 2 * kv_size + 3 * model.intermediate_size)
@@ -219,7 +218,7 @@ def ideal_seconds(workload: Workload, ideal: Ideal, warm: bool = False) -> float
     shared = workload.shared_len
     cached = [n - 1 if warm and shared else shared for n in lens]
     if not warm:
-        cached[0] = 0  # somebody computes the shared prefix
+        cached[0] = 0  # the first request computes the shared prefix
     prefill = Work(
         new_tokens=sum(lens) - sum(cached),
         pairs=sum((n * n - c * c) / 2 for n, c in zip(lens, cached, strict=True)),
@@ -245,7 +244,7 @@ def ideal_seconds(workload: Workload, ideal: Ideal, warm: bool = False) -> float
 
 def measure_machine(job: dict[str, Any]) -> dict[str, float]:
     """Bytes a second that a sum over a large tensor reads, and operations a second of a large
-    matrix product, the best of several."""
+    matrix product, each the best of several."""
     import torch
 
     device, dtype = job["device"], getattr(torch, job["dtype"])
@@ -270,15 +269,15 @@ def measure_machine(job: dict[str, Any]) -> dict[str, float]:
     }
 
 
-# Engines. A loader imports and constructs one, and returns what generates, what reports, and the
-# thing itself.
+# Engines. A loader imports and constructs one, and returns a function that generates, a function
+# that reports, and the engine.
 
 Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 Report = Callable[[], dict[str, Any]]
 
 
 def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Report, Any]:
-    """nanovllm and vLLM: the same calls."""
+    """Load nanovllm or vLLM, by the same calls."""
     engine = importlib.import_module(job["engine"])
     options = job["options"] | ({"load_format": "dummy"} if job["dummy_weights"] else {})
     llm = engine.LLM(
@@ -312,8 +311,8 @@ def load_vllm_like(job: dict[str, Any]) -> tuple[Generate, Report, Any]:
 
 
 def load_transformers(job: dict[str, Any]) -> tuple[Generate, Report, Any]:
-    """transformers' generate on static batches, prompts padded on the left; a batch runs until its
-    longest answer ends."""
+    """Load transformers, whose generate runs static batches with prompts padded on the left; a
+    batch runs until its longest answer ends."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -354,8 +353,8 @@ def load_transformers(job: dict[str, Any]) -> tuple[Generate, Report, Any]:
 
 
 def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
-    """Start time, the times of both runs, what the engine reports of itself, and where the time of
-    a third run went if that is asked."""
+    """Start time, the times of both runs, the engine's own report, and with --breakdown where the
+    time of a third run went."""
     workload = Workload(**job["workload"])
     start = time.perf_counter()
     load = load_transformers if job["engine"] == "transformers" else load_vllm_like
@@ -393,7 +392,7 @@ def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Processes. This file is started again for each job, perhaps by another interpreter.
+# Processes. Each job starts this file again, perhaps by another interpreter.
 
 
 def peak_bytes(usage: resource.struct_rusage) -> int:
@@ -407,12 +406,13 @@ def child_main(folder: Path) -> None:
 
 
 def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
-    """Run a job in a new process with empty kernel caches. Returns its result with the peak memory
-    of the largest process in it, unless it has its own; gpu_bytes is what GPUs hold at the end,
-    whoever it is.
+    """Run a job in a new process with empty kernel caches.
+
+    Returns: the job's result, with the peak memory of its largest process if the result has none.
+        gpu_bytes is the memory that all processes hold on the GPUs at the end.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: the job failed; with the last lines that it printed.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -428,7 +428,7 @@ def run_job(job: dict[str, Any], python: str) -> dict[str, Any]:
             try:
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
-            except BaseException:  # end it with all processes that it started
+            except BaseException:  # end the process with all processes that it started
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 raise
@@ -500,7 +500,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
 def machine_rates(
     machines: dict[str, dict[str, float]], device: str, dtype: str, python: str
 ) -> dict[str, float]:
-    """Measure what was not measured yet; all dtypes of a device share one bandwidth."""
+    """The machine's rates, measured once for each device and dtype; all dtypes of a device share
+    one bandwidth."""
     kind = f"{device} {dtype}"
     if kind not in machines:
         rates = run_job({"engine": "machine", "device": device, "dtype": dtype}, python)
@@ -590,8 +591,8 @@ def positive(text: str) -> int:
 
 
 def parse_args(folder: Path) -> argparse.Namespace:
-    """Arguments, with the workload made and the model found; a shape's config.json is put in
-    `folder`."""
+    """Parse the command line, make the workload and find the model; a shape's config.json is
+    written to `folder`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

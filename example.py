@@ -2,7 +2,7 @@
 
 python example.py
 python example.py --model FOLDER --prompt "List three primary colours."
-python example.py --watch                      # see each step, and who holds the KV cache's pages
+python example.py --watch                      # see each step, and a map of the KV cache
 """
 
 import argparse
@@ -17,7 +17,7 @@ from nanovllm.entrypoints.watch import watch
 TINY = Path(__file__).parent / "assets" / "tiny-qwen3"
 PROMPTS = ["Who are you?", "Who is Emma?", "Tell me about the sea.", "Continue: It is a truth"]
 
-# To watch: many questions that start alike, limits that they meet, a cache that they fill.
+# For --watch: questions with a common beginning, limits that they reach, a cache that they fill.
 WATCHED = ["a king", "the sea", "a dog", "Emma", "the moon", "a ship", "a queen", "the war"]
 WATCHED_PROMPTS = [f"Tell me in a few plain words all that you know about {it}." for it in WATCHED]
 WATCHED_LIMITS = dict(

@@ -1,17 +1,18 @@
-"""The user's options, frozen and validated. llm.py makes them; everything else only reads them."""
+"""The user's options, frozen and validated. llm.py makes an EngineConfig; other modules read it."""
 
 import difflib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# What vLLM 0.26's EngineArgs and LLM have and we do not: options with their defaults there (apart:
-# the ones that only tune speed), other values that ask for what we do anyway, and methods.
+# vLLM 0.26's options and methods without an implementation here: options with vLLM's defaults (in a
+# table of their own if they only tune speed), other values with the same effect, and methods.
 _VLLM = json.loads((Path(__file__).parent / "core" / "vllm_options.json").read_text())
 SPEED_ONLY = frozenset(_VLLM["speed_only"])
 VLLM_DEFAULTS: dict[str, Any] = _VLLM["speed_only"] | _VLLM["supported_at_default"]
@@ -26,7 +27,7 @@ DTYPES = {
     "float16": "float16",
     "half": "float16",
 }
-# On a CPU; on a GPU by our kernels; on a GPU by the flash-attn package.
+# On a CPU torch's attention; on a GPU our kernels, or the flash-attn package.
 ATTENTION_BACKENDS = ("TORCH_SDPA", "TRITON_ATTN", "FLASH_ATTN")
 PATHS = ("tokenizer", "chat_template", "download_dir", "generation_config")
 PROFILER_KEYS = {"profiler", "torch_profiler_dir"}
@@ -34,45 +35,47 @@ PROFILER_KEYS = {"profiler", "torch_profiler_dir"}
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Options of LLM; vLLM's names and meanings. None leaves a choice to us.
+    """Options of LLM; vLLM's names and meanings. None: nanovllm decides.
 
     Args:
         model: a checkpoint folder, or a name on the Hugging Face hub.
         tokenizer: a folder or hub name, if not the model's own.
         tokenizer_revision: the tokenizer's branch, tag or commit, if not the model's.
-        chat_template: for chat, instead of the tokenizer's: a Jinja template, or a file that holds
-            it.
+        chat_template: a Jinja template, or a file with one, instead of the tokenizer's.
         revision: branch, tag or commit on the hub.
-        hf_token: for the hub: a token, or True for the one that is stored.
-        download_dir: where the hub's files are kept; None: its own cache.
-        hf_overrides: keys that replace those of config.json.
+        hf_token: a token of the hub, or True for the stored one.
+        download_dir: the folder for files from the hub; None: the hub's own cache.
+        hf_overrides: keys that replace keys of config.json.
         generation_config: "auto" (the checkpoint's), a folder whose generation_config.json counts,
             or "vllm" for none.
-        override_generation_config: keys that replace those of generation_config.json.
+        override_generation_config: keys that replace keys of generation_config.json.
         profiler_config: {"profiler": "torch", "torch_profiler_dir": FOLDER}, for start_profile.
         dtype: "auto" (the checkpoint's; on a CPU what it computes fast), "float32", "bfloat16" or
             "float16".
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        max_model_len: prompt and generated tokens of a request at most; None: the checkpoint's
-            limit.
-        max_num_seqs: requests that run at a time.
-        max_num_batched_tokens: tokens computed a step.
-        block_size: tokens a page of the KV cache.
-        gpu_memory_utilization: share of the GPU's memory that the engine may hold, weights and all;
-            no effect on a CPU.
+        device: "auto" (a GPU if the machine has one), "cpu", "cuda" or "cuda:N".
+        max_model_len: largest number of prompt and output tokens of a sequence; None: the
+            checkpoint's limit.
+        max_num_seqs: largest number of requests that run at a time.
+        max_num_batched_tokens: the token budget of a step.
+        block_size: tokens in a block of the KV cache.
+        gpu_memory_utilization: share of the GPU's memory that the engine may hold, weights
+            included; no effect on a CPU.
         kv_cache_memory_bytes: size of the KV cache in bytes; None: what gpu_memory_utilization
             leaves, on a CPU platform.default_kv_cache_bytes.
-        num_gpu_blocks_override: size of the KV cache in pages, wherever it lies, instead of
-            kv_cache_memory_bytes. Either way it is no more than max_num_seqs requests can use.
+        num_gpu_blocks_override: size of the KV cache in blocks, on any device, instead of
+            kv_cache_memory_bytes. Both are reduced to what max_num_seqs sequences can use.
         enforce_eager: no CUDA graphs; no effect on a CPU.
-        enable_prefix_caching: share the pages of equal prefixes.
-        async_scheduling: schedule a step while one runs; None: where it helps.
-        attention_backend: "auto", on a GPU "TRITON_ATTN" or "FLASH_ATTN", on a CPU "TORCH_SDPA".
+        enable_prefix_caching: share the blocks of equal prefixes.
+        async_scheduling: schedule the next step while one runs; None: on a GPU.
+        scheduling_policy: "fcfs" (first come, first served) or "priority" (the lowest `priority` of
+            generate and add_request first).
+        attention_backend: "auto", on a GPU "TRITON_ATTN" or "FLASH_ATTN", on a CPU "TORCH_SDPA"; or
+            a callable that makes a backend from ops.make_attention's other arguments.
         load_format: "auto" (safetensors) or "dummy" (random weights from config.json alone).
-        seed: where the seeds of requests that have none come from.
+        seed: seeds of requests without a seed of their own are made from it.
         tensor_parallel_size: 1.
         skip_tokenizer_init: prompts are token ids and outputs have no text.
-        trust_remote_code: False; no checkpoint's code ever runs.
+        trust_remote_code: False; code from a checkpoint never runs.
     """
 
     model: str
@@ -98,7 +101,8 @@ class EngineConfig:
     enforce_eager: bool = False
     enable_prefix_caching: bool | None = None
     async_scheduling: bool | None = None
-    attention_backend: str | None = None
+    scheduling_policy: str = "fcfs"
+    attention_backend: str | Callable | None = None
     load_format: str = "auto"
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -126,10 +130,12 @@ class EngineConfig:
         return cls(model=os.fspath(model), **options)
 
     def __post_init__(self) -> None:
-        required = ("device", "load_format", "generation_config")
+        required = ("device", "load_format", "generation_config", "scheduling_policy")
         optional = ("revision", "tokenizer_revision", "attention_backend")
         for name in {*PATHS, *required, *optional}:
             value = getattr(self, name)
+            if name == "attention_backend" and callable(value):
+                continue
             if not isinstance(value, str) and (value is not None or name in required):
                 raise TypeError(f"{name} must be a string, got {value!r}")
         for name in ("hf_overrides", "override_generation_config", "profiler_config"):
@@ -187,10 +193,15 @@ class EngineConfig:
                 "profiler_config must be {'profiler': 'torch', 'torch_profiler_dir': FOLDER}, "
                 f"got {profiler!r:.80}"
             )
-        if self.attention_backend not in (None, "auto", *ATTENTION_BACKENDS):
+        backend = self.attention_backend
+        if not (callable(backend) or backend in (None, "auto", *ATTENTION_BACKENDS)):
             raise ValueError(
                 f"attention_backend must be one of 'auto', "
-                f"{', '.join(map(repr, ATTENTION_BACKENDS))}; got {self.attention_backend!r}"
+                f"{', '.join(map(repr, ATTENTION_BACKENDS))}, or a callable; got {backend!r}"
+            )
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            raise ValueError(
+                f"scheduling_policy must be 'fcfs' or 'priority', got {self.scheduling_policy!r}"
             )
         if self.tensor_parallel_size != 1:
             raise ValueError(
@@ -212,8 +223,8 @@ class EngineConfig:
 
 
 def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
-    """An option we don't have: fine at vLLM's default, else an error, or a warning where it only
-    tunes speed."""
+    """Check an option of vLLM's without an implementation here: accepted at vLLM's default, else an
+    error, or a warning if it only tunes speed."""
     if name not in VLLM_DEFAULTS:
         close = difflib.get_close_matches(name, [*known, *VLLM_DEFAULTS], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

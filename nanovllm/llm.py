@@ -24,6 +24,7 @@ from nanovllm.core.metrics import Metric
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.metrics_reader import read_metrics
+from nanovllm.engine.policy import Policy, Priority
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.thread import EngineThread
 from nanovllm.frontend import chat, prompts, scoring, tokenization
@@ -58,6 +59,8 @@ class LLM:
 
     Args:
         model: a folder in Hugging Face's format, or a name on the hub.
+        scheduler: a scheduling policy of your own (engine/policy.py), in place of
+            scheduling_policy's; an object, or a class that is made without arguments.
         options: vLLM's; see config.EngineConfig.
 
     Raises:
@@ -69,10 +72,13 @@ class LLM:
         >>> llm.generate("In the beginning", SamplingParams(temperature=0))[0].outputs[0].text
     """
 
-    def __init__(self, model: str, **options: Any):
+    def __init__(self, model: str, scheduler: Policy | type[Policy] | None = None, **options: Any):
         self.config = config = EngineConfig.from_options(model, **options)
         self._chat_template = chat.load_template(config.chat_template)
         self._profiler: Profiler | None = None
+        if scheduler is None and config.scheduling_policy == "priority":
+            scheduler = Priority
+        self._takes_priority = scheduler is not None
         device = platform.resolve_device(config.device)
         self._checkpoint = read_checkpoint(config)
         self.model_config = self._checkpoint.model_config
@@ -97,6 +103,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=config.enable_prefix_caching is not False,
+            policy=scheduler() if isinstance(scheduler, type) else scheduler,
             # On a CPU there is nothing to overlap with: the worker computes in submit.
             depth=2 if overlaps else 1,
             detokenizer=detokenizer,
@@ -669,11 +676,13 @@ class LLM:
     def _refuse(
         self, lora_request: Any = None, priority: Any = None, mm_processor_kwargs: Any = None
     ) -> None:
-        """vLLM's arguments that we don't have."""
+        """Refuse vLLM's arguments without an implementation, or without the option they need."""
         if lora_request is not None:
             raise ValueError("lora_request is not supported yet: leave it out")
-        if priority is not None:
-            raise ValueError("priority is not supported (requests run first come, first served)")
+        if priority is not None and not self._takes_priority:
+            raise ValueError(
+                "priority is not supported by the policy 'fcfs': give scheduling_policy='priority'"
+            )
         if mm_processor_kwargs is not None:
             raise ValueError("mm_processor_kwargs is not supported: prompts are text alone")
 

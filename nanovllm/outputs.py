@@ -1,4 +1,5 @@
-"""What generate and step give back. Fields carry vLLM's names."""
+"""Outputs: what generate, stream and step return. Fields carry vLLM's names. frontend/requests.py
+makes them from sequences; users read them."""
 
 import math
 import struct
@@ -12,8 +13,8 @@ import numpy as np
 
 @dataclass(slots=True)
 class Logprob:
-    """A token's log-probability, how many tokens are at least as likely (1: the most likely), and
-    its text; None without a tokenizer."""
+    """A token's log-probability, its rank (how many tokens are at least as likely, 1 for the most
+    likely), and its text (None without a tokenizer)."""
 
     logprob: float
     rank: int | None = None
@@ -22,13 +23,13 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class LogprobLines:
-    """Log-probabilities of tokens by the model's own logits, a line for each.
+    """Log-probabilities of tokens by the model's own logits, a line for each token.
 
     Attributes:
-        data: [n, 1 + 2 * width] int32: the token's rank, then pairs of a token id and the bits of
-            its logprob: the token's, then those of the most likely ones, the likeliest first. The
-            width is 1 + as many as anyone asks for, or more: a line begins with that of who asks
-            for fewer.
+        data: [n, 1 + 2 * width] int32: the token's rank, then `width` pairs of a token id and the
+            bits of its float32 log-probability: the token itself, then the most likely tokens in
+            descending order. The width serves the request of the batch with the largest number;
+            other requests read the beginning of their lines.
     """
 
     data: np.ndarray
@@ -47,16 +48,16 @@ class LogprobLines:
 
 
 class SampleLogprobs(Sequence[dict[int, Logprob]]):
-    """Log-probabilities of generated tokens (or a prompt's): for each a dict of token id ->
-    Logprob, the token itself first, then the most likely ones. They lie in arrays, and a dict is
-    made when it is read.
+    """Log-probabilities of generated (or prompt) tokens: for each token a dict of token id ->
+    Logprob, the token itself first, then the most likely tokens. They lie in arrays; a dict is made
+    when it is read.
 
     Args:
-        num_top: most likely tokens for each generated one.
-        decode: a token's text.
+        num_top: number of most likely tokens for each generated token.
+        decode: makes a text from token ids.
 
     Attributes:
-        data: as of LogprobLines, `size` numbers for each token.
+        data: lines as in LogprobLines, `size` numbers for each token.
     """
 
     def __init__(self, num_top: int, decode: Callable[[list[int]], str] | None = None):
@@ -65,24 +66,24 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         self.data = array("i")
 
     def extend(self, lines: np.ndarray) -> None:
-        """More of them, as of LogprobLines. A small vocabulary has narrower ones."""
+        """Append lines of LogprobLines. With a small vocabulary they are narrower than `size`."""
         self.size = min(self.size, lines.shape[1])
         self.data.frombytes(lines[:, : self.size].tobytes())
 
     def copy(self, decode: Callable[[list[int]], str] | None) -> "SampleLogprobs":
-        """As they are now, to be read with texts."""
+        """A copy of the current lines that reads texts with `decode`."""
         result = SampleLogprobs(self.width - 1, decode)
         result.data = self.data[:]
         return result
 
     @property
     def width(self) -> int:
-        """Tokens of a line."""
+        """Number of tokens in a line."""
         return self.size // 2
 
     @property
     def lines(self) -> LogprobLines:
-        """As they are now."""
+        """The current lines."""
         return LogprobLines(np.array(self.data, np.int32).reshape(-1, self.size))
 
     @property
@@ -103,7 +104,7 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         width, first = self.width, range(len(self))[index] * self.size
         line = struct.unpack_from("i" + "if" * width, self.data, first * self.data.itemsize)
         ranks = (line[0], *range(1, width))
-        # A generated token that is among the most likely ones keeps its place, and takes that rank.
+        # A generated token among the most likely tokens keeps its place, and takes its rank there.
         return {
             token_id: Logprob(logprob, rank, self.decode([token_id]) if self.decode else None)
             for token_id, logprob, rank in zip(line[1::2], line[2::2], ranks, strict=True)
@@ -117,8 +118,7 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
 
 
 class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
-    """Log-probabilities of a prompt's tokens: None for the first, which nothing stands before, then
-    the lines of the others."""
+    """Log-probabilities of a prompt's tokens: None for the first token, then a line for each."""
 
     def __init__(self, lines: SampleLogprobs):
         self.lines = lines
@@ -145,12 +145,12 @@ class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
 
 @dataclass
 class Loglikelihood:
-    """What the model says of given tokens, each after those before it.
+    """Log-probabilities of given tokens, each after the tokens before it.
 
     Attributes:
         token_ids: the tokens.
         logprobs: their log-probabilities.
-        is_greedy: whether greedy decoding gives just them.
+        is_greedy: whether greedy decoding gives these tokens.
     """
 
     token_ids: list[int]
@@ -159,7 +159,7 @@ class Loglikelihood:
 
     @property
     def total(self) -> float:
-        """The log-probability of all of them, in nats."""
+        """The log-probability of all tokens together, in nats."""
         return math.fsum(self.logprobs)
 
     @property
@@ -172,14 +172,13 @@ class CompletionOutput:
     """One generated sequence.
 
     Attributes:
-        index: which of the request's samples this is.
-        text: the generated text so far (of RequestOutputKind.DELTA only what is new, as for
-            token_ids); while it runs, without an end that may be the beginning of
-            a stop string.
+        index: the number of the sample in its request.
+        text: the generated text so far (with RequestOutputKind.DELTA the new part, as in
+            token_ids); while the sequence runs, without an end that may begin a stop string.
         token_ids: the generated tokens, with the EOS or stop token that ended them.
         cumulative_logprob: the sum of the generated tokens' log-probabilities.
-        logprobs: for each generated token a dict of token id -> Logprob. Both are None if they were
-            not asked for.
+        logprobs: for each generated token a dict of token id -> Logprob. Both are None without
+            SamplingParams.logprobs.
         finish_reason: "stop" (EOS, a stop token or a stop string), "length" (max_tokens or
             max_model_len), "error" (`error` says why), "abort" (of streams and AsyncLLM: other
             aborted requests have no output), None while it runs.
@@ -204,8 +203,8 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Seconds on time.monotonic's clock; None: not reached yet. A request of several samples has
-    its first token with the first of any, and ends with the last."""
+    """Times in seconds on time.monotonic's clock; None: not reached yet. The first token of a
+    request with several samples is the first of any sample, its end the end of the last sample."""
 
     arrival_time: float
     first_token_time: float | None = None
@@ -213,8 +212,8 @@ class RequestMetrics:
 
 
 class TokenIds:
-    """A field that is a list of token ids. Set to an array it becomes one when it is read: a
-    batch's prompts may have a million, and nobody may look at them."""
+    """A field that is a list of token ids. An array that is assigned becomes a list when the field
+    is read: the prompts of a batch may have millions of tokens, and few scripts read them."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = f"_{name}"
@@ -241,16 +240,16 @@ class RequestOutput:
         request_id: the id that add_request returned.
         prompt: the prompt's text, None if it was given as token ids.
         prompt_token_ids: the prompt's tokens.
-        prompt_logprobs: for each token of the prompt a dict of token id -> Logprob, but None for
-            the first; None if they were not asked for. Of RequestOutputKind.DELTA the first output
-            has them, and later ones an empty list.
-        outputs: a completion for each sample, in order of index; of RequestOutputKind.DELTA those
-            that have news.
-        finished: whether all of them have ended.
-        metrics: when it arrived, had its first token, and ended.
-        num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache; by
-            the first sample, the others find its pages as well.
-        index: of LLM.stream, which of its prompts this is of.
+        prompt_logprobs: for each token of the prompt a dict of token id -> Logprob, None for the
+            first token; None without SamplingParams.prompt_logprobs. With RequestOutputKind.DELTA
+            the first output has them, and later outputs an empty list.
+        outputs: a completion for each sample, in order of index; with RequestOutputKind.DELTA only
+            the samples with new tokens.
+        finished: whether all samples have ended.
+        metrics: times of arrival, first token and end.
+        num_cached_tokens: prefix hits of the first sample, in tokens. (The other samples hit its
+            blocks as well.)
+        index: in LLM.stream, the number of the prompt.
     """
 
     request_id: str
@@ -264,10 +263,11 @@ class RequestOutput:
     index: int = 0
 
     def add(self, later: "RequestOutput", aggregate: bool) -> None:
-        """Take in a later output of the same request.
+        """Take over a later output of the same request.
 
         Args:
-            aggregate: both are increments, and are joined; else the later one has everything.
+            aggregate: both outputs are increments, and are joined; else the later one replaces
+                this one's completions.
         """
         self.finished, self.metrics = later.finished, later.metrics
         self.num_cached_tokens = later.num_cached_tokens

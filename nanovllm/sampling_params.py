@@ -1,7 +1,7 @@
 """SamplingParams: how one request's tokens are chosen and when it ends. Names, defaults and
 meanings are vLLM's.
 
-Users construct it; prompts.py copies it on admission; the sampler and the stop checks read it.
+Users construct it; frontend/requests.py copies it; the sampler and the stop checks read it.
 """
 
 import copy
@@ -30,35 +30,35 @@ _KINDS: dict[str, Any] = {  # of structured outputs
     "json_object": bool,
     "structural_tag": str,
 }
-GREEDY_TEMPERATURE = 1e-5  # below this the softmax is one-hot in float32: treated as greedy
+GREEDY_TEMPERATURE = 1e-5  # below it the softmax is one-hot in float32: treated as greedy
 
 
 class RequestOutputKind(Enum):
-    """What step() gives of a request after each of its tokens; generate waits for the end in any
-    case."""
+    """The outputs of step(), stream and AsyncLLM for a running request; generate always returns
+    final outputs."""
 
-    CUMULATIVE = 0  # all so far
-    DELTA = 1  # what is new
-    FINAL_ONLY = 2  # nothing before it has ended
+    CUMULATIVE = 0  # all tokens so far
+    DELTA = 1  # the tokens since the last output
+    FINAL_ONLY = 2  # one output, when the request has ended
 
 
 @dataclass
 class StructuredOutputsParams:
-    """What a request's text must be: one of json to structural_tag, and how it is read.
+    """The form that a request's text must have: one of json, regex, choice, grammar, json_object
+    and structural_tag; the other fields say how it is read.
 
     Args:
         json: a JSON Schema, as a dict or as text; the text validates against it.
-        regex: the text matches it from beginning to end. Rust's syntax: no look-around, no
-            back-references.
-        choice: it is one of these.
-        grammar: it is derived from this one, in Lark or, with `::=`, in GBNF (EBNF) syntax.
-        json_object: True: any JSON object.
+        regex: the whole text matches it. Rust's syntax: no look-around, no back-references.
+        choice: the text is one of these strings.
+        grammar: the grammar derives the text; Lark or, with `::=`, GBNF (EBNF) syntax.
+        json_object: True: the text is any JSON object.
         disable_any_whitespace: JSON without white space.
         disable_additional_properties: objects whose schema names properties have no others, unless
-            it says so.
+            the schema allows them.
         whitespace_pattern: a regex of the white space in JSON.
         structural_tag: JSON of {"structures": [{"begin", "schema", "end"}], "triggers": [...]}:
-            free text, but what follows a trigger is one of the structures.
+            free text, in which each trigger begins one of the structures.
 
     Raises:
         ValueError: none of the kinds is given, or several, or an empty one.
@@ -95,7 +95,7 @@ class StructuredOutputsParams:
             raise TypeError(f"structured_outputs: choice must be strings, got {value!r:.80}")
 
 
-# Of SamplingParams: kind, what is fine, and how to say so.
+# For each number of SamplingParams: its type, whether a value is valid, and the rule in words.
 _LOGPROBS = (int, lambda n: 0 <= n <= MAX_LOGPROBS, f"be in [0, {MAX_LOGPROBS}], or None for none")
 _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "temperature": (float, lambda t: 0 <= t <= 2, "be in [0, 2] (0 is greedy)"),
@@ -139,48 +139,46 @@ class SamplingParams:
 
     Args:
         n: samples of the prompt, each a CompletionOutput; greedy requests have one.
-        temperature: divides the logits, in [0, 2]; 0 is greedy (the token of the highest logit).
+        temperature: divides the logits, in [0, 2]; 0 is greedy (the token with the highest logit).
         top_p: keeps the smallest set of most likely tokens whose probabilities reach top_p, in (0,
             1].
         top_k: keeps the top_k most likely tokens; 0 or -1 keeps all.
         min_p: drops tokens less likely than min_p times the most likely one, in [0, 1].
-        max_tokens: tokens generated at most; None: up to max_model_len.
-        min_tokens: no EOS or stop token is drawn, and no stop string ends the request, before
-            this many tokens.
-        ignore_eos: go on after an EOS token.
+        max_tokens: largest number of generated tokens; None: up to max_model_len.
+        min_tokens: before this many tokens no EOS or stop token is sampled, and no stop string ends
+            the request.
+        ignore_eos: generate on after an EOS token.
         stop_token_ids: tokens that end the request, besides EOS; the last one stays out of the
             text.
-        stop: strings that end the request when its text comes to hold one of them; the text is cut
-            before it.
-        include_stop_str_in_output: the stop string, or the text of the token that stopped it,
-            stays.
-        detokenize: whether there is a text at all.
+        stop: strings that end the request as soon as its text contains one; the text is cut before
+            it.
+        include_stop_str_in_output: keep the stop string, or the text of the stop or EOS token.
+        detokenize: False: outputs have no text.
         skip_special_tokens: leave special tokens out of the text.
-        spaces_between_special_tokens: handed to the tokenizer; fast ones don't look at it.
-        output_kind: what step() gives of it.
-        presence_penalty: subtracted from the logits of tokens that were generated before, in
-            [-2, 2].
-        frequency_penalty: the same, times how often they were.
-        repetition_penalty: tokens of the prompt and the output: divides logits above 0, multiplies
-            those below; above 0, 1 changes nothing.
-        logit_bias: token id -> what is added to its logit.
-        allowed_token_ids: no other tokens are drawn.
-        bad_words: texts that are not generated: a token that would complete one is not drawn.
-        logprobs: log-probabilities of each generated token and of so many most likely ones, in [0,
-            20]; None: none at all.
-        prompt_logprobs: the same for each token of the prompt but the first. Such a request
-            computes all of its prompt, whatever the prefix cache has.
-        logits_processors: callables, in turn, (output token ids, logits) or (prompt token ids,
-            output token ids, logits) -> logits: lists of ints; [vocab] float32 on the device,
-            which may be changed in place.
-        structured_outputs: what the text must be; StructuredOutputsParams.
-        seed: the same seed draws the same tokens whatever else is in the batch, another for each
-            sample; None or -1: one of the engine's own.
+        spaces_between_special_tokens: passed to the tokenizer; fast tokenizers ignore it.
+        output_kind: the outputs of step() for the request.
+        presence_penalty: subtracted once from the logit of each token that was generated before,
+            in [-2, 2].
+        frequency_penalty: subtracted for each time that a token was generated, in [-2, 2].
+        repetition_penalty: for tokens of the prompt and the output, logits above 0 are divided by
+            it and others multiplied; above 0, 1 changes nothing.
+        logit_bias: token id -> number that is added to its logit.
+        allowed_token_ids: the only tokens that may be sampled.
+        bad_words: texts that are not generated: a token that would complete one is not sampled.
+        logprobs: number of most likely tokens whose log-probabilities are returned beside each
+            generated token's, in [0, 20]; None: no log-probabilities.
+        prompt_logprobs: the same for each token of the prompt but the first. Such a request takes
+            no prefix hits.
+        logits_processors: callables, applied in turn: (output token ids, logits) or (prompt token
+            ids, output token ids, logits) -> logits. Token ids are lists of ints, logits [vocab]
+            float32 on the model's device, which may be changed in place.
+        structured_outputs: the form that the text must have; StructuredOutputsParams.
+        seed: the same seed draws the same tokens whatever else is in the batch, other tokens for
+            each sample; None or -1: a seed made from the engine's.
         flat_logprobs: no effect: log-probabilities always lie in arrays.
-        skip_reading_prefix_cache: compute the whole prompt, though the prefix cache may have parts
-            of it.
+        skip_reading_prefix_cache: compute the whole prompt, without prefix hits.
         extra_args, logprob_token_ids, repetition_detection, routed_experts_prompt_start,
-            thinking_token_budget: vLLM's, not supported: nothing but the default.
+            thinking_token_budget: vLLM's, not supported: only the default is accepted.
 
     Raises:
         ValueError: a value is outside its range.
@@ -220,7 +218,7 @@ class SamplingParams:
     repetition_detection: Any = field(default=None, repr=False)
     routed_experts_prompt_start: int = field(default=0, repr=False)
     thinking_token_budget: int | None = field(default=None, repr=False)
-    # Of bad_words and structured_outputs; requests.py sets them, which has the tokenizer.
+    # Made from bad_words and structured_outputs by frontend/requests.py, which has the tokenizer.
     bad_words_token_ids: list[list[int]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -230,7 +228,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:  # as in vLLM
                 setattr(self, name, 1)
-        # Thousands may be made before a batch starts, and nearly all values are the defaults.
+        # Thousands of objects may be made before a batch starts, nearly all values the defaults.
         for name, value in vars(self).items():
             if value is not _DEFAULTS.get(name, value):
                 setattr(self, name, _checked(name, value))
@@ -260,8 +258,9 @@ class SamplingParams:
 
     @classmethod
     def from_optional(cls, **values: Any) -> "SamplingParams":
-        """vLLM's way from JSON: None stands for the default (of max_tokens, for no limit), the keys
-        of logit_bias may be strings, and its values are clipped to [-100, 100].
+        """Make parameters from JSON values, as vLLM does: None stands for the default (for
+        max_tokens: no limit), keys of logit_bias may be strings, and its values are clipped to
+        [-100, 100].
 
         Raises:
             ValueError, TypeError: as the constructor.
@@ -275,7 +274,7 @@ class SamplingParams:
         return cls(**{k: v for k, v in values.items() if v is not None or k == "max_tokens"})
 
     def clone(self) -> "SamplingParams":
-        """A copy that shares nothing with it."""
+        """A deep copy."""
         return copy.deepcopy(self)
 
     def _check_token_ids(self) -> None:
@@ -331,7 +330,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether its tokens are drawn from other logits than the model's."""
+        """Whether the request's tokens are drawn from other logits than the model's."""
         return bool(
             self.penalizes
             or self.logit_bias
@@ -342,17 +341,17 @@ class SamplingParams:
 
     @property
     def needs_host(self) -> bool:
-        """Whether the host has to see each token before it can say how the next one is drawn."""
+        """Whether the host must see each token before the next one is drawn."""
         return self.structured_outputs is not None or bool(self.logits_processors)
 
     @property
     def reads_history(self) -> bool:
-        """Whether the device changes its logits by its tokens so far."""
+        """Whether the device changes the request's logits by its known tokens."""
         return self.penalizes or any(len(word) > 1 for word in self.bad_words_token_ids)
 
     @property
     def needs_history(self) -> bool:
-        """Whether its logits depend on its tokens so far."""
+        """Whether the request's logits depend on its known tokens."""
         return self.reads_history or self.needs_host
 
     @property
@@ -364,7 +363,7 @@ _DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.init}
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A value of SamplingParams by itself, numbers as Python's own."""
+    """A field's value, checked by itself; numbers become Python's own types."""
     if name in UNSUPPORTED and value != _DEFAULTS[name]:
         raise ValueError(f"{name} is not supported: leave it out")
     if name in _TYPES:
@@ -384,13 +383,13 @@ class BeamSearchParams:
     """Parameters of LLM.beam_search.
 
     Args:
-        beam_width: continuations that are kept at each token, and returned; at most 10, as each
-            looks at the log-probabilities of twice as many tokens.
-        max_tokens: tokens generated at most.
-        ignore_eos: go on after an EOS token.
-        temperature: of a draw that gives each beam one more candidate; 0: it gives none.
-        length_penalty: a sum of log-probabilities is divided by the length, the prompt's included,
-            to this power; in [-16, 16]. Above 0 it favours long texts.
+        beam_width: number of beams kept at each token, and returned; at most 10, as each beam needs
+            the log-probabilities of 2 * beam_width tokens.
+        max_tokens: largest number of generated tokens.
+        ignore_eos: generate on after an EOS token.
+        temperature: above 0 each beam gets one more candidate, drawn at this temperature.
+        length_penalty: a sum of log-probabilities is divided by the number of tokens, prompt
+            included, to this power; in [-16, 16]. Above 0 it favours long texts.
         include_stop_str_in_output: the text shows the EOS token that ended it.
 
     Raises:
@@ -413,11 +412,11 @@ class BeamSearchParams:
         if not 1 <= self.beam_width <= MAX_LOGPROBS // 2:
             raise ValueError(
                 f"beam_width must be in [1, {MAX_LOGPROBS // 2}], got {self.beam_width}: each beam "
-                f"looks at twice as many log-probabilities, and there are {MAX_LOGPROBS}"
+                f"needs 2 * beam_width log-probabilities, and a row has {MAX_LOGPROBS}"
             )
         if not -16 <= self.length_penalty <= 16:  # its powers stay in a float's range
             raise ValueError(f"length_penalty must be in [-16, 16], got {self.length_penalty}")
-        SamplingParams(  # which checks these
+        SamplingParams(  # checks these values
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             ignore_eos=self.ignore_eos,
@@ -426,8 +425,11 @@ class BeamSearchParams:
 
 
 def takes_prompt(processor: Callable) -> bool:
-    """Whether a logits processor is called with three arguments, not two. Raises TypeError if it
-    takes neither."""
+    """Whether a logits processor takes three arguments, not two.
+
+    Raises:
+        TypeError: it takes neither number of arguments.
+    """
     try:
         signature = inspect.signature(processor)
     except ValueError:  # written in C
@@ -445,9 +447,9 @@ def takes_prompt(processor: Callable) -> bool:
 
 
 def _as_number(name: str, value: Any, kind: type) -> int | float:
-    """Python's own number for any kind of it (numpy's, say)."""
+    """Python's own int or float for a number of any type, for example numpy's."""
     wanted = Integral if kind is int else Real
-    # A check against an abstract class takes ten times as long.
+    # A check against an abstract class takes ten times the time.
     if type(value) is not kind and (not isinstance(value, wanted) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a {'whole ' if kind is int else ''}number, got {value!r}")
     try:

@@ -65,7 +65,7 @@ def copy_tiny(tmp_path):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu run where there is one; they are chosen by -m gpu."""
+    """Tests marked gpu are skipped on machines without a GPU; -m gpu selects them."""
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
@@ -76,8 +76,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """All other tests are of the CPU: where there is a GPU they, and the processes that they start,
-    don't see it."""
+    """All other tests test the CPU: on a machine with a GPU they, and the processes that they
+    start, don't see it."""
     if not HAS_GPU:
         return
     if is_for_gpus(item):

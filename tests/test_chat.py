@@ -17,7 +17,7 @@ class Tokenizer:
     def apply_chat_template(self, conversation, tokenize, **options):
         assert not tokenize
         self.seen = conversation, options
-        if conversation[0]["role"] == "nobody":
+        if conversation[0]["role"] == "stranger":
             raise KeyError("no such role")
         return "".join(message["content"] for message in conversation)
 
@@ -93,7 +93,7 @@ CONTENT = "message 0 of conversation 0: content must be a text, or a list of tex
         ([message(None, tool_calls=[{"function": {"arguments": "{"}}])], ValueError,
          "message 0 of conversation 0 has a broken tool call {"),
         ([message(None, tool_calls=["f"])], ValueError, "has a broken tool call 'f'"),
-        ([[message()], [message(role="nobody")]], ValueError,
+        ([[message()], [message(role="stranger")]], ValueError,
          "the chat template refuses conversation 1: 'no such role'"),
         ([[message()], [message("\ud800")]], ValueError, "conversation 1 is not valid Unicode"),
     ],

@@ -95,10 +95,10 @@ def test_defaults_are_vllms():
     ("name", "note"), [row[1::2] for row in TABLE if row[0] == "LLM's methods" and row[2] in OURS]
 )
 def test_methods_take_vllms_arguments(name, note):
-    """In vLLM's order, which a script may rely on; the row names those that are not there."""
+    """In vLLM's order, which a script may rely on; the row names the missing arguments."""
     arguments = inspect.signature(getattr(LLM, name)).parameters
-    theirs = NAMES["LLM"][name]
-    shared = [a for a in arguments if a in theirs]
-    assert shared == [a for a in theirs if a in shared]
+    vllms = NAMES["LLM"][name]
+    shared = [a for a in arguments if a in vllms]
+    assert shared == [a for a in vllms if a in shared]
     if all(a.kind is not a.VAR_KEYWORD for a in arguments.values()):
-        assert all(a in arguments or f"`{a}`" in note for a in theirs)
+        assert all(a in arguments or f"`{a}`" in note for a in vllms)

@@ -1,11 +1,11 @@
-"""Time the attention kernel alone, beside flash-attn's where that is installed:
+"""Time the attention kernel alone, beside flash-attn's if that is installed:
 
     python tools/bench_attention.py
 
 Decodes are given in TB/s of keys and values read, causal prefill in TFLOP/s; decodes that share a
-prefix in microseconds, beside what they take when everybody reads it. Ours reads pages of 16
-tokens, flash-attn pages of 256, the smallest that it has. Keys are read from memory, not from the
-L2 cache: small cases go round several caches. "Projected" are decodes that start from the QKV
+prefix in microseconds, beside the time in which each decode reads the prefix by itself. Our blocks
+have 16 tokens, flash-attn's 256, its smallest size. Keys are read from memory, not from the L2
+cache: small cases alternate between several caches. "Projected" decodes start from the QKV
 projection, with norms and RoPE.
 """
 
@@ -19,7 +19,7 @@ from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
 from nanovllm.ops.triton.attention import TritonAttention
 
 CUDA = torch.device("cuda")
-L2_BYTES = 2**28  # well above any GPU's
+L2_BYTES = 2**28  # well above any GPU's L2 cache
 REPEATS = 9
 
 
@@ -85,7 +85,7 @@ def cases() -> list[Case]:
 
 
 def seconds_of(case: Case, block_size: int, attention: Attention, projected: bool = False) -> float:
-    """Of one layer's attention in a CUDA graph, the median."""
+    """The median time of one layer's attention in a CUDA graph."""
     query_lens, context_lens = np.array(case.query_lens), np.array(case.context_lens)
     num_pages = -(-context_lens // block_size)
     tables = np.zeros((len(num_pages), int(num_pages.max())), np.int32)
@@ -164,20 +164,20 @@ def main() -> None:
         ours = TritonAttention(
             case.heads, case.kv_heads, case.head_dim, 16, torch.bfloat16, CUDA, num_sms, 512
         )
-        theirs = ""
+        flash_rate = ""
         if flash_attention.flash_attn is not None:
             flash = flash_attention.FlashAttention(case.head_dim, torch.bfloat16, 256)
-            theirs = case.rate(seconds_of(case, 256, flash))
+            flash_rate = case.rate(seconds_of(case, 256, flash))
         if case.num_shared_keys:
             ours.min_gain_bytes = 1 << 60
             alone = case.rate(seconds_of(case, 16, ours))
-            print(f"{case.name + ', each alone':45}{alone:>14}{theirs:>14}", flush=True)
+            print(f"{case.name + ', each alone':45}{alone:>14}{flash_rate:>14}", flush=True)
             ours.min_gain_bytes = 0
         projected = ""
         if case.is_decode and not case.num_shared_keys:
             projected = case.rate(seconds_of(case, 16, ours, projected=True))
         rate = case.rate(seconds_of(case, 16, ours))
-        print(f"{case.name:45}{rate:>14}{theirs:>14}{projected:>18}", flush=True)
+        print(f"{case.name:45}{rate:>14}{flash_rate:>14}{projected:>18}", flush=True)
 
 
 if __name__ == "__main__":

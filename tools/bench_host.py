@@ -1,14 +1,14 @@
-"""What a step of plain decodes costs the CPU in microseconds, without a model, without a GPU.
+"""Microseconds of CPU time for a step of plain decodes, without a model and without a GPU.
 
 python tools/bench_host.py [SEQUENCES ...]
 
 "engine" is Engine.step over an executor that does nothing: scheduling, blocks, stop checks.
-"worker" is what ModelRunner does on the host for a step that a CUDA graph replays, without the
-launches: columns into pinned memory and, when it is due, the attention's work list, packed for the
-upload. Contexts are 100 to 500 tokens, sampled with temperature; the overlapping engine (depth 2).
-Each number is the mean over the window of 64 steps (so one work list serves it, and each sequence
-opens four blocks) that took least; "with ends" is the worker's where a list serves one step, as
-when sequences end in each.
+"worker" is ModelRunner's work on the host for a step that a CUDA graph replays, without the
+launches: columns into pinned memory and, every 64 steps, the attention's work list, packed for the
+upload. Contexts have 100 to 500 tokens, sampled with temperature, two steps in flight. Each number
+is the mean over 64 steps (so one work list serves them, and each sequence opens four blocks), the
+fastest of several; "with ends" is the worker with a work list for each step, as when a sequence
+ends in every step.
 """
 
 import sys
@@ -101,7 +101,7 @@ class HostExecutor(NullExecutor):
 
 
 def make_engine(executor: NullExecutor, num_seqs: int) -> Engine:
-    """An engine with that many sequences in the middle of their decodes."""
+    """An engine with `num_seqs` sequences in the middle of their decodes."""
     engine = Engine(
         executor,
         max_num_seqs=num_seqs,

@@ -1,8 +1,8 @@
-"""Where a run's time goes: operations by kind, idle time, padding, tail, and a timeline of it all.
+"""Where a run's time goes: operations by kind, idle time, padding, tail, and a timeline.
 
-bench.py's --breakdown and --trace call it. The engine knows nothing of it: for the length of one
-run its submit is replaced by one that notes the step. torch's profiler sees the operations: kernels
-and copies on a GPU, torch's operators on a CPU.
+bench.py's --breakdown and --trace call it. The engine has no code for it: during one run the
+executor's submit is replaced by a function that notes the step. torch's profiler sees the
+operations: kernels and copies on a GPU, torch's operators on a CPU.
 """
 
 import functools
@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # bench.py must start fast, and under interpreters that have 
     from nanovllm.core.step import PendingStep, StepInput
     from nanovllm.engine.engine import Engine
 
-# The first pattern that a name holds decides, in any case. Fused kernels are what they cost most:
-# one with "linear" in its name is a product, whatever it does to its input; FlashAttention is built
-# on cutlass, so attention comes first.
+# The first pattern found in a kernel's name decides its kind. A fused kernel counts as its most
+# expensive part: "linear" in the name makes it a product, whatever else it computes; FlashAttention
+# is built on cutlass, so attention comes first.
 GPU_KINDS = {
     "attention": r"paged_attention|merge_prefixes|flash|fmha",
     "products": r"matmul|linear|gemm|gemv|nvjet|cutlass|splitk|cublas|xmma",
@@ -45,12 +45,12 @@ OTHER_OPERATORS, PYTHON = "other operators", "between operators (Python)"
 
 
 class Work(NamedTuple):
-    """What a step must compute: the shape of it that its ideal time depends on.
+    """What a step must compute: the numbers that its ideal time depends on.
 
     Attributes:
         new_tokens: query tokens.
-        pairs: of a query token and a key that it sees.
-        keys_read: from earlier steps; in decodes the new one too. A shared prefix counts once.
+        pairs: pairs of a query token and a key that it sees.
+        keys_read: keys of earlier steps; for decodes the new key too. A shared prefix counts once.
         sampled: tokens sampled.
     """
 
@@ -62,13 +62,14 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step as the executor got it.
+    """A submitted step.
 
     Attributes:
-        start, end: of the call that submits it, nanoseconds since 1970. On a CPU that runs it.
-        sequences: that run in it; so many of them decode.
-        graph_size: of the CUDA graph; None: it ran eagerly.
-        running, waiting: sequences that hold pages, and that hold none.
+        start, end: begin and end of the submitting call, nanoseconds since 1970. On a CPU the call
+            runs the step.
+        sequences, decodes: sequences in the step, and decodes among them.
+        graph_size: tokens of the CUDA graph; None: the step ran eagerly.
+        running, waiting: sequences with and without blocks.
     """
 
     start: int
@@ -83,7 +84,7 @@ class Step:
 
 
 class Event(NamedTuple):
-    """An operation, in nanoseconds since 1970, and the index of its step; -1: of none."""
+    """An operation, in nanoseconds since 1970, and the index of its step; -1: outside of steps."""
 
     name: str
     start: int
@@ -99,15 +100,16 @@ def measure(
     Args:
         engine: idle; on a GPU its graphs are captured.
         run: generates until the engine is idle again.
-        shared_len: tokens at the start of all prompts that are the same.
-        trace: where to write the timeline; gzipped if it ends in .gz.
+        shared_len: length in tokens of the prefix that all prompts share.
+        trace: file for the timeline; gzipped if its name ends in .gz.
 
-    Returns: what JSON can hold, see `summarize`.
+    Returns: a JSON object, see `summarize`.
     """
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = engine.executor.device.type == "cuda"  # type: ignore[attr-defined]
-    # On a GPU the host's operators stay unseen: watching them would keep the GPU waiting.
+    # On a GPU the host's operators are not profiled: that would slow the host down, and the GPU
+    # would wait for it.
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     steps: list[Step] = []
     with profile(activities=[activity]) as profiler, _watched(engine, steps, shared_len, on_gpu):
@@ -129,13 +131,13 @@ def measure(
     }
 
 
-# What is seen
+# Watching
 
 
 @contextmanager
 def _watched(engine: "Engine", steps: list[Step], shared_len: int, on_gpu: bool) -> Iterator[None]:
-    """Note each step that the engine submits. On a CPU a span is put around attention, which is
-    made of operators that others use too; on a GPU it has kernels of its own."""
+    """Note each step that the engine submits. On a CPU, attention is marked by a span of its own:
+    it consists of operators that other parts use too. On a GPU it has kernels of its own."""
     from torch.profiler import record_function
 
     executor: Any = engine.executor
@@ -170,14 +172,14 @@ def _watched(engine: "Engine", steps: list[Step], shared_len: int, on_gpu: bool)
         attention.attend = named_attend
     try:
         yield
-    finally:  # the classes' own methods show again
+    finally:  # uncovers the classes' own methods
         del executor.submit
         if not on_gpu:
             del attention.attend
 
 
 def work_of(step: "StepInput", shared_len: int) -> Work:
-    """What the step computes; its first `shared_len` keys are the same for all sequences."""
+    """What the step computes; the first `shared_len` keys are shared by all sequences."""
     contexts = (step.decode_positions + 1).tolist()
     chunks = [(chunk.position, chunk.position + len(chunk.token_ids)) for chunk in step.chunks]
     keys_read = [*contexts, *(start for start, _ in chunks)]
@@ -191,8 +193,8 @@ def work_of(step: "StepInput", shared_len: int) -> Work:
 
 
 def _kernels(profiler: "profile", step_starts: list[int]) -> list[Event]:
-    """What ran on the GPU, in order. kineto's own list: torch's, of the same events, takes a minute
-    for the 300,000 of a long run."""
+    """The GPU's operations, in order, from kineto's own list of events: making torch's list of them
+    takes a minute for the 300,000 events of a long run."""
     from torch.autograd import DeviceType
 
     launches: dict[int, int] = {}
@@ -211,12 +213,13 @@ def _kernels(profiler: "profile", step_starts: list[int]) -> list[Event]:
 def assign_steps(
     seen: Iterable[tuple[int, int, str, int]], launches: dict[int, int], step_starts: list[int]
 ) -> list[Event]:
-    """Kernels (start, end, name, correlation id), in order, each with the step that launched it.
-    One whose launch was not seen is of the step of the one before: there is one stream.
+    """Kernels in order, each with the step that launched it. A kernel without a launch in the
+    profile belongs to the step of the kernel before it: all run on one stream.
 
     Args:
-        launches: when the host launched what has a correlation id.
-        step_starts: when the host began to submit each step.
+        seen: (start, end, name, correlation id) of each kernel.
+        launches: correlation id -> time of the launch on the host.
+        step_starts: time at which the host began to submit each step.
     """
     kernels, step = [], -1
     for start, end, name, correlation in sorted(seen):
@@ -242,12 +245,12 @@ def _operators(profiler: "profile") -> list[Event]:
 
 
 def gpu_parts(kernels: Iterable[Event], start: int, end: int) -> dict[str, int]:
-    """Nanoseconds of a run by kind of kernel, and the rest by where it lies. They add up to the
-    run: where kernels overlap, the one that came first has the time.
+    """Nanoseconds of a run by kind of kernel, and idle time within and between steps. They add up
+    to the run: the time in which kernels overlap counts for the kernel that started first.
 
     Args:
         kernels: in order.
-        start, end: of the run.
+        start, end: the run.
     """
     parts = dict.fromkeys([*GPU_KINDS, OTHER_KERNELS, IDLE_WITHIN, IDLE_BETWEEN], 0)
     reached, step = start, -1
@@ -265,11 +268,12 @@ def gpu_parts(kernels: Iterable[Event], start: int, end: int) -> dict[str, int]:
 
 
 def cpu_parts(operators: Iterable[Event], start: int, end: int) -> dict[str, int]:
-    """As gpu_parts, of operators that call others: an outer one that has a kind has all its time.
+    """As gpu_parts, for operators that call other operators: an outer operator with a kind counts
+    with all of its time.
 
     Args:
-        operators: in order, outer ones first.
-        start, end: of the run.
+        operators: in order, outer operators first.
+        start, end: the run.
     """
     parts = dict.fromkeys([*CPU_KINDS, OTHER_OPERATORS, PYTHON], 0)
     reached = kind_reached = start
@@ -302,7 +306,7 @@ def _kind(name: str, kinds: dict[str, str], other: str) -> str:
 
 
 def step_spans(kernels: Iterable[Event], num_steps: int) -> list[tuple[int, int] | None]:
-    """The first start and the last end of each step's kernels; None: it has none."""
+    """The first start and the last end of each step's kernels; None for a step without kernels."""
     spans: list[tuple[int, int] | None] = [None] * num_steps
     for kernel in kernels:
         if kernel.step >= 0:
@@ -317,18 +321,18 @@ def summarize(
     """The run in numbers.
 
     Args:
-        ends: when each step ended on its device.
-        parts: nanoseconds.
+        ends: time at which each step ended on its device.
+        parts: name -> nanoseconds.
 
     Returns:
-        seconds: of the run.
-        steps, graph_steps: how many there were, and how many of them replayed a CUDA graph.
-        parts: seconds by name; they add up to the run's.
-        padding: the share of the graphs' rows that no token had; None without graphs.
-        tail: the time after the last step with at least half as many sequences as the largest: its
-            `seconds`, its `steps`, its share of the sampled tokens, and `largest_batch`. In a tail
-            the GPU is busy with few sequences, so more of them would cost little.
-        work: of each step.
+        seconds: length of the run.
+        steps, graph_steps: number of steps, and of steps that replayed a CUDA graph.
+        parts: name -> seconds; they add up to the run.
+        padding: the share of the graphs' tokens that were padding; None without graphs.
+        tail: the time after the last step with at least half of the largest number of sequences:
+            its `seconds`, its `steps`, its share of the sampled tokens, and `largest_batch`. In a
+            tail the GPU computes few sequences, so more sequences would cost little.
+        work: the Work of each step.
     """
     graph_steps = [
         (step.graph_size, step.decodes + step.prefill_tokens) for step in steps if step.graph_size
@@ -357,8 +361,8 @@ def print_breakdown(breakdown: dict[str, Any], timed_seconds: float) -> None:
     """A line for each part, beside its ideal if it has one.
 
     Args:
-        breakdown: of `measure`, with `ideals`: seconds by part, and of "all".
-        timed_seconds: what the same run took without the profiler.
+        breakdown: result of `measure`, with `ideals`: part (or "all") -> seconds.
+        timed_seconds: length of the same run without the profiler.
     """
     seconds, ideals, tail = breakdown["seconds"], breakdown["ideals"], breakdown["tail"]
     graphs = f", {breakdown['graph_steps']:,} of them CUDA graphs" * bool(breakdown["graph_steps"])
@@ -386,7 +390,7 @@ def print_breakdown(breakdown: dict[str, Any], timed_seconds: float) -> None:
         )
 
 
-# The timeline: torch's, and the steps above it. Chrome's trace format, which Perfetto reads.
+# The timeline: torch's trace with the steps above it, in Chrome's trace format (Perfetto reads it).
 
 TRACK = 10**7  # a process id beyond Linux's
 
@@ -394,8 +398,8 @@ TRACK = 10**7  # a process id beyond Linux's
 def trace_events(
     steps: list[Step], spans: list[tuple[int, int] | None]
 ) -> Iterator[dict[str, Any]]:
-    """The steps as events, `ts` in nanoseconds since 1970: one track of when they were submitted,
-    one of when they ran on a GPU, and the counts of sequences."""
+    """The steps as events, `ts` in nanoseconds since 1970: a track for their submission, a track
+    for their time on the GPU, and counters of sequences."""
     yield {"ph": "M", "name": "process_name", "pid": TRACK, "args": {"name": "nanovllm"}}
     yield {"ph": "M", "name": "process_sort_index", "pid": TRACK, "args": {"sort_index": -1}}
     for tid, track in enumerate(["steps submitted", "steps on the GPU"][: 1 + any(spans)]):
@@ -417,7 +421,7 @@ def trace_events(
             },
         }
         yield event | {"tid": 0, "ts": step.start, "dur": step.end - step.start}
-        if span:  # a step's first kernel may start before the last one of the step before has ended
+        if span:  # a step's first kernel may start before the last kernel of the step before ends
             start, ran_until = max(span[0], ran_until), max(span[1], ran_until)
             yield event | {"tid": 1, "ts": start, "dur": ran_until - start}
         counts = {"running": step.running, "waiting": step.waiting}
@@ -425,13 +429,13 @@ def trace_events(
 
 
 def write_trace(profiler: "profile", events: Iterable[dict[str, Any]], path: Path) -> None:
-    """torch's trace with more events at its beginning. It is copied line by line: a long one is
-    hundreds of megabytes."""
+    """Write torch's trace with more events at its beginning. It is copied line by line, as a long
+    trace has hundreds of megabytes."""
     with tempfile.TemporaryDirectory() as folder:
         torchs = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(torchs))
         with torchs.open() as source, _create(path) as out:
-            base = 0  # what torch's times are relative to
+            base = 0  # the zero of torch's times
             for line in source:
                 out.write(line)
                 if found := re.search(r'"baseTimeNanoseconds": *(\d+)', line):

@@ -1,5 +1,5 @@
-"""What the engine counts as it goes. The scheduler measures each step, the engine adds them up;
-progress bars, benchmarks, watchers and tests read."""
+"""What the engine counts. The scheduler counts each step, the engine adds the steps up; progress
+bars, benchmarks, the step watcher and LLM.get_metrics read the sums."""
 
 import time
 from bisect import bisect_left
@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from nanovllm.outputs import RequestMetrics
 
-# Upper limits in seconds, vLLM's.
+# Upper limits of the histograms' buckets in seconds, vLLM's.
 TO_FIRST_TOKEN = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
@@ -22,13 +22,13 @@ TO_THE_END = (
 
 @dataclass
 class Counts:
-    """What can be counted for a step and summed over steps.
+    """Counts of a step that can be summed over steps.
 
     Attributes:
         prefill_tokens: prompt tokens computed (and tokens computed again after a preemption).
-        decode_tokens: tokens computed one at a time for running sequences.
-        cached_tokens: tokens that were not computed because the prefix cache had them.
-        preemptions: sequences put back to make room for others.
+        decode_tokens: tokens computed by decodes.
+        cached_tokens: tokens of prefix hits, which were not computed.
+        preemptions: sequences that were preempted.
         block_slots: slots of the blocks that sequences hold, a shared block counted once.
         empty_slots: slots among them that hold no token.
     """
@@ -48,10 +48,10 @@ class StepMetrics(Counts):
     Attributes:
         running: sequences that hold blocks.
         waiting: sequences that hold none.
-        stopped_by: why no more prompt tokens joined the batch: "max_num_batched_tokens";
-            "prompt_budget", the executor keeps the step small; "max_num_seqs" or "blocks", too few
-            rows or blocks are free; "preemption", the blocks just freed are for running sequences;
-            or "", there were none.
+        stopped_by: why no more prompt tokens joined the batch: "max_num_batched_tokens", the token
+            budget is used up; "prompt_budget", the executor keeps the step small; "max_num_seqs" or
+            "blocks", too few rows or blocks are free; "preemption", the blocks just freed are for
+            running sequences; or "", no sequence waits.
     """
 
     running: int = 0
@@ -65,11 +65,11 @@ class EngineMetrics(Counts):
 
     Attributes:
         steps: steps submitted.
-        last_step: the newest of them.
-        prompt_tokens: of requests that have ended and had a token.
-        generation_tokens: of requests that have ended.
-        finish_reasons: how many ended by which.
-        time_to_first_token, latency: of requests that have ended, but were not aborted.
+        last_step: the newest step.
+        prompt_tokens: prompt tokens of requests that have ended and had a token.
+        generation_tokens: generated tokens of requests that have ended.
+        finish_reasons: finish reason -> number of requests.
+        time_to_first_token, latency: seconds, of requests that have ended and were not aborted.
     """
 
     steps: int = 0
@@ -84,7 +84,7 @@ class EngineMetrics(Counts):
 
     @property
     def kv_cache_waste(self) -> float:
-        """The share of the slots in allocated blocks that held no token, over all steps."""
+        """The share of the slots in held blocks that held no token, over all steps."""
         return self.empty_slots / self.block_slots if self.block_slots else 0.0
 
     def add(self, step: StepMetrics) -> None:
@@ -96,7 +96,7 @@ class EngineMetrics(Counts):
     def add_request(
         self, num_prompt: int, num_generated: int, finish_reason: str, times: RequestMetrics
     ) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self.prompt_tokens += num_prompt if num_generated else 0
         self.generation_tokens += num_generated
         self.finish_reasons[finish_reason] += 1
@@ -106,10 +106,10 @@ class EngineMetrics(Counts):
 
 
 class Observations:
-    """How many values lie up to each of some limits.
+    """A histogram of observed values.
 
     Args:
-        limits: ascending.
+        limits: upper limits of the buckets, ascending; one more bucket has no limit.
     """
 
     def __init__(self, limits: tuple[float, ...]):
@@ -123,12 +123,12 @@ class Observations:
 
     @property
     def buckets(self) -> dict[str, int]:
-        """Limit -> how many values are no larger."""
+        """Upper limit -> number of values up to it."""
         names = [*map(str, self.limits), "+Inf"]
         return dict(zip(names, accumulate(self.counts), strict=True))
 
 
-# What LLM.get_metrics gives; vLLM's classes.
+# The results of LLM.get_metrics; vLLM's classes.
 
 
 @dataclass
@@ -139,21 +139,21 @@ class Metric:
 
 @dataclass
 class Counter(Metric):
-    """It only grows."""
+    """A count that only grows."""
 
     value: int
 
 
 @dataclass
 class Gauge(Metric):
-    """As it is now."""
+    """A current value."""
 
     value: float
 
 
 @dataclass
 class Histogram(Metric):
-    """Observed values: how many, their sum, and upper limit -> how many are no larger."""
+    """Observed values: their number, their sum, and upper limit -> number of values up to it."""
 
     count: int
     sum: float
@@ -161,7 +161,7 @@ class Histogram(Metric):
 
 
 class Laps:
-    """Where the time goes: to whatever ends, since the one before it ended."""
+    """Durations of consecutive phases: end(name) closes the phase that began with the last end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

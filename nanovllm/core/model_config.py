@@ -1,7 +1,7 @@
-"""The checkpoint's architecture, from its config.json. It is parsed here, so that no other
-library's reading of it can change under us.
+"""The checkpoint's architecture, from its config.json. It is parsed here, so that another library's
+release can't change the result.
 
-checkpoint.py makes a ModelConfig; models, cache and kernels are sized by it.
+models/checkpoint.py makes a ModelConfig; models, cache and kernels read their sizes from it.
 """
 
 from collections.abc import Collection
@@ -23,7 +23,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says of the architecture, under one set of names for every family.
+    """The architecture in config.json, under one set of names for every family.
 
     Attributes:
         hidden_act: the activation's name.
@@ -59,8 +59,8 @@ class ModelConfig:
             activations: the values of `hidden_act` that the family computes.
 
         Raises:
-            ValueError: a key is missing, or the checkpoint needs something that is not supported;
-            names it.
+            ValueError: a key is missing, or the checkpoint needs an unsupported feature; the
+                message names it.
         """
         try:
             return cls._parse(hf, activations)
@@ -110,7 +110,7 @@ class ModelConfig:
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Elements of keys and values a token, over all layers."""
+        """Elements of one token's keys and values, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
@@ -125,7 +125,7 @@ def architecture_of(hf: dict[str, Any]) -> str:
 
 
 def token_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
-    """config.json and generation_config.json write one token id or a list of them."""
+    """Token ids from config.json or generation_config.json: one id or a list of ids."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id) is int for id in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
@@ -165,7 +165,7 @@ ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3
 
 
 def _rope_config(hf: dict[str, Any]) -> RopeConfig:
-    """transformers 5 writes rope_parameters; before, rope_theta stood apart from rope_scaling."""
+    """RoPE from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     rope = {key: value for key, value in rope.items() if value is not None}
     rope_type = rope.get("rope_type", rope.get("type", "default"))

@@ -1,8 +1,8 @@
 """Tokens to text, in increments that never split a character.
 
-llm.py calls it when a text is wanted, the engine after every token of a sequence that has stop
-strings; how often makes no difference to the result, unless a tokenizer decodes bytes that are no
-UTF-8 differently with what follows them. It knows tokenizers only by `decode`.
+The frontend calls it for each output, the engine after every token of a sequence with stop strings.
+The number of calls makes no difference to the text, unless a tokenizer decodes bytes that are no
+UTF-8 differently with the bytes after them. It calls nothing of a tokenizer but `decode`.
 """
 
 from operator import itemgetter
@@ -11,7 +11,7 @@ from typing import Protocol
 from nanovllm.engine.sequence import Sequence, TextState
 from nanovllm.sampling_params import SamplingParams
 
-MAX_CONTEXT_TOKENS = 32  # of the prompt, where fewer would begin inside a character
+MAX_CONTEXT_TOKENS = 32  # of the prompt, if fewer would begin inside a character
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
 
@@ -39,8 +39,8 @@ class Detokenizer:
 
     def text(self, seq: Sequence) -> str:
         """The text of the sequence's output so far, cut at the stop string that ended it, and
-        without a stop token. While it runs, what may turn out to begin a stop string is held back
-        (as many characters as in vLLM)."""
+        without a stop token. While the sequence runs, last characters that may begin a stop string
+        are held back (the same number as in vLLM)."""
         params = seq.params
         if not params.detokenize:
             return ""
@@ -63,8 +63,8 @@ class Detokenizer:
             seq.text = state._replace(searched=len(state.text))
 
     def _read(self, seq: Sequence) -> TextState:
-        """Decode what is new, but for a token that stops the sequence: that one's text is only
-        there if include_stop_str_in_output asks for it."""
+        """Decode the new tokens. The text of a token that stops the sequence is left out, unless
+        include_stop_str_in_output is set."""
         prefix, read, text, searched = seq.text
         skips_last = seq.token_ids[-1] in seq.stops and not seq.params.include_stop_str_in_output
         end = len(seq.token_ids) - skips_last
@@ -97,7 +97,7 @@ class Detokenizer:
 
 
 def _first_stop(state: TextState, params: SamplingParams) -> tuple[int, str] | None:
-    """Of the stop strings that end after `searched`, where the first one ends, and which it is."""
+    """The stop string that ends first after `searched`: the position of its end, and the string."""
     found = []
     for stop in params.stop or ():
         start = state.text.find(stop, max(0, state.searched + 1 - len(stop)))

@@ -1,1 +1,1 @@
-"""What is written on LLM's public calls and belongs to no engine: for now the step watcher."""
+"""Programs on LLM's public calls: the command line, batch files, lm-eval, the view of each step."""

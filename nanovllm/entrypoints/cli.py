@@ -1,5 +1,5 @@
-"""The command line, for a person at a terminal: generate, chat, and run-batch for files of
-requests. `python -m nanovllm` calls it; it uses LLM as any script does."""
+"""The command line: generate, chat, and run-batch for files of requests. `python -m nanovllm` calls
+it; it uses LLM as any script does."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.entrypoints.options import add_options, given_options
 from nanovllm.sampling_params import SamplingParams
 
-if TYPE_CHECKING:  # torch takes seconds, and --help has no use for it
+if TYPE_CHECKING:  # importing torch takes seconds, and --help has no use for it
     from nanovllm.llm import LLM
 
 SAMPLING = (
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         sys.stdout = None
         return 1
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="go on with a text")
+    generate = commands.add_parser("generate", help="continue a text")
     generate.add_argument("--prompt", help="the text; by default standard input")
     generate.set_defaults(run=run_generate)
 
@@ -66,10 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "--output-file",
         type=Path,
         required=True,
-        help="a result a line; what it has already is not done again",
+        help="a result a line; lines that have a result are not done again",
     )
     batch.add_argument(
-        "--served-model-name", nargs="+", default=[], help="what requests may call the model"
+        "--served-model-name", nargs="+", default=[], help="names of the model in requests"
     )
     batch.set_defaults(run=run_batch_file)
     for command in (generate, chat, batch):
@@ -87,7 +87,8 @@ def load(args: argparse.Namespace) -> "LLM":
 
 
 def params_of(args: argparse.Namespace, llm: "LLM") -> SamplingParams:
-    """The checkpoint's recommendation, but no limit of the length, and what was given."""
+    """The checkpoint's recommended parameters without a limit on the length, then the options
+    given."""
     values: dict[str, Any] = {"max_tokens": None, **given_options(args, SamplingParams)}
     values.pop("seed", None)  # the engine's
     try:
@@ -130,7 +131,7 @@ def _said(text: str) -> dict[str, str]:
 
 
 def _lines(is_terminal: bool) -> Iterator[str]:
-    """What the user types, until the end of the input; Ctrl-C drops a line."""
+    """The lines that the user types, until the end of the input; Ctrl-C drops a line."""
     if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  (input has a history then)
@@ -147,7 +148,7 @@ def _lines(is_terminal: bool) -> Iterator[str]:
 
 
 def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams) -> str | None:
-    """Print the answer as it comes, and return it, so far as Ctrl-C let it come; None: an error."""
+    """Print the answer as it comes, and return its text, up to Ctrl-C; None after an error."""
     parts: list[str] = []
     try:
         [prompt] = llm.render_chat(messages)
@@ -162,7 +163,7 @@ def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams) 
 
 
 def _show(llm: "LLM", prompt: Any, params: SamplingParams) -> Iterator[str]:
-    """Print a text as it comes, and hand out its parts."""
+    """Print a text as it comes, and yield its parts."""
     for output in llm.stream(prompt, params):
         print(output["text"], end="", flush=True)
         yield output["text"]

@@ -1,10 +1,10 @@
-r"""A model for EleutherAI's lm-eval, and its command line with that model in it:
+r"""A model for EleutherAI's lm-eval, and lm-eval's command line with that model in it:
 
     python -m nanovllm.entrypoints.lm_eval --model nanovllm \
         --model_args pretrained=FOLDER,dtype=float32 --tasks hellaswag
 
-lm-eval makes tasks into requests and results into scores. Tokens and cuts are those of its `hf`
-model, so that the scores are too.
+lm-eval makes requests from tasks, and scores from results. Prompts are tokenized and cut as by its
+`hf` model, so that the scores are the same.
 """
 
 from collections.abc import Iterable
@@ -28,20 +28,20 @@ from nanovllm.sampling_params import SamplingParams
 
 @register_model("nanovllm")
 class NanoVLLM(TemplateLM):
-    """An LLM as lm-eval asks for it; simple_evaluate(model=NanoVLLM(...)) takes one too.
+    """lm-eval's model class around an LLM, for simple_evaluate(model=NanoVLLM(...)).
 
     Args:
         pretrained: the model, a folder or a name on the hub.
-        max_length: max_model_len, as `hf` calls it.
-        max_gen_toks: tokens generated at most where a task does not say.
-        add_bos_token: whether texts begin with BOS; None: as the tokenizer has it.
-        prefix_token_id: what a text without a context stands after; None: BOS, or else EOS.
-        chat_template_args: what else the chat template reads.
-        enable_thinking: one of those.
+        max_length: max_model_len, by the `hf` model's name.
+        max_gen_toks: largest number of generated tokens, for tasks without a number of their own.
+        add_bos_token: whether texts begin with BOS; None: the tokenizer decides.
+        prefix_token_id: the token before a text without a context; None: BOS, or else EOS.
+        chat_template_args: further variables of the chat template.
+        enable_thinking: sets the variable of that name in chat_template_args.
         think_end_token: answers begin after this text, and stop strings count from there.
-        batch_size, max_batch_size: not looked at; the engine batches.
-        device: LLM's; but lm-eval says "cuda:0" where its user says nothing, so that is "auto".
-        options: of LLM.
+        batch_size, max_batch_size: ignored; the engine batches.
+        device: LLM's; "cuda:0", which lm-eval passes by default, stands for "auto".
+        options: further options of LLM.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class NanoVLLM(TemplateLM):
 
         try:
             return apply(chat_history)
-        except TemplateError:  # some templates know no system message
+        except TemplateError:  # some templates have no system message
             return apply([message for message in chat_history if message["role"] != "system"])
 
     def tok_encode(
@@ -109,7 +109,7 @@ class NanoVLLM(TemplateLM):
         if add_special_tokens is None:
             add_special_tokens = self.add_bos_token
             if string.startswith(self.tokenizer.decode([self.prefix_token_id])):
-                add_special_tokens = False  # a chat template wrote it
+                add_special_tokens = False  # the chat template wrote the token
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **options)
 
@@ -156,7 +156,7 @@ class NanoVLLM(TemplateLM):
                 options.get("temperature", 1.0) if options.pop("do_sample") else 0.0
             )
             stops.append([string for string in stop if string])
-            # Before the end of its thoughts nothing stops it but EOS.
+            # Before the end of the thoughts nothing but EOS stops a request.
             early = [] if self.think_end_token else stops[-1]
             params.append(SamplingParams(max_tokens=max_tokens, stop=early, **options))
             prompts.append(self.tok_encode(text)[-room:] or [self.prefix_token_id])
@@ -168,7 +168,7 @@ class NanoVLLM(TemplateLM):
         return self._cached("generate_until", [r.args for r in requests], texts)
 
     def _cached(self, name: str, keys: Iterable[Any], results: list[Any]) -> list[Any]:
-        """The results, which lm-eval may keep for the next run."""
+        """The results, after lm-eval's cache has them for the next run."""
         for key, result in zip(keys, results, strict=True):
             self.cache_hook.add_partial(name, key, result)
         return results

@@ -1,5 +1,5 @@
-"""Bodies of OpenAI's API: a request's -> prompts and SamplingParams, and outputs -> a response's.
-run_batch.py uses it; what is not supported is an error that names it."""
+"""The bodies of OpenAI's API: a request's body becomes prompts and SamplingParams, and outputs
+become a response's body. run_batch.py calls it; an unsupported field is an error that names it."""
 
 import json
 import time
@@ -9,20 +9,24 @@ from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
-from nanovllm import sampling_params
 from nanovllm.frontend import prompts, tokenization
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
-from nanovllm.sampling_params import UNSUPPORTED, RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import (
+    UNSUPPORTED,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
-# These change nothing in the answer.
+# Fields that change nothing in the answer.
 IGNORED = {
     *("metadata", "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier"),
     *("service_tier", "store", "stream_options", "user"),
 }
-# What a field that we don't have may say.
+# Fields without an implementation here, and the one value of each that is accepted.
 NEUTRAL = {
     "best_of": 1,
     "echo": False,
@@ -41,7 +45,7 @@ NEUTRAL = {
 TEMPLATE = {"add_generation_prompt", "chat_template", "continue_final_message", "tools"}
 TEMPLATE_VALUES = {"documents", "reasoning_effort"}
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# SamplingParams' that go by the same name and meaning; the others are read below.
+# Fields of SamplingParams with the same name and meaning in a body; the others are read below.
 SAME = {field.name for field in fields(SamplingParams) if field.init} - {
     *("detokenize", "flat_logprobs", "logits_processors", "logprobs", "max_tokens", "output_kind"),
     *("structured_outputs", *UNSUPPORTED),
@@ -51,7 +55,7 @@ LOWEST = -9999.0  # JSON has no -inf
 
 @dataclass
 class Request:
-    """A body that was read: what to generate, and how to answer."""
+    """A checked body: what to generate, and the form of the answer."""
 
     url: str
     prompts: list[Any]
@@ -62,8 +66,12 @@ class Request:
 def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> Request:
     """Check a body.
 
+    Args:
+        url: the endpoint, CHAT or COMPLETIONS.
+        model_names: the values that the body's `model` may have.
+
     Raises:
-        ValueError, TypeError: a field is missing, not supported, or its value won't do.
+        ValueError, TypeError: a field is missing or not supported, or its value is invalid.
     """
     if url not in (CHAT, COMPLETIONS):
         raise ValueError(f"url must be {CHAT} or {COMPLETIONS}, got {url!r:.80}")
@@ -99,7 +107,6 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
         if echo and values["logprobs"] is not None:
             values.setdefault("prompt_logprobs", values["logprobs"])
     unknown = {name for name, value in left.items() if NEUTRAL.get(name) != value}
-    unknown |= {name for name, value in values.items() if value is not None} - _HAVE
     if unknown:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
     if tokenize:
@@ -111,21 +118,16 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
             tokenize,
         )
     default = llm.get_default_sampling_params()
-    values = {name: getattr(default, name) for name in RECOMMENDED} | {
-        name: value for name, value in values.items() if name in _HAVE
-    }
+    values = {name: getattr(default, name) for name in RECOMMENDED} | values
     params = SamplingParams.from_optional(**values, output_kind=RequestOutputKind.FINAL_ONLY)
     return Request(url, prompt_list, params, echo)
-
-
-_HAVE = {field.name for field in fields(SamplingParams)}
 
 
 def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
     messages = left.pop("messages", None)
     if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
         raise TypeError(f"messages must be a list of at least one message, got {messages!r:.80}")
-    if left.get("tool_choice") == "auto":  # the answer's text is what the model makes of them
+    if left.get("tool_choice") == "auto":  # tools are in the prompt; the answer stays text
         del left["tool_choice"]
     options = {name: left.pop(name) for name in TEMPLATE & left.keys()}
     values = {name: left.pop(name) for name in TEMPLATE_VALUES & left.keys()}
@@ -149,7 +151,8 @@ def _plain_prompts(left: dict[str, Any]) -> list[Any]:
 
 
 def _structured_outputs(left: dict[str, Any]) -> Any:
-    """Of response_format and vLLM's structured_outputs; None: any text will do."""
+    """Parameters from response_format and vLLM's structured_outputs; None if neither limits the
+    text."""
     form, values = left.pop("response_format", None), left.pop("structured_outputs", None)
     form = {"type": "text"} if form is None else form
     for name, value in (("response_format", form), ("structured_outputs", values)):
@@ -169,10 +172,7 @@ def _structured_outputs(left: dict[str, Any]) -> Any:
         raise ValueError(f"response_format {form!r:.80} is not supported")
     if values is None:
         return None
-    make = getattr(sampling_params, "StructuredOutputsParams", None)
-    if make is None:
-        raise ValueError("not supported: response_format, structured_outputs")
-    return make(**values)
+    return StructuredOutputsParams(**values)
 
 
 def make_response(
@@ -181,7 +181,7 @@ def make_response(
     """The body of the answer.
 
     Args:
-        outputs: of each prompt, ended.
+        outputs: one finished output for each prompt.
     """
     is_chat = request.url == CHAT
     choices: list[dict[str, Any]] = []
@@ -246,7 +246,7 @@ def _token(entry: Logprob) -> dict[str, Any]:
 def _text(
     request: Request, output: RequestOutput, completion: CompletionOutput, tokenizer: Any
 ) -> dict[str, Any]:
-    """Of the completions API, whose log-probabilities have another form."""
+    """A choice of the completions API, whose log-probabilities have another form than chat's."""
     text, logprobs = completion.text, None
     token_ids = list(completion.token_ids)
     lines: list[dict[int, Logprob] | None] = list(completion.logprobs or ())

@@ -1,10 +1,10 @@
-"""Command-line options made from the fields of EngineConfig and SamplingParams: names, types and
-help are theirs, so that there is no second list."""
+"""Command-line options made from the fields of EngineConfig and SamplingParams: name, type and help
+of an option are the field's, so that no second list exists. cli.py calls it."""
 
 import argparse
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -13,8 +13,13 @@ from typing import Any, get_args, get_origin
 def add_options(
     parser: argparse.ArgumentParser, title: str, cls: Any, names: Collection[str] | None = None
 ) -> None:
-    """An option --like-this for each field (of those named) of a dataclass whose docstring has
-    Args. One that is not given leaves no trace in the parsed arguments."""
+    """Add an option --like-this for each field of a dataclass whose docstring has Args.
+
+    An option that is not given leaves no attribute in the parsed arguments.
+
+    Args:
+        names: the fields to add; None: all.
+    """
     group = parser.add_argument_group(title)
     texts = _help_texts(cls.__doc__)
     for field in fields(cls):
@@ -31,13 +36,13 @@ def add_options(
 
 
 def given_options(args: argparse.Namespace, cls: Any) -> dict[str, Any]:
-    """Of a dataclass's fields, those that the command line gave."""
+    """The dataclass's fields that the command line gave."""
     return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
 
 
 def _how_to_read(kind: Any) -> dict[str, Any]:
     """add_argument's arguments for a field of that type."""
-    kinds = [k for k in get_args(kind) or (kind,) if k is not NoneType]
+    kinds = [k for k in get_args(kind) or (kind,) if k not in (NoneType, Callable)]
     lists = [k for k in kinds if get_origin(k) is list]
     if lists:
         [element] = get_args(lists[0])
@@ -59,7 +64,7 @@ def json_value(text: str) -> Any:
 
 
 def _help_texts(doc: str) -> dict[str, str]:
-    """What a docstring's Args say of each name."""
+    """Name -> its text in the Args of a docstring."""
     entries = re.findall(r"^ {8}(\w[\w, \n]*?): (.*?)(?=^ {8}\w|^\s*$|\Z)", doc, re.M | re.S)
     return {
         name: " ".join(text.split())

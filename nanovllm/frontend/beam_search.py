@@ -1,8 +1,8 @@
-"""Beam search: of every prompt the `beam_width` best continuations, found token by token.
+"""Beam search: the `beam_width` best continuations of every prompt, found token by token.
 
-LLM.beam_search calls it. Each round asks the engine for one token of every beam, as a request of
-its own, for the sake of its log-probabilities; that beams share what they have in common is the
-prefix cache's doing (docs/decisions/0015). What counts as best, and when a search ends, is vLLM's.
+LLM.beam_search calls it. In each round every beam is a request for one token, whose
+log-probabilities give the candidates; the prefix cache shares the blocks of common beginnings
+(docs/decisions/0015). Scores and the end of a search are vLLM's.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ class BeamSearchSequence:
     """One continuation.
 
     Attributes:
-        tokens: the prompt's and the generated ones, with the EOS token that ended it.
+        tokens: the prompt's and the generated tokens, with the EOS token that ended them.
         logprobs: for each generated token a dict of token id -> Logprob: the candidates.
         cum_logprob: the sum of the generated tokens' log-probabilities.
-        text: of all tokens, special ones too; None without a tokenizer.
+        text: the text of all tokens, with special tokens; None without a tokenizer.
         finish_reason: "stop" (EOS) or "length" (max_tokens or max_model_len).
         stop_reason: None.
     """
@@ -42,18 +42,18 @@ class BeamSearchSequence:
 
 @dataclass
 class BeamSearchOutput:
-    """The answer to one prompt: as many sequences as the beam is wide, the best first."""
+    """The answer to one prompt: `beam_width` sequences, the best first."""
 
     sequences: list[BeamSearchSequence]
 
 
-# Runs prompts with the same parameters, and gives the log-probabilities of each one's tokens.
+# Runs prompts with the same parameters; returns the log-probabilities of each prompt's tokens.
 Run = Callable[[list[list[int]], SamplingParams], list[SampleLogprobs]]
 
 
 class Beam(NamedTuple):
-    tokens: list[int]  # the prompt's, too
-    lines: list[SampleLogprobs]  # of one token each
+    tokens: list[int]  # with the prompt's
+    lines: list[SampleLogprobs]  # one token each
     cum_logprob: float = 0.0
     score: float = 0.0
     ended: bool = False
@@ -64,9 +64,9 @@ class Search:
 
     Args:
         prompt: its tokens.
-        params: the user's.
+        params: the user's parameters.
         eos_token_ids: tokens that end a beam, unless they are ignored.
-        max_model_len: tokens of a beam at most.
+        max_model_len: largest number of tokens in a beam.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Search:
         self.ended: list[Beam] = []  # the best of them
 
     def extend(self, lines: list[SampleLogprobs]) -> None:
-        """Go on with the best of what these candidates make of the beams.
+        """Extend the beams by their candidates, and keep the best.
 
         Args:
-            lines: for each beam a drawn token and the most likely ones.
+            lines: for each beam a sampled token and the most likely tokens.
         """
         params, length = self.params, len(self.beams[0].tokens) + 1
         weight = length**params.length_penalty
@@ -114,7 +114,7 @@ class Search:
 
     @property
     def is_done(self) -> bool:
-        """Whether the beams can't grow, or none of them can overtake those that have ended."""
+        """Whether the beams can't grow, or none of them can overtake the ended texts."""
         if not self.beams or len(self.beams[0].tokens) == self.max_len:
             return True
         if len(self.ended) < self.params.beam_width:
@@ -150,7 +150,7 @@ def beam_search(
     use_tqdm: bool,
     concurrency_limit: int | None,
 ) -> list[BeamSearchOutput]:
-    """LLM.beam_search; requests knows the tokenizer and the limits."""
+    """LLM.beam_search; `requests` has the tokenizer and the limits."""
     if not isinstance(params, BeamSearchParams):
         raise TypeError(f"params must be BeamSearchParams, got {params!r:.80}")
     params = replace(params)  # checked anew

@@ -1,8 +1,7 @@
-"""Log-likelihoods of given texts: which tokens are scored after which, and what came of it.
+"""Log-likelihoods of given texts: from texts to the tokens to score, and from lines to results.
 
-LLM.loglikelihood and loglikelihood_rolling call it; the sequences that it asks for run in the
-engine like any other. Texts are divided as in EleutherAI's lm-eval, so that numbers can be compared
-with those of others.
+LLM.loglikelihood and loglikelihood_rolling call it; its sequences run in the engine like any other.
+Texts are divided as in EleutherAI's lm-eval, so that results can be compared with published ones.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,23 +12,23 @@ from nanovllm.frontend import prompts
 from nanovllm.outputs import Loglikelihood, SampleLogprobs
 from nanovllm.sampling_params import SamplingParams
 
-# Of a sequence that scores. The token that it generates, nobody wants.
+# The parameters of a sequence that scores. The token that it generates is thrown away.
 PARAMS = SamplingParams(
     temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, prompt_logprobs=1
 )
 
 
 class Scored(NamedTuple):
-    """Tokens, and the position from which on they are scored, at least 1."""
+    """Tokens, and the position of the first one that is scored, at least 1."""
 
     token_ids: Sequence[int]
     start: int
 
 
 def from_pairs(pairs: Any, tokenizer: Any, vocab_size: int, max_model_len: int) -> list[Scored]:
-    """Context and continuation of each pair. Spaces between them belong to the continuation, and it
-    has the tokens that both together have more than the context. An empty context is the token that
-    begins texts.
+    """Context and continuation of each pair. Spaces between them belong to the continuation, whose
+    tokens are the tokens of both texts together after the context's. An empty context is the token
+    that begins texts.
 
     Raises:
         TypeError: not pairs of two texts or of two lists of token ids.
@@ -87,7 +86,8 @@ def from_texts(
 
 
 def _windows(token_ids: list[int], length: int) -> Iterator[Scored]:
-    """All tokens but the first, `length` at a time, after as many as there is room for."""
+    """All tokens but the first, `length` at a time, each window with the longest context that
+    fits."""
     for start in range(1, len(token_ids), length):
         end = min(start + length, len(token_ids))
         first = max(0, end - length - 1)
@@ -95,7 +95,7 @@ def _windows(token_ids: list[int], length: int) -> Iterator[Scored]:
 
 
 def read(lines: SampleLogprobs) -> Loglikelihood:
-    """Of one sequence's lines, which have the most likely token beside each."""
+    """The log-likelihood in one sequence's lines, which have the most likely token beside each."""
     token_ids, logprobs = lines.lines.token_ids, lines.lines.logprobs
     return Loglikelihood(
         token_ids[:, 0].tolist(),
@@ -105,7 +105,7 @@ def read(lines: SampleLogprobs) -> Loglikelihood:
 
 
 def join(parts: Iterable[Loglikelihood]) -> Loglikelihood:
-    """Of windows, one after another."""
+    """The log-likelihood of windows, one after another."""
     whole = Loglikelihood([], [], is_greedy=True)
     for part in parts:
         whole.token_ids += part.token_ids
@@ -115,7 +115,7 @@ def join(parts: Iterable[Loglikelihood]) -> Loglikelihood:
 
 
 def first_token(tokenizer: Any) -> int:
-    """What a text stands after that has no context: BOS, or else EOS."""
+    """The token before a text without context: BOS, or else EOS."""
     for name in ("bos_token_id", "eos_token_id"):
         if (token := getattr(tokenizer, name, None)) is not None:
             return token

@@ -1,7 +1,7 @@
-"""StructuredOutputsParams -> grammars, which say what tokens may come next, by llguidance.
+"""StructuredOutputsParams -> compiled grammars, which say what tokens may come next, by llguidance.
 
-llm.py compiles them when requests are made; the worker gives each row a matcher of its own and
-moves it on (worker/host_processors.py).
+requests.py compiles them before requests are posted; the worker gives each row a matcher of its own
+and advances it (worker/host_processors.py).
 """
 
 import json
@@ -10,16 +10,16 @@ from typing import Any
 
 from nanovllm.sampling_params import StructuredOutputsParams
 
-NUM_KEPT = 1024  # grammars, for the next requests with the same
-# JSON Schema's keywords that hold named schemas, and those that hold plain values.
+NUM_KEPT = 1024  # compiled grammars, for later requests with the same one
+# JSON Schema's keywords for named schemas, and keywords for plain values.
 NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 VALUES = ("const", "enum", "default", "examples")
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """An llguidance.LLMatcher at the beginning, which each row copies, and how many 32-bit words a
-    mask over its vocabulary has."""
+    """An llguidance.LLMatcher in its first state, which each row copies, and the number of 32-bit
+    words in a bitmask over its vocabulary."""
 
     matcher: Any
     num_words: int
@@ -29,15 +29,15 @@ class GrammarCompiler:
     """Compiles each grammar once.
 
     Args:
-        tokenizer: transformers'; None: there is none.
-        vocab_size: of the model's logits.
-        eos_token_ids: what may be drawn where a grammar can end.
+        tokenizer: transformers' tokenizer, or None.
+        vocab_size: size of the model's logits.
+        eos_token_ids: tokens that may be sampled where a grammar can end.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: tuple[int, ...]):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.eos_token_ids = eos_token_ids
-        self.vocabulary: Any = None  # llguidance's, made when somebody asks
+        self.vocabulary: Any = None  # llguidance's, made for the first grammar
         self.compiled: dict[str, Grammar] = {}
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
@@ -99,7 +99,7 @@ class GrammarCompiler:
         if params.choice is not None:
             return grammar_from("choice", json.dumps(params.choice))
         if params.grammar is not None:
-            # As in vLLM: Lark has no such sign.
+            # As in vLLM: Lark's syntax has no "::=".
             return grammar_from("gbnf" if "::=" in params.grammar else "lark", params.grammar)
         assert params.structural_tag is not None
         return self._tag_grammar(json.loads(params.structural_tag), params)
@@ -138,7 +138,8 @@ def _json_grammar(schema: Any, params: StructuredOutputsParams) -> str:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with no properties but those named, wherever it names some and does not say."""
+    """The schema with additionalProperties false wherever it names properties and does not set
+    it."""
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):

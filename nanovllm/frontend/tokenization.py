@@ -1,5 +1,5 @@
-"""Prompts tokenized as generate's tokenization_kwargs say, vLLM's overrides: cut to a length, with
-or without special tokens. LLM calls it only where they are given; prompts.py checks the result."""
+"""Prompts tokenized by generate's tokenization_kwargs, vLLM's overrides: cut to a length, with or
+without special tokens. LLM calls it for calls that set them; prompts.py checks the result."""
 
 import sys
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ def tokenize(
     Args:
         prompt_list: as for LLM.generate.
         tokenizer, vocab_size: as for prompts.normalize.
-        max_model_len: what truncate_prompt_tokens=-1 leaves room for a token in.
-        kwargs: truncate_prompt_tokens: so many are kept; truncation_side: "left" keeps the last
-            ones, "right" the first; add_special_tokens: of texts.
+        max_model_len: truncate_prompt_tokens=-1 keeps one token less.
+        kwargs: truncate_prompt_tokens: number of tokens to keep; truncation_side: "left" keeps the
+            last tokens, "right" the first; add_special_tokens: whether texts get special tokens.
 
     Raises:
-        ValueError, TypeError: an override is unknown or its value won't do; or a prompt, as of
-        prompts.normalize.
+        ValueError, TypeError: an override is unknown or its value is invalid; or a prompt, as in
+            prompts.normalize.
     """
     if not isinstance(kwargs, Mapping):
         raise TypeError(f"tokenization_kwargs must be a dict, got {kwargs!r:.80}")

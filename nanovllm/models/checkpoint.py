@@ -1,7 +1,5 @@
-"""A checkpoint's files around the weights: where they are, config.json, generation_config.json, the
-tokenizer.
-
-llm.py calls it at construction; loader.py reads the weights.
+"""A checkpoint's files other than the weights: its folder, config.json, generation_config.json, the
+tokenizer. llm.py calls it at construction; models/loader.py reads the weights.
 """
 
 import json
@@ -23,7 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*.json", "*.model", "vocab.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All of a checkpoint but its weights. `tokenizer` is None after skip_tokenizer_init."""
+    """A checkpoint without its weights. `tokenizer` is None with skip_tokenizer_init."""
 
     model_config: ModelConfig
     generation_config: dict[str, Any]
@@ -37,7 +35,11 @@ class Checkpoint:
 
     @cached_property
     def default_sampling_params(self) -> SamplingParams:
-        """What generation_config recommends. Raises ValueError for values out of range."""
+        """The sampling parameters that generation_config recommends.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
         names = {name: name for name in _RECOMMENDED} | {"max_new_tokens": "max_tokens"}
         found = {name: self.generation_config.get(key) for key, name in names.items()}
         try:
@@ -47,7 +49,11 @@ class Checkpoint:
 
 
 def read_checkpoint(config: EngineConfig) -> Checkpoint:
-    """Read what the options name. Raises ValueError, as the functions below."""
+    """Read the checkpoint that the options name.
+
+    Raises:
+        ValueError: as the functions below.
+    """
     folder = resolve_folder(config)
     hf_config = read_json(folder, "config.json", required=True) | (config.hf_overrides or {})
     model_config = model_class(architecture_of(hf_config)).read_config(hf_config)
@@ -62,7 +68,7 @@ def read_checkpoint(config: EngineConfig) -> Checkpoint:
 
 
 def _read_generation_config(config: EngineConfig, folder: Path) -> dict[str, Any]:
-    """What the options say of it; {} for vLLM's defaults."""
+    """The generation_config that the options name; {} for vLLM's defaults."""
     found: dict[str, Any] = {}
     if config.generation_config == "auto":
         found = read_json(folder, "generation_config.json", required=False)
@@ -75,23 +81,23 @@ def _read_generation_config(config: EngineConfig, folder: Path) -> dict[str, Any
 def _eos_token_ids(
     model_config: ModelConfig, generation_config: dict[str, Any], tokenizer: Any
 ) -> tuple[int, ...]:
-    """The tokenizer's own first, then generation_config's or, where it names none,
+    """The tokenizer's EOS first, then generation_config's tokens or, if it has none,
     config.json's."""
     eos = token_id_tuple(generation_config.get("eos_token_id")) or model_config.eos_token_ids
     own = getattr(tokenizer, "eos_token_id", None)
     eos = eos if own is None else (own, *eos)
-    # One outside the vocabulary is never drawn.
+    # A token outside the vocabulary is never sampled.
     return tuple(id for id in dict.fromkeys(eos) if 0 <= id < model_config.vocab_size)
 
 
 def resolve_folder(
     config: EngineConfig, *, with_weights: bool = False, option: str = "model"
 ) -> Path:
-    """The local folder of a checkpoint: the one that the option names, or the hub's snapshot of
+    """The local folder of a checkpoint: the folder that the option names, or the hub's snapshot of
     that name, downloaded if needed.
 
     Raises:
-        ValueError: no such folder, nor a model of that name on the hub.
+        ValueError: neither a folder nor a model on the hub has that name.
     """
     model, revision = getattr(config, option), config.revision
     if option == "tokenizer":
@@ -127,8 +133,11 @@ def resolve_folder(
 
 
 def read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any]:
-    """A JSON object of the checkpoint; {} if it may be missing and is. Raises ValueError for a
-    missing or broken one."""
+    """A JSON file of the checkpoint; {} if it is not required and missing.
+
+    Raises:
+        ValueError: the file is required and missing, or broken.
+    """
     file = folder / name
     if not file.exists() and not required:
         return {}
@@ -144,10 +153,14 @@ def read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises ValueError if there is none."""
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ValueError: the folder has none, or it does not load.
+    """
     from transformers import AutoTokenizer
 
-    # Without any of these transformers makes up an empty tokenizer from config.json.
+    # Without any of these files transformers makes an empty tokenizer from config.json.
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ValueError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); give tokenizer=FOLDER, or "
@@ -155,7 +168,7 @@ def load_tokenizer(folder: Path) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+    except Exception as error:  # transformers raises many types for a missing or broken tokenizer
         raise ValueError(
             f"{folder} has a tokenizer that does not load ({error}); give tokenizer=FOLDER, or "
             f"skip_tokenizer_init=True for prompts of token ids"

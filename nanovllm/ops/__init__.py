@@ -126,13 +126,13 @@ def attention(
     return backend.attend(q, kv, batch, scale)
 
 
-def default_block_size(attention_backend: str | None) -> int:
+def default_block_size(attention_backend: object) -> int:
     """Tokens per block, where the user does not say."""
     return 256 if attention_backend == "FLASH_ATTN" else 16
 
 
 def make_attention(
-    name: str | None,
+    name: "str | Callable[..., Attention] | None",
     spec: "AttentionSpec",
     block_size: int,
     dtype: torch.dtype,
@@ -143,7 +143,7 @@ def make_attention(
 
     Args:
         name: "TORCH_SDPA", "TRITON_ATTN" or "FLASH_ATTN"; "auto" or None: the fastest one that
-            takes any block size.
+            takes any block size; or a callable that makes one of the other arguments.
         spec: what the group's layers have in common.
         block_size: tokens per block.
         dtype: of queries and cache.
@@ -152,6 +152,8 @@ def make_attention(
     Raises:
         ValueError: the backend does not run there, or not such layers; says what does.
     """
+    if callable(name):
+        return name(spec, block_size, dtype, device, max_decodes)
     available = ("TORCH_SDPA",) if device.type == "cpu" else ("TRITON_ATTN", "FLASH_ATTN")
     name = available[0] if name in (None, "auto") else name
     if name not in available:

@@ -1,6 +1,6 @@
-"""What differs by device: which there are, what they compute fast, how much memory they have.
+"""Device facilities: which devices can be used, their fast dtypes, their memory, their streams.
 
-llm.py and the worker ask; kernels are chosen in ops/, not here.
+llm.py and the worker call it; ops/__init__.py chooses kernels.
 """
 
 import gc
@@ -12,23 +12,26 @@ from pathlib import Path
 
 import torch
 
-# Weights and the KV cache in pages of 2 MiB where Linux has them: fewer page faults, longer
-# prefetches. torch reads it at its first allocation.
+# Weights and the KV cache in huge pages of 2 MiB, on Linux: fewer page faults, longer prefetches.
+# torch reads the variable at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
 CPU_MAX_NUM_SEQS = 256
-CPU_MAX_NUM_BATCHED_TOKENS = 1024  # more gain nothing, and outgrow the CPU's caches
+CPU_MAX_NUM_BATCHED_TOKENS = 1024  # activations of more tokens outgrow the CPU's caches
 CPU_KV_CACHE_BYTES = 4 * GIB
 MIN_CAPABILITY = (8, 0)
 LARGE_GPU_BYTES = 70 * GIB
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that an option names; "auto" is a GPU if there is one that will do. Raises
-    ValueError for one that cannot be used."""
+    """The device that an option names; "auto" is a GPU if the machine has a suitable one.
+
+    Raises:
+        ValueError: the device can't be used.
+    """
     if name == "cpu":
         return torch.device("cpu")
     if name == "auto":
@@ -62,6 +65,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _gpu_obstacle(device: torch.device) -> str | None:
+    """Why our kernels can't run on a GPU; None: they can."""
     if torch.version.hip is not None:
         return "AMD's GPUs are not supported"
     capability = torch.cuda.get_device_capability(device)
@@ -76,9 +80,9 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 
 
 def resolve_dtype(name: str, checkpoint_dtype: str | None, device: torch.device) -> torch.dtype:
-    """The dtype to compute in. "auto" is the checkpoint's; on a CPU, half precision only as
-    bfloat16 and only where it is multiplied in hardware: elsewhere float32 is several times
-    faster."""
+    """The dtype to compute in. "auto" is the checkpoint's dtype; a CPU computes half precision as
+    bfloat16 if it multiplies bfloat16 in hardware, else as float32, which is several times
+    faster there."""
     if name != "auto":
         return getattr(torch, name)
     if checkpoint_dtype not in ("bfloat16", "float16"):
@@ -100,7 +104,7 @@ def cpu_has_bf16_products() -> bool:
 
 
 def _cpu_flags() -> set[str]:
-    """Linux's names of the CPU's features; empty elsewhere, which only costs speed."""
+    """Linux's names of the CPU's features; empty on other systems, which only costs speed."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -114,7 +118,7 @@ def _cpu_flags() -> set[str]:
 
 
 def available_memory() -> int | None:
-    """Bytes that new allocations on the CPU may take, or None where the system doesn't say."""
+    """Bytes that new allocations on the CPU may take, or None if the system doesn't tell."""
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -128,14 +132,14 @@ def available_memory() -> int | None:
 
 
 def _container_memory() -> list[int]:
-    """What a container's limit (cgroup 2) leaves; page cache that it can drop counts as free."""
+    """Bytes that a container's limit (cgroup 2) leaves; page cache that it can drop is free."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return [limit - used + int(stat.get("inactive_file", 0))]
-    except (OSError, ValueError):  # none, or no limit
+    except (OSError, ValueError):  # no container, or no limit
         return []
 
 
@@ -150,7 +154,8 @@ def default_kv_cache_bytes(weight_bytes: int) -> int:
 def batch_limits(
     max_num_seqs: int | None, max_num_batched_tokens: int | None, device: torch.device
 ) -> tuple[int, int]:
-    """The two limits of a batch; where only one is given, the other's default gives way to it."""
+    """max_num_seqs and max_num_batched_tokens; if only one is given, it also bounds the other's
+    default."""
     default_seqs, default_tokens = CPU_MAX_NUM_SEQS, CPU_MAX_NUM_BATCHED_TOKENS
     if device.type == "cuda":
         is_large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU_BYTES
@@ -166,25 +171,25 @@ def batch_limits(
 
 
 def use(device: torch.device) -> AbstractContextManager[object]:
-    """Within it, kernels are launched on `device`, and on one stream whatever the caller's is: a
-    step must see what the one before it left."""
+    """A context in which kernels are launched on `device`, on its default stream whatever the
+    caller's stream is: a step must see the results of the step before it."""
     if device.type == "cpu":
         return nullcontext()
     index = 0 if device.index is None else device.index
     if torch.cuda.current_device() == index and torch.cuda.current_stream().cuda_stream == 0:
-        return nullcontext()  # it is so already, as nearly always; entering takes longer to do
+        return nullcontext()  # the usual case; entering the stream's context takes longer
     return torch.cuda.stream(torch.cuda.default_stream(device))
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free on a GPU once torch has let go of what it keeps for later, and all."""
+    """Free and total bytes of a GPU, after torch has returned its cached memory."""
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what torch keeps on a GPU after tensors are gone."""
+    """Return the memory that torch caches after tensors are deleted."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
@@ -193,6 +198,6 @@ def release_memory(device: torch.device) -> None:
 
 
 def drop_workspaces() -> None:
-    """Make cuBLAS take its workspaces anew at its next calls, in the whole process. Inside of a
-    capture they then come from the graph's own memory, and outlive whoever drops the others."""
+    """Make cuBLAS allocate its workspaces anew at its next calls, in the whole process. Inside a
+    capture they then come from the CUDA graph's own memory, and live as long as the graph."""
     torch._C._cuda_clearCublasWorkspaces()

@@ -46,7 +46,7 @@ def llm(shared):
         assert time.monotonic() < deadline
         time.sleep(0.01)
         if not shared._client.consumers:
-            shared._llm.step()  # one in flight of those that were aborted
+            shared._llm.step()  # one step of the aborted requests is in flight
     blocks = shared._llm.llm_engine.scheduler.block_manager
     assert blocks.num_free == blocks.num_blocks
 

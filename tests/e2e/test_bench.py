@@ -112,7 +112,7 @@ def test_a_run_compares_engines_and_a_missing_one_fails_alone(tiny):
         assert 0 < result["share_of_ideal"] < 1
         assert result["start_seconds"] > 0 and result["peak_bytes"] > 50 << 20
         assert f"{result['device']} {result['dtype']}" in report["machines"]
-    # Three requests of 20 to 25 tokens in three or four pages of 8.
+    # Three requests of 20 to 25 tokens in three or four blocks of 8.
     assert 0.05 < report["engines"]["nanovllm"]["kv_cache_waste"] < 0.3
 
 

@@ -35,7 +35,7 @@ def greedy(max_tokens):
 
 
 def answer(llm, *said, max_tokens=24):
-    """The model's, to what a user and it said in turn."""
+    """The model's answer to a conversation, messages of the user and of the model in turn."""
     roles = ["user", "assistant"] * len(said)
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
     params = SamplingParams(temperature=0, max_tokens=max_tokens)

@@ -152,7 +152,7 @@ def test_tokens_are_the_same_when_requests_wait_for_rows(setting, eager):
 @pytest.mark.parametrize("mixed_tokens", [0, 30, 70])
 @pytest.mark.parametrize("chunk", [30, 512])
 def test_tokens_are_the_same_however_steps_mix(setting, mixed_tokens, chunk):
-    """Prompts in pieces beside decodes; what is asked beside draws too."""
+    """Chunks of prompts beside decodes, also with log-probabilities and changed logits."""
     folder, *_ = setting
     rng = random.Random(5)
     prompts = [[rng.randrange(128) for _ in range(rng.randrange(1, 90))] for _ in range(60)]

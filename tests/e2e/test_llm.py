@@ -462,7 +462,7 @@ def test_a_failed_construction_frees_its_memory(copy_tiny, monkeypatch):
         load(folder)
     gc.collect()
     assert refs and all(ref() is None for ref in refs)
-    assert caught.value  # even while somebody looks at the error
+    assert caught.value  # even while the caller holds the error
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError])
@@ -517,7 +517,7 @@ def test_the_prefix_cache_says_how_many_prompt_tokens_it_had(tiny):
     def cached(llm, prompts):
         return [out.num_cached_tokens for out in llm.generate(prompts, greedy(2), use_tqdm=False)]
 
-    prompt = list(range(5, 45))  # two full pages of 16 and a half
+    prompt = list(range(5, 45))  # two full blocks of 16 and a half
     with load(tiny) as llm:
         assert cached(llm, [prompt]) == [0]
         assert cached(llm, [prompt, prompt[:20], [9, *prompt]]) == [32, 16, 0]

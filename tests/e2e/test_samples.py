@@ -1,4 +1,4 @@
-"""SamplingParams.n: samples of one prompt share its pages, each draws as if it were alone."""
+"""SamplingParams.n: samples of one prompt share its blocks, each draws as if it were alone."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from nanovllm.frontend.requests import _sequence_seed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "In the beginning"
-LONG = [5 + 7 * i % 900 for i in range(202)]  # 12 pages of 16, and 10 tokens
+LONG = [5 + 7 * i % 900 for i in range(202)]  # 12 blocks of 16, and 10 tokens
 SMALL = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 256}
 
 
@@ -50,7 +50,7 @@ def expected(llm):
     cases = [
         (LONG, sampling(8, max_tokens=20)),
         ([7, 8], sampling(3, repetition_penalty=1.3)),
-        (LONG[:192], sampling(2, seed=4, top_p=0.9)),  # full pages
+        (LONG[:192], sampling(2, seed=4, top_p=0.9)),  # full blocks
         (LONG[:100], sampling(1)),
         ([9] * 30, SamplingParams(temperature=0, max_tokens=9)),
     ]

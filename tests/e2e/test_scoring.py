@@ -101,7 +101,7 @@ def test_contexts_are_computed_once(llm):
     context, metrics = list(range(400, 440)), llm.llm_engine.metrics
     before, cached = metrics.prefill_tokens, metrics.cached_tokens
     llm.loglikelihood([(context, [token, 9]) for token in range(10)], use_tqdm=False)
-    assert metrics.prefill_tokens - before == 40 + 1 + 9 * (4 + 1)  # the last page, for its logits
+    assert metrics.prefill_tokens - before == 40 + 1 + 9 * (4 + 1)  # the last block, for its logits
     assert metrics.cached_tokens - cached == 9 * 36
 
 

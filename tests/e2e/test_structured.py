@@ -159,7 +159,7 @@ def test_parts_of_a_batch(setting, llm, monkeypatch):
 
 
 def test_choices_equal_transformers(llm):
-    """Greedy tokens are the most likely ones of those that go on to a choice."""
+    """A greedy token is the most likely token among the tokens that lead to a choice."""
     choices = ["the king of Judah", "the kingdom", "then", "the", "a man", "thee"]
     oracle, tokenizer = load_oracle(TINY), llm.get_tokenizer()
     pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]

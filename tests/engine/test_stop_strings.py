@@ -117,7 +117,7 @@ def test_an_error_of_the_tokenizer_ends_its_request_alone(depth):
 def test_sequences_without_stop_strings_are_not_decoded():
     class Never:
         def decode(self, token_ids, **_):
-            raise AssertionError("nobody asked")
+            raise AssertionError("no text was needed")
 
     engine = make_engine(detokenizer=Detokenizer(Never()))
     run(engine, make_sequence([5], max_tokens=9))

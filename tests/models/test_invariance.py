@@ -1,4 +1,4 @@
-"""The same greedy tokens in float32 however the engine gets there: chunks, pages, prefix hits,
+"""The same greedy tokens in float32 however the engine gets there: chunks, blocks, prefix hits,
 preemption, batches, overlap."""
 
 import random

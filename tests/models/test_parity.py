@@ -1,4 +1,4 @@
-"""Every family against transformers on the same weights: logits as near to those of float64 as
+"""Every family against transformers on the same weights: logits as close to float64 logits as
 transformers' own float32 comes, and the same greedy tokens."""
 
 import random

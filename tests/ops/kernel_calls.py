@@ -41,11 +41,11 @@ def paged_case(
     query_lens, context_lens, heads, kv_heads, head_dim, block_size, dtype, device, num_sms=132,
     groups=(),
 ):  # fmt: skip
-    """Queries, blocks and a Case that points at them: scattered blocks, NaN in all that no query
-    may read, rows in any order.
+    """Queries, blocks and a Case that points at them: scattered blocks, NaN in every slot that no
+    query may read, rows in any order.
 
     Args:
-        groups: (sequences, pages) that begin with the same pages; they are read together if the
+        groups: (sequences, blocks) that begin with the same blocks; they are read together if the
             sequences are decodes, which come first.
     """
     rng = np.random.default_rng()

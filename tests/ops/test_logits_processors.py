@@ -1,5 +1,5 @@
-"""What requests ask of their logits: each step equals transformers' (or its definition), at every
-position of a sequence, in batches in which others ask for something else."""
+"""The options that change logits: each equals transformers' processor (or its definition), at every
+position of a sequence, in batches whose other requests have other options."""
 
 import numpy as np
 import pytest

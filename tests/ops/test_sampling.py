@@ -49,7 +49,7 @@ def flat(vocab):
 
 
 def peaked(vocab):
-    """A few tokens over a tail of as many as there are."""
+    """A few likely tokens, and a tail of many unlikely ones."""
     logits = torch.zeros(vocab)
     logits[:: vocab // 7] = vocab**0.5 / 10
     return logits

@@ -1,5 +1,5 @@
-"""The Triton kernels against float64, on fresh random inputs: interpreted where there is no GPU
-(conftest.py sees to that), compiled where there is one."""
+"""The Triton kernels against float64, on fresh random inputs: compiled on a machine with a GPU,
+interpreted on others (conftest.py sees to that)."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -75,7 +75,7 @@ def test_attention_interpreted(
 
 
 def shared_cases():
-    """(query lengths, context lengths, groups) by name; pages of 16."""
+    """(query lengths, context lengths, groups) by name; blocks of 16."""
     rng = np.random.default_rng(3)
     own = rng.integers(1, 90, 40)
     order = rng.permutation(40)
@@ -218,7 +218,7 @@ ATTENTION_CASES = pairwise(
 
 @pytest.fixture(scope="module")
 def compiled_ahead():
-    """Triton's cache filled by as many processes as there are cores."""
+    """Triton's cache, filled by one process for each core."""
     # Each process takes GPU memory: where several run tests, they share the cores.
     num_testers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     num_workers = max(1, os.cpu_count() // num_testers)

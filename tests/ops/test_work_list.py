@@ -111,7 +111,7 @@ def all_slots(items):
 
 
 def random_tables(rng, num_seqs):
-    """Block tables that form a tree: each begins with some pages of an earlier one."""
+    """Block tables that form a tree: each begins with some blocks of an earlier one."""
     tables = np.full((num_seqs + 3, 450), 7, np.int32)
     num_pages = np.zeros(num_seqs + 3, np.int64)
     rows = rng.permutation(num_seqs + 3)[:num_seqs]
@@ -154,7 +154,7 @@ def test_groups_share_their_pages_and_are_worth_it(seed):
         num_tiles += -(-size // tile_tokens)
     assert gain == groups.gain
     assert num_tiles <= max_tiles(len(rows))
-    # No worse than all that begin with the same page as one group, to what they all share.
+    # No worse than all that begin with the same block as one group, to what they all share.
     simple = 0
     for page in set(tables[rows, 0].tolist()):
         members = np.flatnonzero(tables[rows, 0] == page)

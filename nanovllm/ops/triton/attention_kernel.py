@@ -1,20 +1,19 @@
-"""PagedAttention in Triton: attention over the pages of the KV cache, for decodes and prefill
-chunks alike.
+"""PagedAttention in Triton: attention over the blocks of the KV cache, for decodes and prefill
+chunks alike. attention.py launches it.
 
-A work list says what there is to do (work_list.py makes it): each item is a tile of query rows of
-one sequence and a range of its keys. A program takes one item for one key/value head. A tile whose
-keys are divided among several items (split-KV, Flash-Decoding, Dao et al. 2023) is merged by the
-program that finishes last. The list is data, so the same launch, in a CUDA graph too, serves any
-lengths. Inside an item it is FlashAttention's loop (Dao 2023): keys block by block, with a running
-maximum and sum.
+A work list (work_list.py) drives it: each item is a tile of query rows of one sequence and a range
+of its keys. A CTA (Triton's program) computes one item for one KV head. A tile whose keys are
+divided among several items (split-KV; Flash-Decoding, Dao et al. 2023) is merged by the CTA that
+finishes last. The list is data, so one launch, also in a CUDA graph, serves any lengths. Inside an
+item runs FlashAttention's loop (Dao 2023): BLOCK_N keys at a time, with a running maximum and sum.
 
-A batch of decodes can come right from the projection: then a program normalises and rotates its
-query, and the one with a sequence's last keys does so with the new key, which it attends to from
-registers and stores.
+A batch of decodes can come straight from the QKV projection: each CTA normalises and rotates its
+query; the CTA with a sequence's last keys does the same with the new key, attends to it from
+registers and stores it.
 
-Keys that several decodes share (shared_prefix.py finds them) have a launch of their own before
-the others, with tiles of query rows of many sequences. The next, of everybody's own keys, runs
-beside it, and a small kernel merges the results of both.
+Keys that several decodes share (shared_prefix.py finds them) have a launch of their own before the
+others, with tiles of query rows of many sequences. The next launch, for every sequence's own keys,
+runs beside it, and a small kernel merges the results of both.
 """
 
 import triton
@@ -36,8 +35,9 @@ def _pages_of(
     table, first_key, key_end,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The page of each key of a block, [N]. Where a block is made of whole pages, or a page of
-    whole blocks, few scalar loads do it: a load for each key costs a quarter of the speed."""
+    """The cache block of each of BLOCK_N keys, [N]. If BLOCK_N is a multiple of the cache's block
+    size, or divides it, a few scalar loads suffice: a load for each key costs a quarter of the
+    speed."""
     entry = table + first_key // BLOCK_SIZE
     if BLOCK_SIZE % BLOCK_N == 0:
         return tl.zeros([BLOCK_N], tl.int32) + tl.load(entry)
@@ -59,7 +59,7 @@ def _slots_of(
     table, first_key, key_end, page_stride, slot_stride,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Where each key of a block lies, [N]."""
+    """The offset of each of BLOCK_N keys in the cache, [N]."""
     keys = first_key + tl.arange(0, BLOCK_N)
     pages = _pages_of(table, first_key, key_end, BLOCK_SIZE, BLOCK_N, MASKED)
     return pages.to(tl.int64) * page_stride + (keys % BLOCK_SIZE) * slot_stride
@@ -67,8 +67,8 @@ def _slots_of(
 
 @triton.jit
 def _load(ptrs, keys_ok, dims_ok, PAD_D: tl.constexpr, MASKED: tl.constexpr):
-    """A block of keys or values. What lies beyond a context belongs to others, and 0 times their
-    NaN would be NaN."""
+    """BLOCK_N keys or values. Slots beyond the context are masked: they belong to other sequences,
+    and probability 0 times their NaN would be NaN."""
     if MASKED and PAD_D:
         return tl.load(ptrs, mask=keys_ok & dims_ok, other=0.0)
     elif MASKED:
@@ -86,7 +86,7 @@ def _attend_block(
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys; k and v are None, or loaded already. Shapes: q [M, D], m and total
+    """Attend to BLOCK_N keys. k and v are None, or loaded already. Shapes: q [M, D], m and total
     [M], acc [M, D], position [M], dims [D]."""
     keys = first_key + tl.arange(0, BLOCK_N)
     keys_ok = keys < key_end
@@ -114,8 +114,8 @@ def _attend_block(
 
 @triton.jit
 def _first_row(slot, head, num_tokens, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """Of a head's partial result. A tile's result takes a slot for each of its tokens, and in them
-    its heads' rows lie one after another."""
+    """The first row of a head's partial result. A tile's result takes a slot for each of its
+    tokens, and in these slots the rows of its heads lie one after another."""
     return slot.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head * num_tokens * GROUP
 
 
@@ -124,14 +124,14 @@ def _merge(
     m, total, acc, partial, stats, first_part, num_parts, part_stride, rows, row_ok, dims,
     BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's other partial results to one: a sum weighted by their softmaxes' sums. AT_ONCE
+    """Merge the partial results of a tile: a sum weighted by the sums of their softmaxes. AT_ONCE
     parts are loaded without waiting for each other."""
     for first in range(0, num_parts, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             is_part = tl.full(rows.shape, first + i, tl.int32) < num_parts  # the last are none
             ok = row_ok & is_part
             row = first_part + (first + i) * part_stride + rows
-            # .cg: past this multiprocessor's own cache, which does not see others' writes.
+            # .cg: past the SM's own cache, which does not see the writes of other SMs.
             m_part = tl.load(stats + row * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
             total_part = tl.load(stats + row * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
             acc_part = tl.load(
@@ -152,11 +152,12 @@ def _rotate(
     heads, weight, other_weight, cos, sin, eps, ok, dims, others,
     HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate heads, [M, D], rounding where qk_norm_rope_store does.
+    """Normalise and rotate heads, [M, D], with the roundings of qk_norm_rope_store.
 
     Args:
-        heads: where each begins, [M, 1].
-        others: the dimension that each is rotated with, [1, D]; other_weight is of those.
+        heads: pointer to the beginning of each head, [M, 1].
+        others: the dimension that each dimension is rotated with, [1, D]; other_weight has the
+            norm's weights there.
         sin: negative for the first half.
     """
     x_in = tl.load(heads + dims, mask=ok, other=0.0)
@@ -181,25 +182,28 @@ def paged_attention_kernel(
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, HAS_PREFIXES: tl.constexpr,
     PROJECTED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program i is item i // K for key/value head i % K; those beyond the list do nothing.
+    """Attention by a work list. CTA i computes item i // K for KV head i % K; CTAs beyond the end
+    of the list do nothing.
 
     Args:
-        out: [T, H, D], but of decodes with a prefix, which merge_prefixes_kernel writes.
+        out: [T, H, D]; merge_prefixes_kernel writes the rows of decodes with a shared prefix.
         q: [T, H, D]; PROJECTED: queries, keys and values of decodes from the projection,
-            [T, H + 2K, D], and then slot_mapping (as in ForwardBatch), the norms' weights [D] and
-            eps, and the rope_table count.
-        k_cache, v_cache: pages, with strides of page, slot and head; dims are adjacent.
-        block_tables: [rows, pages] int32.
-        items: [items, WIDTH] int32; those without query tokens are none.
-        list_age: [1] int32, how many tokens longer the sequences are than the items say.
-        shared_tokens: None, or the items are of shared keys, and their query tokens are indices of
-            these, [shared tokens] int32, the query tokens of the batch.
-        partial: [slots * H, BLOCK_D] float32, sums of values; _first_row says whose.
+            [T, H + 2K, D]; only then slot_mapping (as in ForwardBatch), the norms' weights [D],
+            eps and rope_table are read.
+        k_cache, v_cache: blocks of the cache, with strides of block (page_stride), slot and head;
+            dims are adjacent.
+        block_tables: [rows, blocks] int32.
+        items: [items, WIDTH] int32; items without query tokens are padding.
+        list_age: [1] int32, steps of decodes since the list was made: sequences are this number
+            of tokens longer than in the items.
+        shared_tokens: None, or the query tokens of decodes with shared keys, [shared tokens] int32;
+            then the items' query tokens are indices into this array.
+        partial: [slots * H, BLOCK_D] float32, sums of values; _first_row gives the row.
         stats: [slots * H, 2] float32, maximum and sum of the softmax.
-        arrivals: [slots, K] int32, zeros before and after.
+        arrivals: [slots, K] int32, zeros before and after the launch.
         scale_log2: softmax scale * log2(e).
-        HAS_PREFIXES: there are decodes whose first keys are shared; the launch before attends to
-            them, meanwhile, and merge_prefixes_kernel follows.
+        HAS_PREFIXES: the first keys of some decodes are shared: the launch before attends to them
+            meanwhile, and merge_prefixes_kernel follows.
     """
     if PDL and shared_tokens is None:
         gdc_launch_dependents()
@@ -228,7 +232,7 @@ def paged_attention_kernel(
     k_head = k_cache + head.to(tl.int64) * head_stride
     v_head = v_cache + head.to(tl.int64) * head_stride
 
-    # Row r is query head r % GROUP of the group, at token r // GROUP of the tile.
+    # Row r is query head r % GROUP of the KV head, at token r // GROUP of the tile.
     tokens = (token + rows // GROUP).to(tl.int64)
     if shared_tokens is not None:
         tokens = tl.load(shared_tokens + tokens, mask=row_ok, other=0).to(tl.int64)
@@ -248,8 +252,8 @@ def paged_attention_kernel(
         w_k = tl.load(k_weight + dims[None, :], mask=ok, other=0.0).to(tl.float32)
         w_k_others = tl.load(k_weight + others, mask=ok, other=0.0).to(tl.float32)
         new_slot = tl.load(slot_mapping + token)
-        # The new key comes first, from registers, so all others are from earlier steps: those of
-        # the first block are on their way before the wait.
+        # The new key comes first, from registers, so all other keys are of earlier steps: the first
+        # BLOCK_N of them are loaded before the wait.
         key_end = tl.minimum(key_end, position)
         keys_ok = key_start + tl.arange(0, BLOCK_N) < key_end
         slots = _slots_of(
@@ -260,10 +264,10 @@ def paged_attention_kernel(
         v = _load(v_head + slots[:, None] + dims[None, :], keys_ok[:, None], dims_ok[None, :],
                   PAD_D, True)  # fmt: skip
     if PDL and not HAS_PREFIXES:
-        gdc_wait()  # so far it read what was there before the first kernel of the step
+        gdc_wait()  # the loads above read what was written before the step's first kernel
     if PDL and shared_tokens is not None:
-        # Now all is there but this launch's results, which the next one, of everybody's own keys,
-        # does not need.
+        # All that the next launch (every sequence's own keys) reads is written now: it does not
+        # need the results of this launch.
         gdc_launch_dependents()
 
     if PROJECTED:
@@ -296,13 +300,13 @@ def paged_attention_kernel(
         )  # fmt: skip
         key_start += BLOCK_N
     else:
-        # .cg: with shared keys nothing has waited in this launch.
+        # .cg: this launch did not wait (HAS_PREFIXES), so the SM's cache may be stale.
         q_tile = tl.load(q + out_offsets, mask=q_ok, other=0.0, cache_modifier=".cg")
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_position = position + rows // GROUP
-    # Blocks that every row sees whole, then those with a mask.
+    # Keys that every row sees, then keys with a mask.
     seen_by_all = tl.maximum(tl.minimum(key_end, position + 1) - key_start, 0)
     whole_end = key_start + seen_by_all // BLOCK_N * BLOCK_N
     for first_key in range(key_start, whole_end, BLOCK_N):
@@ -331,7 +335,7 @@ def paged_attention_kernel(
             first_slot = tl.load(item + FIRST_SLOT)
             num_parts = tl.load(item + NUM_PARTS)
             arrival = arrivals + first_slot * NUM_KV_HEADS + head
-            tl.debug_barrier()  # every warp has stored its share before one thread says so
+            tl.debug_barrier()  # every warp has stored its part before one thread counts arrival
             if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
                 m = tl.full([BLOCK_M], float("-inf"), tl.float32)
                 total = tl.zeros([BLOCK_M], tl.float32)
@@ -347,7 +351,7 @@ def paged_attention_kernel(
         if slot < 0:
             tl.store(out + out_offsets, acc / total[:, None], mask=q_ok)
     if PDL and HAS_PREFIXES and unit == 0:
-        gdc_wait()  # so who waits for this launch has waited for the shared keys' as well
+        gdc_wait()  # so that the end of this launch implies the end of the shared keys' launch
 
 
 @triton.jit
@@ -356,10 +360,9 @@ def merge_prefixes_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program i merges the results of own and of shared keys for the decode of item i // K and
-    key/value head i % K. Items without a prefix, and all but a decode's first, do nothing. The
-    arguments are those of paged_attention_kernel for everybody's own keys; BLOCK_M is GROUP or
-    more."""
+    """Merge the results of own and of shared keys. CTA i does so for the decode of item i // K and
+    KV head i % K; CTAs of items without a prefix, and of all but a decode's first item, do nothing.
+    Arguments as in paged_attention_kernel, in its launch for own keys; BLOCK_M >= GROUP."""
     unit = tl.program_id(0)
     item = items + (unit // NUM_KV_HEADS) * WIDTH
     head = unit % NUM_KV_HEADS

@@ -1,8 +1,9 @@
-"""Finds decodes whose block tables begin with the same pages (a system prompt, samples of one
-prompt), for attention.py: the keys that they share are read once a step.
+"""Find decodes whose block tables begin with the same blocks (a system prompt, samples of one
+prompt): the keys that they share are read once a step. attention.py calls it.
 
 Source: Hydragen (Juravsky et al. 2024); FlashInfer's cascade attention (Ye et al. 2025). One level
-of sharing is used: every decode is in one group at most.
+of sharing is used: every decode is in one set at most. (Sets of decodes are called groups here;
+they have nothing to do with groups of layers.)
 """
 
 from functools import lru_cache
@@ -10,17 +11,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-CHUNK = 128  # pages that are compared at a time
+CHUNK = 128  # blocks that are compared at a time
 
 
 class Groups(NamedTuple):
     """Groups of decodes.
 
     Attributes:
-        members: [members of all groups] indices of decodes, those of one group after another's.
-        sizes: [groups] members of each.
-        num_pages: [groups] pages that all members of the group begin with.
-        gain: what they save, in keys read, by gain_of.
+        members: [members of all groups] indices of decodes, group after group.
+        sizes: [groups] members of each group.
+        num_pages: [groups] blocks that all members of the group begin with.
+        gain: keys that all groups together need not read, by gain_of.
     """
 
     members: np.ndarray
@@ -33,16 +34,16 @@ NOBODY = Groups(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int
 
 
 def gain_of(size: int, num_keys: int, tile_tokens: int, group: int) -> int:
-    """What a group of so many decodes saves, in keys read by one head: everybody's reading of the
-    shared keys, but for each tile's. A tile has rows for many more decodes and computes for all,
-    so it counts twice. A partial result is written and read in float32, which is 2 * `group` keys
-    of 16 bits, and there are about three for each decode, one of them of its own keys."""
+    """The keys that a KV head need not read with `size` decodes as a group: the shared keys of each
+    decode, less each tile's reading of them. A tile computes for all of its rows, used or not, so
+    its reading counts twice. A partial result is written and read in float32, as much as 2 times
+    `group` keys of 16 bits; each decode has about three, one of them for its own keys."""
     num_tiles = -(-size // tile_tokens)
     return (size - 2 * num_tiles) * num_keys - 6 * group * size
 
 
 def max_tiles(num_decodes: int) -> int:
-    """Tiles of all groups at most: gain_of is positive only for more than two decodes a tile."""
+    """Upper bound of the tiles: gain_of is positive only for more than two decodes a tile."""
     return num_decodes // 2
 
 
@@ -55,25 +56,26 @@ def find_groups(
     tile_tokens: int,
     group: int,
 ) -> Groups:
-    """The groups that save most. Every member has keys of its own behind the shared ones.
+    """The groups with the largest gain. Every member has keys of its own after the shared keys.
 
     Args:
-        block_tables: [rows, pages].
-        rows, context_lens: [decodes].
-        tile_tokens: decodes a tile.
-        group: query heads that share a key/value head.
+        block_tables: [rows, blocks].
+        rows, context_lens: [decodes] row and number of keys of each decode.
+        block_size: tokens in a block.
+        tile_tokens: decodes in a tile.
+        group: query heads that share a KV head.
     """
     first_page = block_tables[rows, 0]
     order = np.argsort(first_page, kind="stable")
     alike = np.concatenate(([False], np.diff(first_page[order]) == 0, [False]))
     if not (alike[1:] & alike[:-1]).any():
-        return NOBODY  # no three begin with the same page
+        return NOBODY  # no three block tables begin with the same block
     sharers = order[alike[1:] | alike[:-1]]
     num_pages = (context_lens[sharers] - 1) // block_size
     if not num_pages.any():
         return NOBODY
-    # Rows that share much shall be neighbours. Any order is right; in one by few pages, ever
-    # further apart, they nearly always are.
+    # Sort so that rows with a long common prefix are neighbours. Any order gives right groups; the
+    # comparison of few blocks, at doubling distances, nearly always gives the best.
     depths = 2 ** np.arange(int(num_pages.max()).bit_length()) - 1
     places = rows[sharers] * block_tables.shape[1] + depths[::-1, None]
     sharers = sharers[np.lexsort(block_tables.reshape(-1).take(places))]
@@ -87,7 +89,8 @@ def find_groups(
 
 
 def _common_pages(block_tables: np.ndarray, rows: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """How many first pages each row has in common with the next, up to a limit for each pair."""
+    """Number of blocks at the beginning that each row has in common with the next row, at most the
+    pair's limit."""
     common = limits.copy()
     pairs = np.arange(len(limits))
     agree = np.full(len(limits), True)  # so far
@@ -104,16 +107,16 @@ def _common_pages(block_tables: np.ndarray, rows: np.ndarray, limits: np.ndarray
     return common
 
 
-@lru_cache(maxsize=8)  # the same from step to step until rows start or end
+@lru_cache(maxsize=8)  # the arguments stay the same until rows start or end
 def _best_ranges(
     common_pages: bytes, block_size: int, tile_tokens: int, group: int
 ) -> tuple[np.ndarray, int]:
-    """The ranges of neighbours that save most as groups: [groups, (start, end, pages)], and their
-    gain. Neighbours form a tree: a range is divided where they have least in common."""
+    """The ranges of neighbours with the largest gain as groups: [groups, (start, end, blocks)], and
+    that gain. Neighbours form a tree: a range is divided where the common prefix is shortest."""
     common = np.frombuffer(common_pages, np.int64)
     ranges, parents = [(0, len(common) + 1)], [-1]
     num_pages, gains = [], []
-    for i, (start, end) in enumerate(ranges):  # it grows
+    for i, (start, end) in enumerate(ranges):  # the loop appends to ranges
         inner = common[start : end - 1]
         num_pages.append(int(inner.min()))
         gains.append(gain_of(end - start, num_pages[i] * block_size, tile_tokens, group))
@@ -122,7 +125,7 @@ def _best_ranges(
         large = np.flatnonzero(np.diff(bounds) > 2)
         ranges += zip(bounds[large].tolist(), bounds[large + 1].tolist(), strict=True)
         parents += [i] * len(large)
-    inside = [0] * len(ranges)  # the most that parts of a range save
+    inside = [0] * len(ranges)  # largest gain of groups inside each range
     for i in reversed(range(1, len(ranges))):
         inside[parents[i]] += max(gains[i], inside[i])
     total = max(gains[0], inside[0])

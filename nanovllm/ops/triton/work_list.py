@@ -1,6 +1,6 @@
-"""Divides a step's attention into items of like size, for attention.py.
+"""Divide a step's attention into items of similar size: the work list of attention_kernel.py.
 
-It works on the host, from lengths that the worker knows without asking the device.
+attention.py calls it, on the host, with lengths that the worker knows without the device.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ ITEM_WIDTH = 13
 
 
 class Sizes(NamedTuple):
-    """What work is divided by.
+    """The sizes that work is divided by.
 
     Attributes:
-        tile_tokens: query tokens a tile.
-        num_kv_heads: programs an item is run by.
-        num_units: programs that keep the device busy; tiles are split to get so many.
-        min_keys: a part has a multiple of so many keys, but for a tile's last.
+        tile_tokens: query tokens in a tile.
+        num_kv_heads: CTAs that compute an item.
+        num_units: CTAs that keep the device busy; tiles are split until the list has this number.
+        min_keys: the keys of a part are a multiple of it, except in a tile's last part.
     """
 
     tile_tokens: int
@@ -29,20 +29,20 @@ class Sizes(NamedTuple):
 
     @property
     def num_extra(self) -> int:
-        """Items beyond one for each tile at most: an even share, by work_list's own bound on the
-        size of a part."""
+        """Upper bound of the items beyond one for each tile: work_list never makes parts smaller
+        than an even share."""
         return self.num_units // self.num_kv_heads
 
 
 class Prefixes(NamedTuple):
-    """Keys that other items attend to for a sequence's query tokens, and where the results are.
-    All are [S], and 0 where there are none.
+    """The shared prefix of each sequence: keys that other items attend to for its query token, and
+    the place of their results. All arrays are [S], 0 for sequences without a shared prefix.
 
     Attributes:
-        num_keys: the first so many keys.
-        first_slot: of the tile that they are in, as of an item.
-        token: their place among the tile's query tokens.
-        num_tokens, num_parts: of the tile.
+        num_keys: number of keys in the prefix.
+        first_slot: first slot of the tile that the query token is in.
+        token: index of the query token in the tile.
+        num_tokens, num_parts: query tokens and parts of the tile.
     """
 
     num_keys: np.ndarray
@@ -53,20 +53,20 @@ class Prefixes(NamedTuple):
 
 
 def max_items(num_tiles: int, sizes: Sizes) -> int:
-    """Items that work_list makes at most."""
+    """Upper bound of the items that work_list makes."""
     return num_tiles + sizes.num_extra
 
 
 def max_slots(num_decodes: int, sizes: Sizes) -> int:
-    """Slots for partial results that work_list uses at most. A tile that is split has more keys
-    than an even share, so there are at most units / heads of them, and one part more each; and
-    each decode may have a prefix."""
+    """Upper bound of the slots for partial results that work_list uses. A tile that is split has
+    more keys than an even share, so at most units / heads tiles are split, with one part more each;
+    and each decode may have a prefix."""
     return num_decodes + sizes.tile_tokens * max(1, 2 * sizes.num_extra)
 
 
 def max_shared_slots(num_decodes: int, sizes: Sizes) -> int:
-    """Slots that work_list uses at most for shared keys: one for each decode, and a tile's for each
-    part beyond the first."""
+    """Upper bound of the slots that work_list uses for shared keys: one for each decode, and the
+    slots of a tile for each part beyond the first."""
     return num_decodes + sizes.tile_tokens * sizes.num_extra
 
 
@@ -80,29 +80,29 @@ def work_list(
     prefixes: Prefixes | None = None,
     shared_from: int | None = None,
 ) -> np.ndarray:
-    """The items of some sequences, longest first, so that the last to start are short.
+    """The items of some sequences, longest first, so that short items start last.
 
     Args:
-        rows: [S] of the block tables.
+        rows: [S] rows of the block tables.
         query_start: [S] each sequence's first query token in the batch.
-        query_lens, context_lens: [S].
-        prefixes: keys that are left out, because others attend to them. All parts of sequences
-            that have any leave partial results.
-        shared_from: not None: these are such others. A sequence is a group of decodes, a query
-            token one of them, and all of them see all keys; every part has a partial result, the
-            first one's in this slot.
+        query_lens, context_lens: [S] query tokens and keys of each sequence.
+        prefixes: shared prefixes, whose keys are left out because other items attend to them. All
+            parts of sequences with a prefix have partial results.
+        shared_from: not None: the list is for shared keys. Then a "sequence" is a set of decodes,
+            each with one query token, and all query tokens see all keys; every part has a partial
+            result, and the first one lies in this slot.
 
     Returns: [items, ITEM_WIDTH] int32. An item is a tile and a part of its keys:
         0 row of the block tables
         1 the tile's first query token in the batch
         2 its query tokens
-        3 the first one's position in its sequence; of shared keys the last key
+        3 position of the first query token in its sequence; for shared keys the last key
         4, 5 the part's first key, and the end of its keys
-        6 the first slot of the partial result, which takes one for each query token; -1: the item
-          has all keys, there is nothing to merge
-        7 the first slot of the tile's first part; those of the others follow
-        8 the tile's parts
-        9 to 12 of a sequence with a prefix: first_slot, token, num_tokens and num_parts of Prefixes
+        6 first slot of the partial result, which takes a slot for each query token; -1: the item
+          has all keys, and needs no merge
+        7 first slot of the tile's first part; the slots of the other parts follow
+        8 number of the tile's parts
+        9 to 12 first_slot, token, num_tokens and num_parts of Prefixes
     """
     tile_tokens, num_kv_heads, num_units, min_keys = sizes
     is_shared = shared_from is not None
@@ -150,15 +150,15 @@ def work_list(
 
 
 def prefixes_of(items: np.ndarray, members: np.ndarray, num_seqs: int) -> Prefixes:
-    """What the items of shared keys leave to those of the sequences.
+    """The shared prefixes that a work list of shared keys serves.
 
     Args:
-        items: work_list's.
+        items: the work list.
         members: the decodes that are the items' query tokens.
-        num_seqs: of the step.
+        num_seqs: number of sequences in the step.
     """
     prefixes = Prefixes(*np.zeros((5, num_seqs), np.int64))
-    tiles = items[items[:, 6] == items[:, 7]]  # their first parts
+    tiles = items[items[:, 6] == items[:, 7]]  # the first part of each tile
     tile, token = _repeat(tiles[:, 2])
     seqs = members[tiles[tile, 1] + token]
     prefixes.num_keys[seqs] = tiles[tile, 3] + 1
@@ -170,6 +170,6 @@ def prefixes_of(items: np.ndarray, members: np.ndarray, num_seqs: int) -> Prefix
 
 
 def _repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each index as often as it counts, and the running number within."""
+    """Each index i counts[i] times, and the running number within its repetitions."""
     index = np.repeat(np.arange(len(counts)), counts)
     return index, np.arange(len(index)) - (counts.cumsum() - counts)[index]
