@@ -314,6 +314,7 @@ def test_an_id_ends_all_samples_and_is_free_when_all_have_ended(llm):
 
 def test_an_aborted_stream_says_so(llm, monkeypatch):
     params, _ = ending_apart(llm)
+    params.stop_token_ids = params.stop_token_ids[:1]
     outputs, executor = [], llm.llm_engine.executor
     submit = executor.submit  # slower than the abort is
     monkeypatch.setattr(executor, "submit", lambda step: time.sleep(0.05) or submit(step))

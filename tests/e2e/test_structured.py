@@ -408,10 +408,10 @@ def test_errors_end_one_request(depth):
                 got[out.request_id].append(out)
         for name in "a", "c":
             assert [token for out in got[name] for token in out["token_ids"]] == expected[0]
-        [bad] = got["bad"]
+        *_, bad = got["bad"]
         assert bad.finished and "request 'bad'" in bad.error and "ZeroDivisionError" in bad.error
         bad = ask(ignore_eos=True, logits_processors=[BREAKS[0][0]])
-        [out] = llm.stream("y", bad)
+        *_, out = llm.stream("y", bad)
         assert out.outputs[0].finish_reason == "error" and "ZeroDivisionError" in out.error
         while not llm.is_finished():  # a step was under way
             assert llm.step() == []
