@@ -48,7 +48,7 @@ def test_what_is_queued_is_generated_when_waited_for(llm):
 
 
 def test_an_interrupted_wait_loses_nothing(llm, monkeypatch):
-    ids = llm.enqueue(["a", "b", "c"], [greedy(n) for n in (2, 6, 9)])
+    ids = llm.enqueue(["a", "b", "c"], [greedy(n, ignore_eos=True) for n in (2, 8, 19)])
     executor = llm.llm_engine.executor
     submit, calls = executor.submit, iter(range(100))
 
