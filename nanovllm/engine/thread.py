@@ -24,6 +24,14 @@ Answer = Callable[[Any, BaseException | None], None]
 _threads: "weakref.WeakSet[EngineThread]" = weakref.WeakSet()
 
 
+def take(queue: "SimpleQueue[Result]") -> Result:
+    """The next item, when there is one. The wait ends now and then for an interrupt that no signal
+    of the system's brings: of another thread, or on Windows."""
+    while True:
+        with suppress(Empty):
+            return queue.get(timeout=0.5)
+
+
 class Client:
     """Requests of one caller. The engine's thread calls its methods.
 
@@ -118,7 +126,7 @@ class EngineThread:
 
         try:
             self.post(function, lambda *answer: answers.put(answer))
-            result, error = answers.get()
+            result, error = take(answers)
         except BaseException:
             self.post_if_running(take_back)
             raise

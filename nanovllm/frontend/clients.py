@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.thread import Client
+from nanovllm.engine.thread import Client, take
 from nanovllm.frontend.requests import Requests
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind
@@ -35,7 +35,7 @@ class Wait:
     def until_over(self, show: Callable[[int], object]) -> None:
         """Raises what has ended the wait early."""
         while not self.is_over:
-            self.outbox.get()
+            take(self.outbox)
             show(self.num_done)
         if self.error is not None:
             raise self.error
