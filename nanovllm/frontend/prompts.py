@@ -32,9 +32,11 @@ class TokensPrompt(_MayHaveText):
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's token ids, 32 bits each, and its text if it was given as text."""
+    """A prompt's token ids, 32 bits each, the same as a list, and its text if it was given as
+    text."""
 
     token_ids: "array[int]"
+    ids: list[int]
     text: str | None = None
 
 
@@ -91,7 +93,7 @@ def normalize(
     result = []
     for content, name in zip(contents, names, strict=True):
         if isinstance(content, str):
-            content = TokenizedPrompt(_token_ids(next(tokenized), name, vocab_size), content)
+            content = _of_ids(next(tokenized), name, vocab_size, content)
         _check_length(len(content.token_ids), name, max_model_len)
         result.append(content)
     return result
@@ -116,11 +118,11 @@ def _content(prompt: Any, name: str, vocab_size: int) -> str | TokenizedPrompt:
                 f"token ids}}, got {prompt!r:.80}"
             )
         if token_ids is not None:
-            return TokenizedPrompt(_token_ids(token_ids, name, vocab_size), text)
+            return _of_ids(token_ids, name, vocab_size, text)
         prompt = text
     prompt = plain(prompt)
     if not isinstance(prompt, str):
-        return TokenizedPrompt(_token_ids(prompt, name, vocab_size))
+        return _of_ids(prompt, name, vocab_size)
     check_unicode(prompt, name)
     return prompt
 
@@ -133,9 +135,9 @@ def check_unicode(text: str, name: str) -> None:
         raise ValueError(f"{name} is not valid Unicode: {error}") from None
 
 
-def _token_ids(value: Any, name: str, vocab_size: int) -> "array[int]":
-    """Token ids, checked without a look at each from Python: there may be millions. A bool is
-    noticed where it is the first."""
+def _of_ids(value: Any, name: str, vocab_size: int, text: str | None = None) -> TokenizedPrompt:
+    """A prompt of token ids, which are checked without a look at each from Python: a batch may have
+    millions. The first one shows a bool, and numpy's integers."""
     if not isinstance(value, Sequence) or (len(value) and isinstance(value[0], bool)):
         raise _not_a_prompt(value, name)
     try:
@@ -151,7 +153,8 @@ def _token_ids(value: Any, name: str, vocab_size: int) -> "array[int]":
             raise _not_a_prompt(value, name)
         wrong = next(token for token in value if not 0 <= token < vocab_size)
         raise ValueError(f"{name} has the token id {wrong}, outside [0, {vocab_size})")
-    return token_ids
+    is_plain = type(value) is list and len(value) > 0 and type(value[0]) is int
+    return TokenizedPrompt(token_ids, value[:] if is_plain else token_ids.tolist(), text)
 
 
 def _not_a_prompt(value: Any, name: str) -> TypeError:
