@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
 from itertools import islice
 from operator import itemgetter
 from queue import SimpleQueue
@@ -28,11 +29,10 @@ from nanovllm.engine.policy import Policy, Priority
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.thread import EngineThread, take
 from nanovllm.frontend import chat, prompts, scoring, tokenization
-from nanovllm.frontend.batch_order import batch_order
 from nanovllm.frontend.beam_search import BeamSearchOutput, beam_search
 from nanovllm.frontend.clients import Batch, ByHand, Stream, Wait
 from nanovllm.frontend.progress import Progress
-from nanovllm.frontend.requests import Requests
+from nanovllm.frontend.requests import Requests, batch_order
 from nanovllm.models import model_class
 from nanovllm.models.checkpoint import read_checkpoint
 from nanovllm.ops import platform
@@ -660,13 +660,14 @@ class LLM:
         try:
             seqs = make()
             batch = Batch(seqs, read, shows=bool(use_tqdm), on_step=resume)
-            with Progress(len(_ids(seqs)), self._metrics, use_tqdm) as progress:
+            shown = Progress(len(batch.requests), self._metrics, use_tqdm) if use_tqdm else None
+            with shown or nullcontext():
                 try:
                     thread.post(
                         lambda engine: thread.add(batch, batch_order(seqs, engine.scheduler)),
                         batch.wait.answer,
                     )
-                    batch.wait.until_over(progress.show)
+                    batch.wait.until_over(shown.show if shown else None)
                 finally:
                     thread.post_if_running(lambda _: thread.drop(batch, seqs))
         finally:
@@ -693,10 +694,11 @@ def _ids(seqs: list[Sequence]) -> list[str]:
 
 
 def _warn_of_errors(outputs: list[RequestOutput]) -> None:
-    if errors := [output.error for output in outputs if output.error]:
+    failed = [o for o in outputs if any(c.finish_reason == "error" for c in o.outputs)]
+    if failed:
         logger.warning(
             "%d of %d requests ended with the finish_reason 'error'; the first: %s",
-            len(errors), len(outputs), errors[0],
+            len(failed), len(outputs), failed[0].error,
         )  # fmt: skip
 
 

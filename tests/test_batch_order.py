@@ -3,7 +3,7 @@
 import pytest
 from fake_worker import assert_right, make_engine, make_sequence, run
 
-from nanovllm.frontend.batch_order import batch_order
+from nanovllm.frontend.requests import batch_order
 
 
 def crowd():

@@ -139,8 +139,7 @@ class Scheduler:
             metrics.preemptions += 1
             rows, opening = self._decoding()
 
-        step = ScheduledStep(StepInput(), [], metrics)
-        self._decode(step, rows, opening)
+        step = self._decode(rows, opening, metrics)
         metrics.stopped_by = self._prefill(step)
         if not step.sampled and not step.input.chunks:
             return None
@@ -170,21 +169,20 @@ class Scheduler:
                 self.block_manager.free_outside(seq, position)
         return rows, opening
 
-    def _decode(self, step: ScheduledStep, rows: np.ndarray, opening: np.ndarray) -> None:
-        """One token of each sequence that decodes."""
-        positions = self.num_computed[rows]
-        step.sampled.extend(self.seqs[rows].tolist())
+    def _decode(self, rows: np.ndarray, opening: np.ndarray, metrics: StepMetrics) -> ScheduledStep:
+        """A step of one token of each sequence that decodes."""
+        positions, seqs = self.num_computed[rows], self.seqs[rows].tolist()
         blocks = np.full((len(self.block_manager.groups), len(rows)), -1, np.int32)
         if len(opening):
-            new = [self.block_manager.append(step.sampled[i]) for i in opening.tolist()]
+            new = [self.block_manager.append(seqs[i]) for i in opening.tolist()]
             for of_group, opened in zip(blocks, zip(*new, strict=True), strict=True):
                 of_group[opening] = opened
             self.num_slots[rows[opening]] += self.block_manager.block_size
-        step.input.decode_rows, step.input.decode_positions = rows, positions
-        step.input.decode_blocks = blocks
         self.num_computed[rows] = positions + 1
         # The token fed has that position, the one sampled the next: is that the last?
         self.decodes[rows] = positions + 2 < self.max_len[rows]
+        step = StepInput(decode_rows=rows, decode_positions=positions, decode_blocks=blocks)
+        return ScheduledStep(step, seqs, metrics)
 
     # Prompts
 
@@ -339,7 +337,8 @@ class Scheduler:
         """Take back a running sequence's row and blocks. Its full blocks stay in the prefix cache
         until they are reused, also if their last token was read just now."""
         del self.running[seq]
-        self.logprobs.take(seq)
+        if seq.logprobs is not None:
+            self.logprobs.take(seq)
         row = seq.row
         self.block_manager.register(seq, int(self.num_computed[row]))
         self.block_manager.free(seq)

@@ -35,7 +35,7 @@ class Sequence:
     Attributes:
         token_ids: known tokens, prompt first, 32 bits each. The array can't grow while a numpy view
             of it lives, so what is handed on is a copy.
-        prompt_token_ids: the prompt's tokens as the request's output has them; None: it has none.
+        prompt_token_ids: the prompt's tokens as the request's output has them; may be left out.
         row: of the scheduler's columns and the worker's state while it runs, else -1.
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
@@ -121,7 +121,7 @@ class Sequence:
         self.request_id = request_id
         self.prompt = prompt
         self.token_ids = token_ids
-        self.prompt_token_ids = prompt_token_ids
+        self.prompt_token_ids = prompt_token_ids or []
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.seed = seed

@@ -32,11 +32,12 @@ class Wait:
         self.is_over, self.error = False, None  # type: bool, BaseException | None
         self.outbox: SimpleQueue[None] = SimpleQueue()
 
-    def until_over(self, show: Callable[[int], object]) -> None:
+    def until_over(self, show: Callable[[int], object] | None) -> None:
         """Raises what has ended the wait early."""
         while not self.is_over:
             take(self.outbox)
-            show(self.num_done)
+            if show is not None:
+                show(self.num_done)
         if self.error is not None:
             raise self.error
 

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypedDict
 
@@ -36,8 +36,8 @@ class TokenizedPrompt:
     text."""
 
     token_ids: "array[int]"
-    ids: list[int]
     text: str | None = None
+    ids: list[int] = field(default_factory=list, repr=False, compare=False)
 
 
 def is_single(prompts: Any) -> bool:
@@ -154,7 +154,7 @@ def _of_ids(value: Any, name: str, vocab_size: int, text: str | None = None) -> 
         wrong = next(token for token in value if not 0 <= token < vocab_size)
         raise ValueError(f"{name} has the token id {wrong}, outside [0, {vocab_size})")
     is_plain = type(value) is list and len(value) > 0 and type(value[0]) is int
-    return TokenizedPrompt(token_ids, value[:] if is_plain else token_ids.tolist(), text)
+    return TokenizedPrompt(token_ids, text, list(value) if is_plain else token_ids.tolist())
 
 
 def _not_a_prompt(value: Any, name: str) -> TypeError:

@@ -17,6 +17,7 @@ from typing import Any
 from xxhash import xxh3_64_intdigest
 
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.frontend import prompts, scoring
 from nanovllm.frontend.scoring import Scored
@@ -204,6 +205,17 @@ class Requests:
     def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
         tokenizer = self.checkpoint.tokenizer
         return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
+
+
+def batch_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:
+    """The order in which a whole batch is queued: the one in which it is done soonest. Longest
+    first where rows are too few: what starts last would else run on alone. As given where blocks
+    are too few: sequences of like length need their most blocks at the same time."""
+    blocks, max_num_seqs = scheduler.block_manager, scheduler.max_num_seqs
+    num_blocks = sum(blocks.blocks_for(seq.max_len) for seq in seqs)
+    if len(seqs) <= max_num_seqs or num_blocks * max_num_seqs > blocks.num_blocks * len(seqs):
+        return seqs
+    return sorted(seqs, key=lambda seq: seq.num_prompt_tokens - seq.max_len)
 
 
 def _sequence_seed(seed: int | None, engine_seed: int, request_number: int, index: int) -> int:
