@@ -1,6 +1,8 @@
 """What CUDA graphs rest on: their sizes, arrays whose shapes depend on the size alone, inputs that
 a kernel makes."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from nanovllm.ops.reference_rows import noise_keys
 from nanovllm.ops.triton import rows as triton_rows
 from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.executor import InProcessExecutor
 from nanovllm.worker.graphs import graph_sizes
 from nanovllm.worker.inputs import InputBuilder, step_tensors
 from nanovllm.worker.record import ALIGNMENT, layout, make_records, pack, views
@@ -46,6 +49,29 @@ def test_sizes_go_up_to_max_num_seqs_with_little_padding(max_num_seqs):
     assert len(sizes) <= 40
     for smaller, size in zip([0, *sizes], sizes, strict=False):
         assert size - smaller <= max(8, size / 4)
+
+
+LONG = [(20_000, 20_000)]
+
+
+@pytest.mark.parametrize(
+    "num_decodes, waiting, expected",
+    [
+        *[(0, [(9, 9)], 1000), (10, [], 0), (10, [(30, 30)], 30), (10, [(60, 60), (90, 90)], 118)],
+        # More than four steps of a graph: one step of its own.
+        *[(10, [(200, 200)] * 3, 990), (10, LONG, 990), (128, [(1, 1)], 872), (500, [(9, 9)], 500)],
+        # Keys that a graph's attention may read: 50,000.
+        *[(10, [(40, 2000)], 25), (10, [(10, 2000), (70, 1000)], 40), (10, [(5, 50_001)], 990)],
+    ],
+)
+def test_prompts_fill_a_graph_or_have_a_step_of_their_own(num_decodes, waiting, expected):
+    executor = object.__new__(InProcessExecutor)
+    executor.worker = types.SimpleNamespace(
+        graph_sizes=[1, 64, 128], mixed_tokens=128, mixed_keys=50_000, max_num_batched_tokens=1000
+    )
+    assert executor.prompt_budget(num_decodes, iter(waiting)) == expected
+    executor.worker.graph_sizes = []
+    assert executor.prompt_budget(num_decodes, iter(waiting)) == 1000 - num_decodes
 
 
 def make_inputs(num_rows, max_blocks, **heads):
