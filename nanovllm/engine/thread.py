@@ -297,7 +297,7 @@ class EngineThread:
             return
         function, answer, context, num_threads = command
         try:
-            if self.engine is None:
+            if self.is_closed or self.engine is None:
                 raise RuntimeError(self.why_closed)
             if self.get_num_threads() != num_threads:
                 self.set_num_threads(num_threads)
