@@ -195,6 +195,9 @@ def test_a_forked_process_goes_on_with_a_thread_of_its_own(tiny, monkeypatch, wh
         if when != "before use":
             llm.step()
 
+        lock = threading.Thread(target=lambda: llm._requests.lock.acquire() or done.wait(60))
+        done = threading.Event()  # until then another thread tokenizes
+
         def child():
             outputs = []
             while not llm.is_finished():
@@ -217,7 +220,11 @@ def test_a_forked_process_goes_on_with_a_thread_of_its_own(tiny, monkeypatch, wh
                 process.join(60)
                 assert process.exitcode == 0 and len(call.result()[0]) == 30
         else:
+            lock.start()
             assert in_child(child) == 0
+            done.set()
+            lock.join()
+            llm._requests.lock = threading.RLock()
         assert set(llm.llm_engine.unfinished) <= {"by hand"}
         assert tokens(llm, TEXT, greedy(30)) == want or not want
 
@@ -516,4 +523,4 @@ def test_a_grammar_crosses_as_its_source(llm):
     crossed = pickle.loads(pickle.dumps(steps[0].starts[0].params.grammar))
     vocabulary = llm._requests.grammars.vocabulary
     matcher = crossed.bind(vocabulary).matcher.deep_copy()
-    assert matcher.validate_tokens(out["token_ids"]) >= 6
+    assert matcher.validate_tokens(out["token_ids"]) == len(out["token_ids"]) > 3
