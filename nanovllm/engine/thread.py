@@ -56,6 +56,9 @@ class Client:
         """A step has failed in which its sequences ran, or the engine is gone: nothing follows."""
         raise NotImplementedError
 
+    def after_fork(self) -> None:
+        """In a forked process, where it goes on."""
+
 
 class Command(NamedTuple):
     """A function for the engine's thread, what takes its result and its error there, and what of
@@ -297,7 +300,7 @@ class EngineThread:
             return
         function, answer, context, num_threads = command
         try:
-            if self.engine is None:
+            if self.is_closed or self.engine is None:
                 raise RuntimeError(self.why_closed)
             if self.get_num_threads() != num_threads:
                 self.set_num_threads(num_threads)
@@ -345,6 +348,7 @@ class EngineThread:
                 "this LLM was made before the process forked, and a GPU can't be used in the "
                 "forked one: make the LLM there, or start processes by 'spawn'"
             )
+        self.by_hand.after_fork()
         for client in clients:
             client.fail(RuntimeError("this request runs in the process that was forked"))
 

@@ -1,6 +1,7 @@
 """Callers of the engine's thread, and what each gets of its requests: a whole batch at its end, a
 stream as it is read, or what a step by hand has brought. llm.py and async_llm.py make them."""
 
+import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -87,6 +88,7 @@ class Batch(Client, Generic[Output]):
 
     def advance(self, seqs: list[Sequence]) -> None:
         self.on_step()
+        self.on_step = lambda: None
         for seq in seqs:
             first = seq.samples[0]
             if seq.request_finished and first not in self.outputs:
@@ -172,6 +174,10 @@ class ByHand(Client):
     def fail(self, error: BaseException) -> None:
         if self.wait is not None:
             self.wait.end(error)
+
+    def after_fork(self) -> None:
+        self.requests.lock = threading.RLock()  # another thread may have held it
+        self.wait = None
 
     def take(self) -> list[RequestOutput]:
         """All that is new."""
