@@ -45,7 +45,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: list[nn.Module]):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn: a random draw without memory has torch import its compiler, for seconds.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight)
         self.layers = nn.ModuleList(layers)
         self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

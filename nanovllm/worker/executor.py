@@ -1,9 +1,9 @@
 """Runs steps for the engine behind step.py's protocol. For now there is one way: in this
 process."""
 
+import ctypes
 import traceback
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -121,11 +121,13 @@ class InProcessExecutor:
     def close(self) -> None:
         """Give the memory back; no step may follow."""
         # A step in flight writes into pinned memory, also when its tokens are never read.
-        with suppress(RuntimeError):  # a device that failed has nothing in flight
-            self._wait()
-        del self.worker
-        with suppress(RuntimeError):  # nor anything to give back
+        if self.is_usable():
+            del self.worker
             platform.release_memory(self.device)
+        else:
+            # On a GPU that failed the destructors of pinned memory and CUDA graphs raise, which
+            # ends the process: the worker stays until the process itself ends.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.worker))
 
     def _wait(self) -> None:
         """For the steps in flight."""

@@ -140,7 +140,7 @@ def test_tokens_are_the_same_when_requests_wait_for_rows(setting, eager):
     with load(folder, max_num_seqs=100) as llm:
         expected = generate(llm, prompts, params)
     with load(folder, max_num_seqs=24, enforce_eager=eager) as llm:
-        budget = llm.llm_engine.executor.prompt_budget(1, [(1, 1)])
+        budget = llm.llm_engine.executor.prompt_budget(1, [(511, 511)])
         assert budget == (llm.llm_engine.scheduler.max_num_batched_tokens if eager else 512) - 1
         by_graph = count_calls(
             llm.llm_engine.executor.runner, "graph_size", lambda size: size is not None
@@ -415,7 +415,7 @@ def test_what_others_hold_is_left_to_them(tiny, caplog):
         tiny, kv_cache_memory_bytes=None, max_num_seqs=10**4, max_num_batched_tokens=10**4,
         max_model_len=None, enforce_eager=True,
     ) as llm:  # fmt: skip
-        assert "others leave only" in caplog.text
+        assert "other processes leave only" in caplog.text
         generate(llm, [[7] * 100] * 600, greedy(9))
     del others
 
