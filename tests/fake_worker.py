@@ -1,5 +1,5 @@
-"""A worker for engine tests: no model, but the state a real one keeps, and tokens that nobody gets
-right by accident.
+"""A worker for engine tests: no model, but the state a real one keeps, and tokens that come out
+right by no accident.
 
 Its caches, one for each group of layers, map a slot to the token and position stored there and a
 hash of the context before. The next token is a hash of the whole context, and everything that a

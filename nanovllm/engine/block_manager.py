@@ -81,7 +81,8 @@ class BlockManager:
 
     The prefix cache knows prefixes, whole blocks long, by numbers that are never used twice. A
     lookup goes from one to the next by the tokens of the block between, so no block is ever taken
-    for one with other contents. A prefix is known for as long as a block of some group ends it.
+    for one with other contents. A prefix is known for as long as a block of some group ends it. (So
+    where all groups have windows, hits end where the first block of a prefix was reused.)
 
     Args:
         groups: the groups of layers, all of one block size.
@@ -120,13 +121,12 @@ class BlockManager:
 
     def find_prefix(self, seq: Sequence) -> np.ndarray:
         """The cached blocks of a sequence's longest prefix that all groups have, [groups, blocks]
-        int32. A group with a window needs only the last window of the prefix; its blocks before
-        that are -1."""
+        int32. A group with a window needs only the last window of the prefix; before it, the blocks
+        are -1."""
         size = self.block_size
-        num_blocks = seq.num_cacheable // size
-        if not self.prefixes or not num_blocks:
+        if not self.prefixes or not (num_blocks := seq.num_cacheable // size):
             return np.empty((len(self.pools), 0), np.int32)
-        # Where it begins like the sequence before, as many do, only the rest is looked up.
+        # Where it begins like the last sequence, as is common, only the rest is looked up.
         tokens, last_tokens = np.array(seq.token_ids[: num_blocks * size]), self.last_tokens
         num_common = min(len(tokens), len(last_tokens))
         differ = np.flatnonzero(tokens[:num_common] != last_tokens[:num_common])
@@ -209,8 +209,6 @@ class BlockManager:
 
     def free_outside(self, seq: Sequence, position: int) -> None:
         """Free the blocks that no query of a sequence sees from a position on."""
-        if not self.has_windows:
-            return
         for pool, table in zip(self.pools, seq.block_tables, strict=True):
             if pool.window is None:
                 continue
@@ -230,7 +228,7 @@ class BlockManager:
         seq.block_tables = []
 
     def _take(self, pool: BlockPool, row: int) -> int:
-        """A free block for the sequence of a row; what it contained is forgotten."""
+        """A free block for the sequence of a row; what the block contained is forgotten."""
         block, _ = pool.free_blocks.popitem(last=False)
         content = pool.contents[block]
         if content is not None:

@@ -5,6 +5,7 @@ methods; it is called for each admission and each preemption, and decides nothin
 """
 
 from collections import Counter
+from operator import attrgetter
 from typing import Protocol
 
 from nanovllm.engine.sequence import Sequence
@@ -44,10 +45,10 @@ class Priority:
     """The lowest Sequence.priority first, as in vLLM; among equals in order of arrival."""
 
     def next(self, waiting: Sequences) -> Sequence:
-        return min(waiting, key=lambda seq: seq.priority)
+        return min(waiting, key=attrgetter("priority"))
 
     def victim(self, running: Sequences) -> Sequence:
-        return max(reversed(running), key=lambda seq: seq.priority)
+        return max(reversed(running), key=attrgetter("priority"))
 
 
 class RoundRobin:

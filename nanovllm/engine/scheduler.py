@@ -5,9 +5,9 @@ The engine calls schedule before each step and finish after a sequence's last on
 next is the policy's choice, blocks are the block manager's business, and how many prompt tokens
 join a step is the executor's.
 
-Nearly all sequences of a large batch decode, and a step treats most of them alike: one token more,
-nothing else. So what changes in every step lies in columns, arrays indexed by row, and only a
-sequence that begins, ends or opens a block is looked at by itself.
+Nearly all sequences of a large batch decode: one token more, nothing else. So what changes in every
+step lies in columns, arrays indexed by row, and only a sequence that begins, ends or opens a block
+is looked at by itself.
 """
 
 from collections import OrderedDict
@@ -86,13 +86,10 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.policy = policy or FirstComeFirstServed()
         self.seqs = np.empty(max_num_seqs, object)
-        self.max_len = np.zeros(max_num_seqs, np.int64)
-        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
-        self.may_stop = np.zeros(max_num_seqs, bool)
-        self.num_computed = np.zeros(max_num_seqs, np.int64)
-        self.num_slots = np.zeros(max_num_seqs, np.int64)
-        self.max_slots = np.zeros(max_num_seqs, np.int64)
-        self.decodes = np.zeros(max_num_seqs, bool)
+        numbers, flags = np.zeros((5, max_num_seqs), np.int64), np.zeros((2, max_num_seqs), bool)
+        self.max_len, self.num_prompt_tokens, self.num_computed = numbers[:3]
+        self.num_slots, self.max_slots = numbers[3:]
+        self.may_stop, self.decodes = flags
         self.logprobs = RecentLogprobs(max_num_seqs)
         self.mean_output = float(MEAN_OUTPUT)
         self.restart([])
@@ -170,7 +167,8 @@ class Scheduler:
             self.seqs[rows[opening]].tolist(), positions[opening].tolist(), strict=True
         ):
             self.block_manager.register(seq, position)
-            self.block_manager.free_outside(seq, position)
+            if self.block_manager.has_windows:
+                self.block_manager.free_outside(seq, position)
         return rows, opening
 
     def _decode(self, step: ScheduledStep, rows: np.ndarray, opening: np.ndarray) -> None:
@@ -271,7 +269,6 @@ class Scheduler:
             num_steps[-1] += MIXED_STEPS - -num_left // (self.max_num_batched_tokens - len(rows))
         for pool, shared, num_new in zip(blocks.pools, hits, needed, strict=True):
             num_owned = pool.num_owned(self.max_num_seqs, shared)[rows]
-            # Blocks without an owner stay for the sequences that share them.
             num_staying = pool.num_blocks - len(pool.free_blocks) - int(num_owned.sum())
             peak = peak_blocks(
                 num_tokens, num_steps, np.append(num_owned, num_new), blocks.block_size, pool.window
@@ -324,24 +321,26 @@ class Scheduler:
         end = min(seq.prefill_end, start + budget)
         samples = end == seq.prefill_end
         step.input.chunks.append(Chunk(seq.row, start, seq.token_ids[start:end], samples))
-        if scoring := seq.scoring(len(step.input.chunks) - 1, start, end):
-            step.input.scorings.append(scoring)
-            step.scored.append(seq)
+        if seq.scores is not None:
+            scoring = seq.scoring(len(step.input.chunks) - 1, start, end)
+            if scoring.token_ids:
+                step.input.scorings.append(scoring)
+                step.scored.append(seq)
         self.num_computed[seq.row] = end
         if samples:
             step.sampled.append(seq)
             self.decodes[seq.row] = end + 1 < seq.max_len
         self.block_manager.register(seq, end)
-        self.block_manager.free_outside(seq, start)
+        if self.block_manager.has_windows:
+            self.block_manager.free_outside(seq, start)
         return end - start
 
     def _release(self, seq: Sequence) -> None:
         """Take back a running sequence's row and blocks. Its full blocks stay in the prefix cache
-        until they are reused."""
+        until they are reused, also if their last token was read just now."""
         del self.running[seq]
         self.logprobs.take(seq)
         row = seq.row
-        # Blocks whose last token was read since it was scheduled.
         self.block_manager.register(seq, int(self.num_computed[row]))
         self.block_manager.free(seq)
         self.seqs[row], self.decodes[row] = None, False

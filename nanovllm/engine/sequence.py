@@ -120,8 +120,6 @@ class Sequence:
         self.token_ids = prompt_token_ids
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
-        self.priority = priority
-        self.caller: int | str = 0
         self.seed = seed
         self.eos_token_ids = eos_token_ids
         self.stop_token_ids = tuple(params.stop_token_ids or ())
@@ -202,15 +200,12 @@ class Sequence:
             return len(self.token_ids)
         return self.score_from + len(self.scores) - 1
 
-    def scoring(self, chunk: int, start: int, end: int) -> Scoring | None:
+    def scoring(self, chunk: int, start: int, end: int) -> Scoring:
         """What to score with a chunk of its tokens, [start, end): the tokens after them, as far as
-        they are targets and were not read before a preemption. None: nothing."""
-        if self.scores is None:
-            return None
+        they are targets and were not read before a preemption; perhaps none."""
+        assert self.scores is not None
         first = max(start + 1, self.score_from + len(self.scores))
         token_ids = self.targets[first - self.score_from : max(0, end + 1 - self.score_from)]
-        if not token_ids:
-            return None
         return Scoring(chunk, first - 1 - start, token_ids, self.scores.width - 1)
 
     def check_stop(self) -> None:

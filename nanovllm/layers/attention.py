@@ -13,11 +13,12 @@ from nanovllm.ops.batch import AttentionSpec, ForwardBatch, KVLayer, Rotary
 
 
 class Attention(nn.Module):
-    """Project, rotate and store, attend, project.
+    """Project, rotate and store, attend, project. A family may replace the norms of heads and RoPE
+    by modules of its own.
 
     Args:
         config: sizes.
-        rope: of queries and keys, shared by layers; None: they are not rotated.
+        rope: a Rope, shared by layers; None: queries and keys are not rotated.
         qkv_bias, o_bias: whether the projections have biases.
         qk_norm: whether each query and key head is normalised before RoPE.
         scale: of the products of queries and keys; None: head_dim ** -0.5.
@@ -27,7 +28,7 @@ class Attention(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        rope: Rope | None,
+        rope: nn.Module | None,
         *,
         qkv_bias: bool = False,
         o_bias: bool = False,
@@ -43,22 +44,28 @@ class Attention(nn.Module):
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         self.qkv_proj = Linear(config.hidden_size, q_size, kv_size, kv_size, bias=qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, bias=o_bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
+        norms = [RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None for _ in range(2)]
+        self.q_norm: nn.Module | None = norms[0]
+        self.k_norm: nn.Module | None = norms[1]
         self.rope = rope
 
     def forward(self, x: torch.Tensor | Normed, batch: ForwardBatch, kv: KVLayer) -> Product:
         """The attention of x, [T, hidden], which is normed already."""
         spec, qkv = self.spec, self.qkv_proj(x).tensor()  # [T, (H + 2K) * D]
-        norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
-        if self.rope is not None:  # in one kernel
-            rotary = Rotary(norms, self.q_norm.eps if self.q_norm else 0.0, self.rope.table)
+        rope, q_norm, k_norm = self.rope, self.q_norm, self.k_norm
+        if type(rope) is Rope and q_norm is None:
+            rotary = Rotary(None, 0.0, rope.table)
             out = ops.attention(qkv, rotary, kv, batch, spec.scale)  # [T, H, D]
-        else:
+        elif type(rope) is Rope and type(q_norm) is RMSNorm and type(k_norm) is RMSNorm:
+            rotary = Rotary((q_norm.weight, k_norm.weight), q_norm.eps, rope.table)
+            out = ops.attention(qkv, rotary, kv, batch, spec.scale)
+        else:  # a family has put others there
             sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
             q, k, v = qkv.unflatten(1, (-1, spec.head_dim)).split(sizes, dim=1)
-            if self.q_norm and self.k_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
+            if q_norm is not None and k_norm is not None:
+                q, k = q_norm(q), k_norm(k)
+            if rope is not None:
+                q, k = rope(q, batch.positions), rope(k, batch.positions)
             ops.store(k, v, kv, batch)
             out = ops.attend(q, kv, batch, spec.scale)
         return self.o_proj(out.flatten(1))

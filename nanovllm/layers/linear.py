@@ -69,7 +69,8 @@ class Product:
         num_rows = (x if isinstance(x, torch.Tensor) else x.stream.total).shape[0]
         fuses = linear.format.fuses(linear, num_rows)
         if isinstance(x, Normed):
-            if fuses and isinstance(rms := x.norm, RMSNorm) and x.value is None:
+            rms = x.norm  # a subclass may compute something else
+            if fuses and type(rms) is RMSNorm and x.value is None:
                 x.check()
                 x, norm = x.stream.total, (rms.weight, rms.eps)
             else:

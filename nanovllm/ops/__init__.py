@@ -118,10 +118,11 @@ def attention(
     if batch.is_decode and backend.attend_projected is not None:
         return backend.attend_projected(qkv, rotary, kv, batch, scale)
     if qkv.is_cuda:
-        from nanovllm.ops.triton.layers import qk_norm_rope_store
+        from nanovllm.ops.triton import layers
+
+        q = layers.qk_norm_rope_store(qkv, rotary, batch, kv)
     else:
-        from nanovllm.ops.reference import qk_norm_rope_store
-    q = qk_norm_rope_store(qkv, rotary, batch, kv)
+        q = reference.qk_norm_rope_store(qkv, rotary, batch, kv)
     return backend.attend(q, kv, batch, scale)
 
 

@@ -19,7 +19,8 @@ import torch
 from transformers import AutoTokenizer
 
 import nanovllm
-from nanovllm import LLM, CompletionOutput, RequestOutput, SamplingParams, ops
+from nanovllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+from nanovllm.quantization.weight_format import packs_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -573,9 +574,7 @@ def test_one_line_at_the_start_says_what_runs_where(tiny, caplog):
     line = record.getMessage()
     for part in ("Qwen3ForCausalLM on cpu in float32, ", "TORCH_SDPA"):
         assert part in line
-    packed = ops.packs_weights(
-        torch.device("cpu"), torch.float32
-    )  # then the tied head is there twice
+    packed = packs_weights(torch.device("cpu"), torch.float32)  # then the tied head is there twice
     assert f"weights {0.02 if packed else 0.01} GiB" in line
     # 4 MiB / (2 * 5 layers * 2 heads * 64 * 4 bytes) = 819 tokens, 51 blocks of 16
     assert "cache of 816 tokens in blocks of 16, 12.8 requests of 64 tokens" in line

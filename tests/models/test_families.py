@@ -28,15 +28,22 @@ SIZES = dict(
 )  # fmt: skip
 
 
-# Norms after attention and MLP as well, an embedding multiplier, RoPE that differs by layer,
-# logits with a soft cap: as in Gemma 3.
+# Norms after attention and MLP as well, with weights around 0, an embedding multiplier, RoPE that
+# differs by layer, logits with a soft cap: as in Gemma 3.
+
+
+class AroundZero(RMSNorm):
+    def forward(self, x):
+        x = x if isinstance(x, torch.Tensor) else x.tensor()
+        return ops.rms_norm(x, 1 + self.weight, self.eps)
 
 
 class SandwichLayer(DecoderLayer):
     def __init__(self, config, *parts):
         super().__init__(config, *parts)
         self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_mlp_layernorm = AroundZero(config.hidden_size, config.rms_norm_eps)
+        self.self_attn.k_norm = AroundZero(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, batch, kv):
         attention = self.self_attn(x.normed(self.input_layernorm), batch, kv)
@@ -173,9 +180,11 @@ def plain_gated(x, w, path, act):
 def plain_sandwich(x, w, i):
     p = f"model.layers.{i}"
     y = rms(x, w[f"{p}.input_layernorm.weight"])
+    k_norm = f"{p}.self_attn.k_norm.weight"
+    w = w | {k_norm: 1 + w[k_norm]}
     y = plain_attention(y, w, f"{p}.self_attn", 100.0 if i % 2 == 0 else 10000.0, 0.2)
     x = x + rms(y, w[f"{p}.post_attention_layernorm.weight"])
-    y = rms(x, w[f"{p}.pre_mlp_layernorm.weight"])
+    y = rms(x, 1 + w[f"{p}.pre_mlp_layernorm.weight"])
     y = plain_gated(y, w, f"{p}.mlp", lambda x: F.gelu(x, approximate="tanh"))
     return x + rms(y, w[f"{p}.post_mlp_layernorm.weight"])
 

@@ -149,15 +149,24 @@ def test_a_norm_may_be_used_twice_but_not_after_the_stream_has_changed(launches,
 def test_anything_else_is_a_tensor(launches, device):
     dtype = torch.float16
     linear = random_(Linear(SIZE, HIDDEN), device, dtype)
+    head = random_(Linear(HIDDEN, 7), device, dtype)
     for rows in (2, 9):
         y = torch.randn(rows, SIZE, device=device).to(dtype)
         x = Stream(torch.zeros(rows, HIDDEN, device=device, dtype=dtype))
         exact = y.double() @ linear.weight.double().T
         x.add(linear(y))
         x.add(linear(y).tensor() * 2)
+        other_norm = random_(OtherNorm(HIDDEN, 1e-6), device, dtype)
+        a = head(x.normed(other_norm)).tensor()
+        assert torch.equal(a, head(x.total + 1).tensor())
         normed = x.normed(torch.nn.Softmax(-1))
         assert relative_error(normed.tensor(), (3 * exact).softmax(-1)) < 3 * tolerance(dtype)
         assert relative_error(linear(y).tensor(gate="relu"), relu_gated(exact)) < tolerance(dtype)
+
+
+class OtherNorm(RMSNorm):
+    def forward(self, x):
+        return x + 1
 
 
 def relu_gated(x):
