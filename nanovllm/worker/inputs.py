@@ -142,8 +142,11 @@ class InputBuilder:
         size, tensors = shape.num_tokens, self.tensors
         groups = []
         for group, attention in enumerate(self.attentions):
-            own = {name[2:]: x for name, x in arrays.items() if name.startswith(f"{group}.")}
-            own["list_age"] = tensors.list_age
+            own = {"list_age": tensors.list_age}
+            for name, array in arrays.items():
+                of_group, _, own_name = name.partition(".")
+                if of_group == str(group):
+                    own[own_name] = array
             table = self.rows.state.block_tables[group]
             groups.append(BatchGroup(table, tensors.slot_mapping[group, :size], attention, own))
         token_ids, positions = tensors.token_ids[:size], tensors.positions[:size]
