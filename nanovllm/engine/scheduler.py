@@ -63,8 +63,7 @@ class Scheduler:
             is 0 in free rows.
         num_computed: [rows] tokens whose keys and values are stored, or will be by the steps
             submitted so far.
-        num_slots, max_slots: [rows] tokens that the sequence's blocks have room for, now and in the
-            end.
+        num_slots, max_slots: [rows] tokens that its blocks have room for, now and in the end.
         decodes: [rows] whether the next step computes one token more: the prompt is computed, and
             the last token isn't in flight.
         logprobs: [rows] log-probabilities that sequences have not taken yet.
@@ -178,7 +177,8 @@ class Scheduler:
         blocks = np.full((len(self.block_manager.groups), len(rows)), -1, np.int32)
         if len(opening):
             new = [self.block_manager.append(step.sampled[i]) for i in opening.tolist()]
-            blocks[:, opening] = np.array(new, np.int32).T
+            for of_group, opened in zip(blocks, zip(*new, strict=True), strict=True):
+                of_group[opening] = opened
             self.num_slots[rows[opening]] += self.block_manager.block_size
         step.input.decode_rows, step.input.decode_positions = rows, positions
         step.input.decode_blocks = blocks
