@@ -141,7 +141,7 @@ def _watched(engine: "Engine", steps: list[Step], shared_len: int, on_gpu: bool)
     from torch.profiler import record_function
 
     executor: Any = engine.executor
-    scheduler, [attention] = engine.scheduler, executor.worker.attentions
+    scheduler, [attention] = engine.scheduler, executor.attentions
     submit, attend = executor.submit, attention.attend
 
     def noted_submit(step: "StepInput") -> "PendingStep":

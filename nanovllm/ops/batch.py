@@ -15,7 +15,8 @@ import torch
 
 class StepColumns(NamedTuple):
     """What the host says of a step's T query tokens, int32: tensors in pinned memory, or the same
-    memory as arrays. The tokens of one sequence come one after another.
+    memory as arrays. The tokens of one sequence come one after another. The columns are rows of one
+    memory, in this order.
 
     Attributes:
         counts: [6]: T, T with padding, sampled tokens, sampled tokens with padding, the slot of
@@ -38,7 +39,8 @@ class StepColumns(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """What the device keeps of each row. The last row is padding's: no sequence has it.
+    """What the device keeps of each row. The last row is padding's: no sequence has it. The columns
+    of a line below are rows of one memory, in this order.
 
     Attributes:
         block_tables: [groups, rows, blocks] int32; behind a sequence's blocks stand blocks that
@@ -75,7 +77,9 @@ class Draws(NamedTuple):
 
 
 class StepTensors(NamedTuple):
-    """What ops.begin_step makes of columns and rows, in memory that each step overwrites.
+    """What ops.begin_step makes of columns and rows, in memory that each step overwrites. One
+    memory each: token_ids, positions, slot_mapping; sampled_tokens, rows, draws.top_k; temperature,
+    top_p, min_p of draws; slot, list_age.
 
     Attributes:
         token_ids, positions: [T] int64.
@@ -177,7 +181,7 @@ class KVLayer:
 
 
 class KVCache:
-    """The blocks of a model's layers. A model runs as many layers as its cache has.
+    """The blocks of a model's layers. A model runs the layers that its cache has.
 
     Args:
         data: of each group, [its layers, 2, blocks, block_size, kv_heads, head_dim].

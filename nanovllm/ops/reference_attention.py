@@ -135,14 +135,15 @@ def _attend_decodes(
     num_seqs, num_heads, head_dim = q_SHD.shape
     num_kv_heads, num_keys = kv.k.shape[2], decodes.mask.shape[-1]
 
-    def gather(blocks: torch.Tensor) -> torch.Tensor:  # [S, K, L, D]
+    gathered = []
+    for blocks in (kv.k, kv.v):
         keys = blocks.flatten(1).index_select(0, decodes.tables.flatten())
         keys = keys.view(num_seqs * num_keys, -1)
         # Keys that are not seen are other sequences', and 0 times their NaN would be NaN.
         keys.index_fill_(0, decodes.padding, 0.0)
-        return keys.view(num_seqs, num_keys, num_kv_heads, head_dim).transpose(1, 2)
-
-    k, v = gather(kv.k), gather(kv.v)
+        keys = keys.view(num_seqs, num_keys, num_kv_heads, head_dim)
+        gathered.append(keys.transpose(1, 2))
+    k, v = gathered  # [S, K, L, D]
     # The query heads that share a key head are that head's query rows.
     q_SKGD = q_SHD.view(num_seqs, num_kv_heads, -1, head_dim)
     out = F.scaled_dot_product_attention(q_SKGD, k, v, decodes.mask, scale=scale)

@@ -122,21 +122,17 @@ def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
     Returns: [S, n] float32.
     """
-    first, second = _int32(keys[:, :1]), _int32(keys[:, 1:])
-    bits = _mix32(_int32(ids * 0x9E3779B9) + first)
+    # The low 32 bits of int64; int32 arithmetic wraps as unsigned arithmetic does.
+    first, second = keys.int().split(1, dim=1)
+    bits = _mix32((ids * 0x9E3779B9).int() + first)
     return gumbel_of_bits(_mix32(bits.bitwise_xor_(second)).long().bitwise_and_(0xFFFFFFFF))
 
 
 def gumbel_of_bits(bits: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise of uniform 32-bit values in int64. With log1p small E, which decide the draw,
-    keep all their bits. E is finite: else the only unmasked token might lose to masked ones."""
+    """Gumbel noise of uniform 32-bit values in int64. Through log1p small E, which decide the draw,
+    keep all their bits. E is finite, or the only token that is left might lose to a masked one."""
     minus_uniform = bits.float().add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
     return minus_uniform.log1p_().neg_().log_().neg_()
-
-
-def _int32(x: torch.Tensor) -> torch.Tensor:
-    """The low 32 bits of int64 values; int32 arithmetic wraps as unsigned arithmetic does."""
-    return x.to(torch.int32)
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:

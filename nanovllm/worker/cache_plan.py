@@ -170,7 +170,7 @@ class GPUMemory:
         self.budget = int(share * total)
         if self.budget > self.free_before:
             logger.warning(
-                "gpu_memory_utilization=%s asks for %.2f GiB, but others leave only %.2f GiB of "
+                "gpu_memory_utilization=%s is %.2f GiB, but other processes leave only %.2f GiB of "
                 "the GPU's %.2f free: the engine takes those",
                 share,
                 *(n / platform.GIB for n in (self.budget, self.free_before, total)),

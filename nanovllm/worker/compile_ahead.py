@@ -89,7 +89,7 @@ def _compile_kernels(
     from nanovllm.ops.triton.kernel_configs import MAX_GEMV_ROWS
 
     max_num_seqs, num_groups = runner.max_num_seqs, len(runner.inputs.attentions)
-    num_tokens = len(runner.inputs.tensors.token_ids)
+    num_tokens = len(runner.inputs.numbers)  # of the largest step
 
     def decode(num_decodes: int, size: int, position: int = 0) -> None:
         record = runner.take_record()

@@ -12,6 +12,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.model_config import ModelConfig
 from nanovllm.core.step import MIXED_STEPS, StepInput
 from nanovllm.ops import platform
+from nanovllm.ops.batch import Attention
 from nanovllm.worker.record import StepRecord
 from nanovllm.worker.runner import ModelRunner
 from nanovllm.worker.worker import Worker
@@ -55,6 +56,11 @@ class InProcessExecutor:
         """What runs the steps; not while the worker sleeps."""
         assert self.worker.runner is not None
         return self.worker.runner
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention backend of each group of layers, for tools that watch it."""
+        return self.worker.attentions
 
     def submit(self, step: StepInput) -> StepRecord:
         with platform.use(self.device):

@@ -67,7 +67,7 @@ class Captured:
     Attributes:
         memory: what its attention reads, on the device.
         offsets: where each array lies in it.
-        arrays: the arrays that are there now.
+        arrays: the arrays that lie there now.
         output: what the step returned, which each replay writes again.
     """
 

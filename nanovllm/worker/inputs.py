@@ -55,7 +55,7 @@ class InputBuilder:
         self, rows: Rows, attentions: tuple[Attention, ...], block_size: int, max_tokens: int
     ):
         self.rows, self.attentions, self.block_size = rows, attentions, block_size
-        self.tensors = _step_tensors(rows, len(attentions), max_tokens)
+        self.tensors = step_tensors(rows, len(attentions), max_tokens)
         self.numbers = np.arange(max_tokens, dtype=np.int32)
         self.steps_per_list = min(attention.steps_per_list for attention in attentions)
         self.arrays: dict[str, np.ndarray] = {}
@@ -142,8 +142,11 @@ class InputBuilder:
         size, tensors = shape.num_tokens, self.tensors
         groups = []
         for group, attention in enumerate(self.attentions):
-            own = {name[2:]: x for name, x in arrays.items() if name.startswith(f"{group}.")}
-            own["list_age"] = tensors.list_age
+            own = {"list_age": tensors.list_age}
+            for name, array in arrays.items():
+                of_group, _, own_name = name.partition(".")
+                if of_group == str(group):
+                    own[own_name] = array
             table = self.rows.state.block_tables[group]
             groups.append(BatchGroup(table, tensors.slot_mapping[group, :size], attention, own))
         token_ids, positions = tensors.token_ids[:size], tensors.positions[:size]
@@ -151,16 +154,17 @@ class InputBuilder:
         return ForwardBatch(token_ids, positions, tuple(groups), *lens)
 
 
-def _step_tensors(rows: Rows, num_groups: int, max_tokens: int) -> StepTensors:
+def step_tensors(rows: Rows, num_groups: int, max_tokens: int) -> StepTensors:
+    """Memory for ops.begin_step."""
+
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=rows.device)
 
-    num_rows, floats = rows.padding_row, torch.float32
-    top_p, min_p = zeros(num_rows, dtype=floats), zeros(num_rows, dtype=floats)
-    temperature = zeros(num_rows, dtype=floats)
-    draws = Draws(temperature, zeros(num_rows, 2), zeros(num_rows), top_p, min_p)
-    slot, list_age = zeros(1, dtype=torch.int32), zeros(1, dtype=torch.int32)
-    return StepTensors(
-        zeros(max_tokens), zeros(max_tokens), zeros(num_groups, -(-max_tokens // 2) * 2),
-        zeros(num_rows), zeros(num_rows), draws, slot, list_age,
-    )  # fmt: skip
+    max_sampled = rows.padding_row
+    tokens = zeros(2 + num_groups, -(-max_tokens // 2) * 2)  # all aligned
+    sampled_tokens, sampled_rows, top_k = zeros(3, max_sampled)
+    temperature, top_p, min_p = zeros(3, max_sampled, dtype=torch.float32)
+    slot, list_age = zeros(2, dtype=torch.int32).split(1)
+    draws = Draws(temperature, zeros(max_sampled, 2), top_k, top_p, min_p)
+    sampled = sampled_tokens, sampled_rows, draws
+    return StepTensors(tokens[0], tokens[1], tokens[2:], *sampled, slot, list_age)

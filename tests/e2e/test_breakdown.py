@@ -182,7 +182,7 @@ def test_the_profiled_engine_is_left_as_it_was(llm):
     assert run.outputs[0]["token_ids"] == expected
     assert sum(work.sampled for work in result["work"]) == 4
     assert "submit" not in vars(engine.executor)
-    assert "attend" not in vars(engine.executor.worker.attentions[0])
+    assert "attend" not in vars(engine.executor.attentions[0])
 
 
 def run_bench(*args: str) -> subprocess.CompletedProcess:

@@ -1,6 +1,8 @@
 """What CUDA graphs rest on: their sizes, arrays whose shapes depend on the size alone, inputs that
 a kernel makes."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,9 @@ from nanovllm.ops.reference_rows import noise_keys
 from nanovllm.ops.triton import rows as triton_rows
 from nanovllm.ops.triton.attention import TritonAttention
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.executor import InProcessExecutor
 from nanovllm.worker.graphs import graph_sizes
-from nanovllm.worker.inputs import InputBuilder, _step_tensors
+from nanovllm.worker.inputs import InputBuilder, step_tensors
 from nanovllm.worker.record import ALIGNMENT, layout, make_records, pack, views
 from nanovllm.worker.rows import Rows
 
@@ -46,6 +49,29 @@ def test_sizes_go_up_to_max_num_seqs_with_little_padding(max_num_seqs):
     assert len(sizes) <= 40
     for smaller, size in zip([0, *sizes], sizes, strict=False):
         assert size - smaller <= max(8, size / 4)
+
+
+LONG = [(20_000, 20_000)]
+
+
+@pytest.mark.parametrize(
+    "num_decodes, waiting, expected",
+    [
+        *[(0, [(9, 9)], 1000), (10, [], 0), (10, [(30, 30)], 30), (10, [(60, 60), (90, 90)], 118)],
+        # More than four steps of a graph: one step of its own.
+        *[(10, [(200, 200)] * 3, 990), (10, LONG, 990), (128, [(1, 1)], 872), (500, [(9, 9)], 500)],
+        # Keys that a graph's attention may read: 50,000.
+        *[(10, [(40, 2000)], 25), (10, [(10, 2000), (70, 1000)], 40), (10, [(5, 50_001)], 990)],
+    ],
+)
+def test_prompts_fill_a_graph_or_have_a_step_of_their_own(num_decodes, waiting, expected):
+    executor = object.__new__(InProcessExecutor)
+    executor.worker = types.SimpleNamespace(
+        graph_sizes=[1, 64, 128], mixed_tokens=128, mixed_keys=50_000, max_num_batched_tokens=1000
+    )
+    assert executor.prompt_budget(num_decodes, iter(waiting)) == expected
+    executor.worker.graph_sizes = []
+    assert executor.prompt_budget(num_decodes, iter(waiting)) == 1000 - num_decodes
 
 
 def make_inputs(num_rows, max_blocks, **heads):
@@ -133,11 +159,11 @@ def test_a_list_of_work_serves_while_the_decodes_are_the_same():
 
 @pytest.mark.gpu
 def test_a_steps_tensors_on_a_gpu():
-    check_step_tensors(torch.device("cuda"))
+    checkstep_tensors(torch.device("cuda"))
 
 
 def test_a_steps_tensors_interpreted():
-    check_step_tensors(CPU)
+    checkstep_tensors(CPU)
 
 
 def random_state(rng, num_groups, num_rows, max_blocks, device):
@@ -145,13 +171,14 @@ def random_state(rng, num_groups, num_rows, max_blocks, device):
     n = num_rows + 1
     seeds = rng.integers(0, 2**64, n, np.uint64)
     seeds[0] = 2**64 - 1
-    arrays = [
-        rng.permutation(num_groups * n * max_blocks).astype(np.int32), rng.integers(0, 150_000, n),
-        seeds.view(np.int64), rng.integers(1, 150_000, n),
-        *(rng.random(n).astype(np.float32) for _ in range(3)),
-    ]  # fmt: skip
-    arrays[0] = arrays[0].reshape(num_groups, n, max_blocks)
-    return RowState(*(torch.from_numpy(array).to(device) for array in arrays))
+    tables = rng.permutation(num_groups * n * max_blocks).astype(np.int32)
+    arrays = (
+        tables.reshape(num_groups, n, max_blocks), rng.integers(0, 150_000, n),
+        np.stack((seeds.view(np.int64), rng.integers(1, 150_000, n))),
+        rng.random((3, n)).astype(np.float32),
+    )  # fmt: skip
+    tables, last_tokens, ints, floats = (torch.from_numpy(a).to(device) for a in arrays)
+    return RowState(tables, last_tokens, *ints, *floats)
 
 
 def random_step(rng, num_decodes, num_chunks, num_groups, num_rows):
@@ -170,7 +197,7 @@ def random_step(rng, num_decodes, num_chunks, num_groups, num_rows):
     return step
 
 
-def check_step_tensors(device):
+def checkstep_tensors(device):
     """begin_step's kernel beside its reference, on random steps, and what numpy makes of them."""
     rng = np.random.default_rng()
     num_rows, num_tokens, num_groups = 300, 420, 2
@@ -193,7 +220,7 @@ def check_step_tensors(device):
         builder.begin(step, record, size)
         expected = builder.tensors
 
-        out = _step_tensors(Rows(num_rows, num_groups, 20, 150_000, device), 2, num_tokens)
+        out = step_tensors(Rows(num_rows, num_groups, 20, 150_000, device), 2, num_tokens)
         triton_rows.begin_step(record.columns, state, out, 16, size)
         num_draws, num_sampled = min(size, num_rows), record.num_sampled
         for name, mine, theirs in zip(out._fields, out, expected, strict=True):

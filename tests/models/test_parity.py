@@ -109,10 +109,11 @@ def test_sharded_checkpoint(tmp_path):
 def test_the_rope_table_is_exact_in_every_dtype(tmp_path):
     folder = build(tmp_path, "llama-theta")
     tables = [
-        small_llm(folder, dtype=dtype)
-        .llm_engine.executor.runner.model.model.layers[0]
-        .self_attn.rope
+        rope
         for dtype in ("float32", "bfloat16")
+        for rope in small_llm(folder, dtype=dtype).apply_model(
+            lambda model: model.model.layers[0].self_attn.rope
+        )
     ]
     assert tables[1].table.dtype == torch.float32
     assert torch.equal(tables[0].table, tables[1].table)

@@ -38,7 +38,7 @@ def record_launches() -> dict[str, tuple]:
     from nanovllm.ops.triton import linear as triton_linear
     from nanovllm.ops.triton import rows as triton_rows
     from nanovllm.ops.triton import sampling as triton_sampling
-    from nanovllm.worker.inputs import _step_tensors
+    from nanovllm.worker.inputs import step_tensors
     from nanovllm.worker.record import make_records
     from nanovllm.worker.rows import Rows
 
@@ -124,7 +124,7 @@ def record_launches() -> dict[str, tuple]:
     label = "of rows"
     state = Rows(8, 1, 4, 100, cpu)
     records, host_tokens = make_records(8, 1, 16, cpu)
-    tensors = _step_tensors(state, 1, 16)
+    tensors = step_tensors(state, 1, 16)
     triton_rows.begin_step(records[0].columns, state.state, tensors, 16, 16)
     sampled = tensors.rows, tensors.rows, tensors.slot
     triton_rows.keep_sampled(state.state.last_tokens, host_tokens, *sampled)

@@ -1,5 +1,7 @@
-"""The attention backend in Triton: makes each step's lists of work and launches attention_kernel.py
-on them, in the configurations of kernel_configs.py.
+"""The attention backend in Triton: makes each step's work lists and launches attention_kernel.py on
+them, in the configurations of kernel_configs.py.
+
+worker/inputs.py calls host_arrays, layers call the rest by ops/__init__.py.
 """
 
 import numpy as np
@@ -41,7 +43,7 @@ class TritonAttention(Attention):
 
     Args:
         num_heads, num_kv_heads, head_dim: of the model.
-        block_size: tokens a page.
+        block_size: tokens per block.
         dtype: of queries and cache.
         device: a GPU.
         num_sms: its multiprocessors.
@@ -75,7 +77,7 @@ class TritonAttention(Attention):
         self.num_sms = num_sms
         self.configs = attention_configs(head_dim, dtype.itemsize)
         self.mixed_keys = MIXED_KEYS * self._tile_tokens(self.configs["short"])
-        # Slots of shared keys come behind those that each launch uses anew.
+        # Slots of shared keys come behind the slots that each launch uses anew.
         self.shared_from = max(
             max_slots(0 if name == "long" else max_decodes, self._sizes(config))
             for name, config in self.configs.items()
@@ -125,13 +127,13 @@ class TritonAttention(Attention):
         return arrays
 
     def _short_layout(self, num_tiles: int, num_keys: np.ndarray, is_alone: bool) -> str:
-        """Which of the configurations for short queries takes them.
+        """The configuration for a step's short queries.
 
         Args:
-            num_tiles: theirs at most; in a graph its size.
-            num_keys: of each that its own programs read; a chunk's count once.
-            is_alone: whether decodes have no other launch beside them. Where they have, nobody
-                waits for a few of them, and that would be one kernel more.
+            num_tiles: their tiles at most; in a graph its size.
+            num_keys: keys that each query's own programs read; a chunk's count once.
+            is_alone: whether decodes have no other launch beside them. Where they have, the
+                latency of a few decodes is hidden, and "few" would be one kernel more.
         """
         num_programs = num_tiles * self.num_kv_heads
         all_keys = int(num_keys.sum()) * self.num_kv_heads
@@ -219,8 +221,8 @@ class TritonAttention(Attention):
         q_weight, k_weight = norm_weights or (q, q)
         group = batch.groups[kv.group]
         arrays, block_tables = group.arrays, group.block_tables
-        # Shared keys first, and nothing between them and everybody's own: that launch begins when
-        # all before this one is there, and does not wait for it.
+        # Shared keys first, then at once each sequence's own keys: the second launch begins when
+        # all before the first is there, and does not wait for the first.
         for name, config in self.configs.items():
             items = arrays.get(f"{name}_items")
             if items is None:
@@ -253,8 +255,8 @@ class TritonAttention(Attention):
     def _item_arrays(
         self, name: str, config: AttentionConfig, items: np.ndarray, num_tiles: int | None
     ) -> dict[str, np.ndarray]:
-        """A work list for the device; for a CUDA graph with room for all that so many tiles may
-        need."""
+        """A work list for the device; for a CUDA graph with room for the items of num_tiles
+        tiles."""
         if num_tiles is not None:
             room = max_items(num_tiles, self._sizes(config))
             items = np.concatenate((items, np.zeros((room - len(items), ITEM_WIDTH), np.int32)))

@@ -97,8 +97,8 @@ class Blocks:
     Attributes:
         bests, sums: [n, blocks] float32, the best logit of each block of VOCAB_BLOCK tokens, and
             the sum of its softmax weights, of which the best is 1.
-        group_bests: [n, groups], the best logit of each GROUP of tokens, in the logits' dtype;
-            None: not computed.
+        group_bests: [n, groups], the best of each GROUP of tokens, in the logits' dtype; None: not
+            wanted.
     """
 
     bests: torch.Tensor

@@ -1,9 +1,9 @@
 """Compiles Triton kernels before their first launch, all of them at the same time.
 
-The worker has a step's launches noted while there are no weights yet. Compiling takes a second a
-kernel and more, most of it in LLVM and ptxas, which don't hold Python's lock: threads will do. Some
-versions of Triton also have a C compiler make a launcher for each signature, which takes as long as
-a small kernel.
+worker/compile_ahead.py has a step's launches noted while weights are read. Compiling takes a second
+a kernel and more, most of it in LLVM and ptxas, which don't hold Python's lock: threads will do.
+Some versions of Triton also have a C compiler make a launcher for each signature, which takes as
+long as a small kernel.
 """
 
 import copy
@@ -53,7 +53,7 @@ class KernelCompiler:
         futures: list[Future[None]] = []
 
         def hook(**launch: Any) -> bool | None:
-            # Triton asks before it compiles; True tells it not to, and not to launch either.
+            # Triton calls this before it compiles; True: it neither compiles nor launches.
             if launch["is_manual_warmup"] or threading.get_ident() != thread:
                 return former(**launch) if former else None
             kernel, compile = launch["fn"].jit_function, launch["compile"]
@@ -83,7 +83,7 @@ class KernelCompiler:
             self._make_launcher(unseen.preload(specialization_data))
             kernel.preload(specialization_data)  # from the cache on the disk
         except Exception:
-            # The launch compiles it once more, and its error says who wanted it.
+            # The launch compiles the kernel once more, and its error names the caller.
             logger.debug("%s is not compiled ahead", kernel.__name__, exc_info=True)
         logger.debug("compiled %s in %.2f s", kernel.__name__, time.perf_counter() - start)
 

@@ -1,5 +1,5 @@
-"""The limits that top_k, top_p and min_p set to a row of logits, and its most likely tokens, as
-Triton kernels: a search, not a sort (docs/decisions/0020).
+"""What top_k, top_p and min_p leave of a row of logits, and the row's most likely tokens, as Triton
+kernels: a search, not a sort (docs/decisions/0020).
 
 sampling.py draws within the limits; ops/__init__.py calls top_logprobs.
 """
@@ -57,9 +57,9 @@ def _search(
     logits, size, target, low, high, best, scale,
     BLOCK: tl.constexpr, GALLOP: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """The highest key from `low` to `high` with at least `target` logits (with MASS: weight) at or
-    above it; `low` if no key has. Each turn reads the logits once and leaves a quarter of the keys;
-    the first turn looks close to the best logit, where most limits are."""
+    """The highest key from `low` to `high` at or above which lie `target` logits, or logits of this
+    weight; `low` if fewer do. Each turn reads the logits once and leaves a quarter of the keys; the
+    first one looks close to the best, where most limits are."""
     a = tl.maximum(high - 15 * GALLOP, low + 1)
     b = tl.maximum(high - 255 * GALLOP, low + 1)
     c = tl.maximum(high - 4095 * GALLOP, low + 1)
@@ -128,7 +128,7 @@ def _gather(
 
 @triton.jit
 def _place(logits, size, key, number, BLOCK: tl.constexpr):
-    """The place of the logit number `number` with a key; `size` if fewer logits have it."""
+    """The place of the logit that is number `number` with this key; `size` if fewer have it."""
     value = value_of(key, logits.dtype.element_ty)
     place, seen = size, 0
     for start in range(0, size, BLOCK):
@@ -221,7 +221,7 @@ def limits_kernel(
             low += (value_of(low.to(tl.int32), dtype) < border).to(tl.int64)
             low = tl.minimum(low, high)
         if (k < VOCAB) | (p < 1):
-            # If k groups have a best logit >= bound, k tokens are >= bound: no lower token stays.
+            # The best logits of k groups are logits of k tokens, so no token below them stays.
             group_bests += row * NUM_GROUPS
             chosen += row * NUM_GROUPS
             few += row * ROOM
@@ -330,9 +330,8 @@ def find_limits(
     min_p: torch.Tensor,
     blocks: Blocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The limits of each row, as in reference_sampling.keep_likely but without a sort: the most
-    likely tokens that stay lie above some logit, which is searched for; of equal logits the first
-    tokens stay.
+    """What reference_sampling.keep_likely leaves of each row, without a sort: all tokens above some
+    logit, which is searched for, and the first tokens that have just that logit.
 
     Args:
         logits: [n, vocab].
@@ -345,7 +344,7 @@ def find_limits(
     num_rows, vocab = logits.shape
     blocks = blocks or blocks_of(logits, temperature, with_groups=True)
     assert blocks.group_bests is not None
-    # Two tensors, not parts of one: for an unaligned part kernels would be compiled once more.
+    # Not parts of one tensor: kernels would be compiled once more for unaligned parts.
     lowest, last = (
         torch.empty(num_rows, dtype=torch.int32, device=logits.device) for _ in range(2)
     )
@@ -359,7 +358,7 @@ def find_limits(
 
 
 def _room(group_bests: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """Memory for the groups that a row's CTA chooses, and for `size` logits and tokens."""
+    """Room for the groups that a row's program chooses, and for `size` logits and tokens."""
     num_rows = len(group_bests)
     chosen = torch.empty_like(group_bests, dtype=torch.int32)
     few = group_bests.new_empty(num_rows, size)

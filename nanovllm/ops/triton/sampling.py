@@ -41,7 +41,7 @@ def _log2_weights(values, scale):
 
 @triton.jit
 def _first_of_the_best(values, ids, last):
-    """The first id of the largest value; `last` if all values are NaN."""
+    """The first id of the largest value; `last` if all are NaN."""
     return tl.min(tl.where(values == tl.max(values, 0), ids, last), 0)
 
 
