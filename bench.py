@@ -378,7 +378,7 @@ def measure_engine(job: dict[str, Any]) -> dict[str, Any]:
         result["peak_bytes"] = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
         prompts = workload.prompts_of_run(2, job["vocab_size"])
         result["breakdown"] = measure(
-            llm.llm_engine,
+            llm,
             lambda: generate(prompts, workload.output_lens),
             workload.shared_len,
             Path(job["trace"]) if job["trace"] else None,

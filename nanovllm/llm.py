@@ -26,7 +26,7 @@ from nanovllm.engine.engine import Engine
 from nanovllm.engine.metrics_reader import read_metrics
 from nanovllm.engine.policy import Policy, Priority
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.thread import EngineThread
+from nanovllm.engine.thread import EngineThread, take
 from nanovllm.frontend import chat, prompts, scoring, tokenization
 from nanovllm.frontend.batch_order import batch_order
 from nanovllm.frontend.beam_search import BeamSearchOutput, beam_search
@@ -430,7 +430,7 @@ class LLM:
             yield
             numbers = {request_id: i for i, request_id in enumerate(_ids(seqs))}
             while numbers:
-                outputs = outbox.get()
+                outputs = take(outbox)
                 if isinstance(outputs, BaseException):
                     raise outputs
                 for output in outputs:

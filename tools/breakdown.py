@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # bench.py must start fast, and under interpreters that have 
 
     from nanovllm.core.step import PendingStep, StepInput
     from nanovllm.engine.engine import Engine
+    from nanovllm.llm import LLM
 
 # The first pattern found in a kernel's name decides its kind. A fused kernel counts as its most
 # expensive part: "linear" in the name makes it a product, whatever else it computes; FlashAttention
@@ -93,12 +94,12 @@ class Event(NamedTuple):
 
 
 def measure(
-    engine: "Engine", run: Callable[[], object], shared_len: int = 0, trace: Path | None = None
+    llm: "LLM", run: Callable[[], object], shared_len: int = 0, trace: Path | None = None
 ) -> dict[str, Any]:
     """Profile a run.
 
     Args:
-        engine: idle; on a GPU its graphs are captured.
+        llm: idle; on a GPU its graphs are captured.
         run: generates until the engine is idle again.
         shared_len: length in tokens of the prefix that all prompts share.
         trace: file for the timeline; gzipped if its name ends in .gz.
@@ -107,15 +108,19 @@ def measure(
     """
     from torch.profiler import ProfilerActivity, profile
 
+    engine = llm.llm_engine
     on_gpu = engine.executor.device.type == "cuda"  # type: ignore[attr-defined]
     # On a GPU the host's operators are not profiled: that would slow the host down, and the GPU
     # would wait for it.
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     steps: list[Step] = []
-    with profile(activities=[activity]) as profiler, _watched(engine, steps, shared_len, on_gpu):
+    profiler = profile(activities=[activity])
+    llm.apply_model(lambda _: profiler.start())  # it sees the thread that starts it, the engine's
+    with _watched(engine, steps, shared_len, on_gpu):
         start = time.time_ns()
         run()
         end = time.time_ns()
+    llm.apply_model(lambda _: profiler.stop())
     if on_gpu:
         kernels = _kernels(profiler, [step.start for step in steps])
         parts, spans = gpu_parts(kernels, start, end), step_spans(kernels, len(steps))

@@ -24,6 +24,14 @@ Answer = Callable[[Any, BaseException | None], None]
 _threads: "weakref.WeakSet[EngineThread]" = weakref.WeakSet()
 
 
+def take(queue: "SimpleQueue[Result]") -> Result:
+    """The next item, when there is one. The wait ends now and then for an interrupt that no signal
+    of the system's brings: of another thread, or on Windows."""
+    while True:
+        with suppress(Empty):
+            return queue.get(timeout=0.5)
+
+
 class Client:
     """Requests of one caller. The engine's thread calls its methods.
 
@@ -47,6 +55,9 @@ class Client:
     def fail(self, error: BaseException) -> None:
         """A step has failed in which its sequences ran, or the engine is gone: nothing follows."""
         raise NotImplementedError
+
+    def after_fork(self) -> None:
+        """In a forked process, where it goes on."""
 
 
 class Command(NamedTuple):
@@ -118,7 +129,7 @@ class EngineThread:
 
         try:
             self.post(function, lambda *answer: answers.put(answer))
-            result, error = answers.get()
+            result, error = take(answers)
         except BaseException:
             self.post_if_running(take_back)
             raise
@@ -289,7 +300,7 @@ class EngineThread:
             return
         function, answer, context, num_threads = command
         try:
-            if self.engine is None:
+            if self.is_closed or self.engine is None:
                 raise RuntimeError(self.why_closed)
             if self.get_num_threads() != num_threads:
                 self.set_num_threads(num_threads)
@@ -337,6 +348,7 @@ class EngineThread:
                 "this LLM was made before the process forked, and a GPU can't be used in the "
                 "forked one: make the LLM there, or start processes by 'spawn'"
             )
+        self.by_hand.after_fork()
         for client in clients:
             client.fail(RuntimeError("this request runs in the process that was forked"))
 

@@ -165,6 +165,8 @@ def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams) 
 def _show(llm: "LLM", prompt: Any, params: SamplingParams) -> Iterator[str]:
     """Print a text as it comes, and yield its parts."""
     for output in llm.stream(prompt, params):
+        if output.error:
+            raise ValueError(output.error)
         print(output["text"], end="", flush=True)
         yield output["text"]
     print()

@@ -161,6 +161,8 @@ class NanoVLLM(TemplateLM):
             params.append(SamplingParams(max_tokens=max_tokens, stop=early, **options))
             prompts.append(self.tok_encode(text)[-room:] or [self.prefix_token_id])
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
+        if errors := [output.error for output in outputs if output.error]:
+            raise RuntimeError(f"{len(errors)} requests failed; the first: {errors[0]}")
         texts = [
             postprocess_generated_text(output.outputs[0].text, stop, self.think_end_token)
             for output, stop in zip(outputs, stops, strict=True)

@@ -1,13 +1,14 @@
 """Callers of the engine's thread, and what each gets of its requests: a whole batch at its end, a
 stream as it is read, or what a step by hand has brought. llm.py and async_llm.py make them."""
 
+import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.thread import Client
+from nanovllm.engine.thread import Client, take
 from nanovllm.frontend.requests import Requests
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind
@@ -35,7 +36,7 @@ class Wait:
     def until_over(self, show: Callable[[int], object]) -> None:
         """Raises what has ended the wait early."""
         while not self.is_over:
-            self.outbox.get()
+            take(self.outbox)
             show(self.num_done)
         if self.error is not None:
             raise self.error
@@ -86,6 +87,7 @@ class Batch(Client, Generic[Output]):
 
     def advance(self, seqs: list[Sequence]) -> None:
         self.on_step()
+        self.on_step = lambda: None
         for seq in seqs:
             first = seq.samples[0]
             if seq.request_finished and first not in self.outputs:
@@ -171,6 +173,10 @@ class ByHand(Client):
     def fail(self, error: BaseException) -> None:
         if self.wait is not None:
             self.wait.end(error)
+
+    def after_fork(self) -> None:
+        self.requests.lock = threading.RLock()  # another thread may have held it
+        self.wait = None
 
     def take(self) -> list[RequestOutput]:
         """All that is new."""

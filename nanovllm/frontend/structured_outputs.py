@@ -5,7 +5,7 @@ and advances it (worker/host_processors.py).
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -18,11 +18,26 @@ VALUES = ("const", "enum", "default", "examples")
 
 @dataclass(frozen=True)
 class Grammar:
-    """An llguidance.LLMatcher in its first state, which each row copies, and the number of 32-bit
-    words in a bitmask over its vocabulary."""
+    """A compiled grammar. Another process gets its source alone, and binds it to a vocabulary.
 
-    matcher: Any
+    Attributes:
+        source: the grammar in llguidance's form.
+        num_words: 32-bit words of a bitmask over its vocabulary.
+        matcher: an llguidance.LLMatcher in its first state, which each row copies; None: not bound.
+    """
+
+    source: str
     num_words: int
+    matcher: Any = None
+
+    def bind(self, vocabulary: Any) -> "Grammar":
+        """With a matcher over an llguidance.LLTokenizer."""
+        from llguidance import LLMatcher
+
+        return replace(self, matcher=LLMatcher(vocabulary, self.source, log_level=0))
+
+    def __reduce__(self) -> Any:
+        return Grammar, (self.source, self.num_words)
 
 
 class GrammarCompiler:
@@ -68,8 +83,7 @@ class GrammarCompiler:
             error = str(wrong) if isinstance(wrong, ValueError) else repr(wrong)
         if error:
             raise ValueError(f"structured_outputs: {params.kind} won't do: {error.strip()}")
-        matcher = LLMatcher(self.vocabulary, source, log_level=0)
-        return Grammar(matcher, -(-self.vocabulary.vocab_size // 32))
+        return Grammar(source, -(-self.vocabulary.vocab_size // 32)).bind(self.vocabulary)
 
     def _read_vocabulary(self) -> None:
         if self.vocabulary is not None:

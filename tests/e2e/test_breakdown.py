@@ -178,7 +178,7 @@ def test_the_profiled_engine_is_left_as_it_was(llm):
 
     run()
     expected, run.outputs = run.outputs[0]["token_ids"], None
-    result = breakdown.measure(engine, run)
+    result = breakdown.measure(llm, run)
     assert run.outputs[0]["token_ids"] == expected
     assert sum(work.sampled for work in result["work"]) == 4
     assert "submit" not in vars(engine.executor)

@@ -38,7 +38,7 @@ def llm(request):
     options = dict(max_model_len=64, block_size=4, max_num_batched_tokens=24, max_num_seqs=6)
     with LLM(str(TINY), async_scheduling=request.param, **SMALL, **options) as llm:
         yield llm
-        assert not llm.llm_engine.unfinished and not llm.llm_engine.advanced
+        assert not llm.llm_engine.unfinished and not llm._thread.clients
 
 
 def split(llm, context, continuation):

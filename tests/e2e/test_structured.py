@@ -393,8 +393,10 @@ def test_errors_end_one_request(depth):
         for breaks, message in BREAKS:
             llm.add_request("In the", plain, "a")
             llm.add_request("And he", structured, "b")
-            with pytest.raises(RuntimeError, match=rf"request '\d+' ended by an error .*{message}"):
-                generate(llm, ["x", "y"], [ask(), ask(ignore_eos=True, logits_processors=[breaks])])
+            bad = ask(ignore_eos=True, logits_processors=[breaks])
+            _, completion = generate(llm, ["x", "y"], [ask(), bad])
+            assert completion.finish_reason == "error"
+            assert re.search(rf"request '\d+' ended by an error .*{message}", completion.error)
             last = {}
             while not llm.is_finished():
                 last |= {out.request_id: out["token_ids"] for out in llm.step()}
@@ -406,19 +408,17 @@ def test_errors_end_one_request(depth):
         llm.add_request("In the", delta, "a")
         llm.add_request("y", ask(ignore_eos=True, logits_processors=[BREAKS[0][0]]), "bad")
         llm.add_request("In the", delta, "c")
-        got, errors = {"a": [], "c": []}, []
+        got = {"a": [], "bad": [], "c": []}
         while not llm.is_finished():
-            try:
-                for out in llm.step():
-                    if out.request_id != "bad":
-                        got[out.request_id] += out["token_ids"]
-            except RuntimeError as error:
-                errors.append(error)
-        assert got == {"a": expected[0], "c": expected[0]}
-        [error] = errors
-        assert "request 'bad'" in str(error) and isinstance(error.__cause__, ZeroDivisionError)
-        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-            list(llm.stream("y", ask(ignore_eos=True, logits_processors=[BREAKS[0][0]])))
+            for out in llm.step():
+                got[out.request_id].append(out)
+        for name in "a", "c":
+            assert [token for out in got[name] for token in out["token_ids"]] == expected[0]
+        *_, bad = got["bad"]
+        assert bad.finished and "request 'bad'" in bad.error and "ZeroDivisionError" in bad.error
+        bad = ask(ignore_eos=True, logits_processors=[BREAKS[0][0]])
+        *_, out = llm.stream("y", bad)
+        assert out.outputs[0].finish_reason == "error" and "ZeroDivisionError" in out.error
         while not llm.is_finished():  # a step was under way
             assert llm.step() == []
 

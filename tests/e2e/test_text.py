@@ -1,5 +1,7 @@
 """The text side of vLLM's offline API, as its scripts use it, on the model in the box."""
 
+import time
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -260,7 +262,7 @@ def idle(llm):
     [expected] = generate(llm, TEXT, greedy())
     yield llm
     blocks = llm.llm_engine.scheduler.block_manager
-    assert not llm.llm_engine.unfinished and not llm.llm_engine.advanced and not llm._shared.owned
+    assert not llm.llm_engine.unfinished and not llm._thread.clients
     assert blocks.num_free == blocks.num_blocks
     assert generate(llm, TEXT, greedy()) == [expected]
 
@@ -282,11 +284,11 @@ def test_a_streams_increments_add_up_to_generates_outputs(idle):
 def test_a_stream_never_splits_a_character(idle):
     tokenizer = idle.get_tokenizer()
     bias = tokenizer("\N{PARTY POPPER} \N{PARTY POPPER}")["input_ids"]
-    seq = idle._requests.make(idle.llm_engine, [[5]], greedy())[0]
+    seq = idle._requests.make([[5]], greedy())[0]
     shown = []
     for token in bias:
         seq.token_ids.append(token)
-        shown.append(idle._requests.output(idle.llm_engine, [seq], delta=True)["text"])
+        shown.append(idle._requests.output([seq], delta=True)["text"])
     assert len(bias) > 3 and "".join(shown) == "\N{PARTY POPPER} \N{PARTY POPPER}"
     assert all("\ufffd" not in text for text in shown)
 
@@ -346,9 +348,11 @@ def test_others_go_on_beside_a_stream(idle):
     assert {out.request_id for out in seen} == {"mine"} and seen[-1]["text"] == whole[1].text
 
 
-def test_a_streamed_request_may_be_aborted(idle):
+def test_a_streamed_request_may_be_aborted(idle, monkeypatch):
     whole = generate(idle, PROMPTS[:2], greedy(ignore_eos=True))
-    outputs = []
+    outputs, executor = [], idle.llm_engine.executor
+    submit = executor.submit  # slower than the abort is
+    monkeypatch.setattr(executor, "submit", lambda step: time.sleep(0.02) or submit(step))
     for out in idle.stream(PROMPTS[:2], greedy(ignore_eos=True)):
         outputs.append(out)
         if out.index == 0 and len(outputs) > 6:

@@ -1,10 +1,12 @@
 """Calls of vLLM's LLM beside generate and chat, on the model in the box: enqueue, truncation,
 templates, overrides of the checkpoint's files, profiles."""
 
+import _thread
 import functools
 import gzip
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -46,17 +48,20 @@ def test_what_is_queued_is_generated_when_waited_for(llm):
 
 
 def test_an_interrupted_wait_loses_nothing(llm, monkeypatch):
-    ids = llm.enqueue(["a", "b", "c"], [greedy(n) for n in (2, 6, 9)])
-    step, calls = llm.step, iter(range(100))
+    ids = llm.enqueue(["a", "b", "c"], [greedy(n, ignore_eos=True) for n in (2, 8, 19)])
+    executor = llm.llm_engine.executor
+    submit, calls = executor.submit, iter(range(100))
 
-    def interrupted():
+    def interrupting(step):
         if next(calls) == 5:
-            raise KeyboardInterrupt
-        return step()
+            _thread.interrupt_main()
+            time.sleep(1)
+        return submit(step)
 
-    monkeypatch.setattr(llm, "step", interrupted)
+    monkeypatch.setattr(executor, "submit", interrupting)
     with pytest.raises(KeyboardInterrupt):
         llm.wait_for_completion(use_tqdm=False)
+    assert len(llm.llm_engine.unfinished) == 2
     llm.abort(ids[2])
     outputs = llm.wait_for_completion(use_tqdm=False)
     assert [out.request_id for out in outputs] == ids[:2]
