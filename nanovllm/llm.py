@@ -361,7 +361,7 @@ class LLM:
         """Run until all requests of enqueue and add_request have ended. An interrupt loses none: a
         later call goes on.
 
-        Returns: the outputs of what enqueue queued, in that order, then those of add_request. An
+        Returns: the outputs of enqueue's requests, in their order, then of add_request's. An
             aborted request has none.
         """
         if output_type not in (None, RequestOutput):
@@ -400,8 +400,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Generate for every prompt, and hand out each token as it comes.
 
-        The requests are queued by this call. Those that are unfinished when the iterator is closed
-        or dropped (by `break`, by an exception) are aborted.
+        The requests are queued by this call. Unfinished requests are aborted when the iterator is
+        closed or dropped (by `break`, by an exception).
 
         Args:
             prompts, sampling_params: as for generate.

@@ -111,8 +111,8 @@ class Pending:
 
 @dataclass
 class Slot:
-    """What a slot of a group's cache holds. Keys and values depend on all tokens before theirs, so
-    they are known by a hash of them; None: not computed yet, in this step."""
+    """What a slot of a group's cache holds. Keys and values depend on all tokens up to their own,
+    so a hash of these stands for them; None: not computed yet, in this step."""
 
     token: int
     position: int
@@ -430,7 +430,7 @@ def assert_right(
     max_model_len: int = MAX_MODEL_LEN,
     cut: tuple[str, ...] = ("abort",),
 ) -> None:
-    """They have their tokens; those that ended by one of `cut` the first of them."""
+    """All sequences have their tokens; a sequence that one of `cut` ended has the first of them."""
     for seq in seqs:
         prompt = seq.token_ids[: seq.num_prompt_tokens].tolist()
         tokens, reason = expected_tokens(

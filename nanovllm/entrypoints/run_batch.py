@@ -121,7 +121,7 @@ class Batch:
         self.seen: dict[str, int] = {}  # the line of each custom_id
         self.running: dict[str, tuple[Line, int]] = {}  # request id -> its line, which prompt
         self.num_good = self.num_errors = 0
-        # So many that the engine's batch stays full while lines are read.
+        # Large enough for the engine's batch to stay full while lines are read.
         self.window = 2 * llm.llm_engine.scheduler.max_num_seqs
 
     def run(self, lines: Iterable[tuple[int, bytes]]) -> None:
@@ -212,9 +212,9 @@ class Batch:
     ) -> None:
         status, about = 200, None
         if error:
-            is_theirs = isinstance(error, (ValueError, TypeError))
-            status = 400 if is_theirs else 500
-            kind = "invalid_request_error" if is_theirs else "server_error"
+            is_users = isinstance(error, (ValueError, TypeError))
+            status = 400 if is_users else 500
+            kind = "invalid_request_error" if is_users else "server_error"
             about = {"message": str(error), "type": kind, "code": status}
         record = {
             "id": f"batch_req_{number}",

@@ -178,7 +178,7 @@ def match_params(
 
     Raises:
         TypeError: not SamplingParams.
-        ValueError: as many parameters as prompts are needed.
+        ValueError: the numbers of parameters and prompts differ.
     """
     if isinstance(params, SamplingParams):
         return [_copy(params)] * num_prompts
@@ -232,8 +232,8 @@ def bind_params(params: SamplingParams, vocab_size: int, tokenizer: Any) -> None
 
 
 def _bad_words_token_ids(words: list[str], tokenizer: Any, vocab_size: int) -> list[list[int]]:
-    """Each word as it stands at the beginning of a text and, if that takes as many tokens but
-    another first one, in the middle of it; as in vLLM."""
+    """The tokens of each word at the beginning of a text and, if only the first token differs
+    there, in the middle of a text; as in vLLM."""
     result = []
     for word in words:
         check_unicode(word, f"bad_words: {word!r}")

@@ -21,9 +21,9 @@ class Grammar:
     """A compiled grammar. Another process gets its source alone, and binds it to a vocabulary.
 
     Attributes:
-        source: as llguidance takes it.
-        num_words: 32-bit words of a mask over its vocabulary.
-        matcher: an llguidance.LLMatcher at the beginning, which each row copies; None: not bound.
+        source: the grammar in llguidance's form.
+        num_words: 32-bit words of a bitmask over its vocabulary.
+        matcher: an llguidance.LLMatcher in its first state, which each row copies; None: not bound.
     """
 
     source: str

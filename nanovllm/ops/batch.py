@@ -120,7 +120,7 @@ class BatchGroup:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """The query tokens of a step, the tokens of one sequence after those of another.
+    """The query tokens of a step, sequence after sequence.
 
     Attributes:
         token_ids, positions: [T] int64.

@@ -107,7 +107,7 @@ class InputBuilder:
         return self.arrays
 
     def _add_chunks(self, step: StepInput, record: StepRecord) -> int:
-        """Write the columns of chunks, behind those of the decodes. Returns the step's tokens."""
+        """Write the columns of chunks, behind the decodes'. Returns the number of tokens."""
         columns, end = record.arrays, step.num_decodes
         for chunk in step.chunks:
             start, end = end, end + len(chunk.token_ids)

@@ -447,7 +447,7 @@ def test_a_failing_processor_ends_its_request_and_spares_three(llm, caplog):
 
 # What of the caller's thread counts
 
-NAME = contextvars.ContextVar("NAME", default="nobody's")
+NAME = contextvars.ContextVar("NAME", default="unset")
 
 
 def test_processors_see_the_context_variables_of_their_caller(llm):

@@ -347,7 +347,7 @@ def test_a_shared_block_is_counted_once():
 def test_a_small_cache_preempts_the_youngest_and_everyone_ends_right(depth):
     engine = make_engine(**PREEMPTING, depth=depth)
     seqs = unpredictable(*[[i] * 5 for i in range(1, 6)], max_tokens=30)
-    ended = run(engine, *seqs)  # its invariants include that nobody runs before an older one
+    ended = run(engine, *seqs)  # its invariants include that no sequence runs before an older one
     assert_right(*seqs)
     assert engine.metrics.preemptions > 0
     assert ended == seqs
@@ -587,7 +587,7 @@ def test_the_mean_output_follows_those_that_ended(depth):
     run(engine, *seqs)
     mean = sum(len(seq.output_token_ids) for seq in seqs) / len(seqs)
     assert mean < engine.scheduler.mean_output < mean + 6
-    run(engine, *sequences([1], max_tokens=1))  # says nothing about those that may stop
+    run(engine, *sequences([1], max_tokens=1))  # says nothing about sequences that may stop
     assert engine.scheduler.mean_output < mean + 6
 
 
@@ -625,7 +625,7 @@ def test_logprobs_looked_at_while_they_come_are_the_first_of_all(monkeypatch, de
         engine.add(seq)
     while engine.has_unfinished:
         for seq in take_step(engine):
-            if seq.logprobs is not None and seq is not seqs[0]:  # that one nobody looks at
+            if seq.logprobs is not None and seq is not seqs[0]:  # the first one is never read
                 recent.take(seq)
                 lines = list(seq.logprobs)
                 assert len(lines) == len(seq.output_token_ids) and seen.get(seq, []) == lines[:-1]
