@@ -394,7 +394,8 @@ def test_the_same_call_makes_the_same_batches(tiny):
             with pytest.MonkeyPatch.context() as patch:
                 steps = before_step(llm, patch, 0, None)
                 tokens(llm, prompts, params)
-            seen.append([(step.num_decodes, step.known_tokens.tolist()) for step in steps])
+            chunks = [[list(chunk.token_ids) for chunk in step.chunks] for step in steps]
+            seen.append([(s.num_decodes, own) for s, own in zip(steps, chunks, strict=True)])
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) > 5
 
 
