@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.async_llm import AsyncLLM
+    from nanovllm.core.metrics import Counter, Gauge, Histogram, Metric
     from nanovllm.frontend.beam_search import BeamSearchOutput, BeamSearchSequence
     from nanovllm.frontend.prompts import TextPrompt, TokensPrompt
     from nanovllm.llm import LLM
@@ -23,7 +24,11 @@ _MODULES = {
     "BeamSearchParams": "nanovllm.sampling_params",
     "BeamSearchSequence": "nanovllm.frontend.beam_search",
     "CompletionOutput": "nanovllm.outputs",
+    "Counter": "nanovllm.core.metrics",
+    "Gauge": "nanovllm.core.metrics",
+    "Histogram": "nanovllm.core.metrics",
     "Loglikelihood": "nanovllm.outputs",
+    "Metric": "nanovllm.core.metrics",
     "Logprob": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
     "RequestOutputKind": "nanovllm.sampling_params",
@@ -39,8 +44,12 @@ __all__ = [
     "BeamSearchParams",
     "BeamSearchSequence",
     "CompletionOutput",
+    "Counter",
+    "Gauge",
+    "Histogram",
     "Loglikelihood",
     "Logprob",
+    "Metric",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
