@@ -146,7 +146,7 @@ class AsyncLLM:
                 if output.finished:
                     return
         finally:
-            thread.post_if_running(lambda _: client.drop(consumer))
+            thread.post(lambda _: client.drop(consumer), starts=False)
 
     def _make(
         self,

@@ -157,7 +157,8 @@ class LLM:
             other errors: a step failed, with what it raised.
         """
         self._refuse(lora_request, priority, mm_processor_kwargs)
-        prompts = self._tokenized(prompts, tokenization_kwargs)
+        if tokenization_kwargs:
+            prompts = self._tokenized(prompts, tokenization_kwargs)
         outputs = self._run(
             lambda: self._requests.make(prompts, sampling_params, priority),
             self._requests.output,
@@ -321,7 +322,8 @@ class LLM:
         """Queue requests for wait_for_completion; arguments and errors are generate's, there is no
         progress to show here. Returns their ids."""
         self._refuse(lora_request, priority, mm_processor_kwargs)
-        prompts = self._tokenized(prompts, tokenization_kwargs)
+        if tokenization_kwargs:
+            prompts = self._tokenized(prompts, tokenization_kwargs)
         seqs = self._requests.make(
             prompts, sampling_params, priority, output_kind=RequestOutputKind.FINAL_ONLY
         )
@@ -385,7 +387,7 @@ class LLM:
                 thread.post(start, wait.answer)
                 wait.until_over(lambda num_done: bar.update(num_done - bar.n))
             finally:
-                thread.post_if_running(stop)
+                thread.post(stop, starts=False)
         completed = thread.call(by_hand.take_completed, undo=by_hand.completed.update)
         outputs = [output for output in completed.values() if output is not None]
         _warn_of_errors(outputs)
@@ -440,7 +442,7 @@ class LLM:
                         del numbers[output.request_id]
                     yield output
         finally:
-            thread.post_if_running(lambda _: thread.drop(client, seqs))
+            thread.post(lambda _: thread.drop(client, seqs), starts=False)
 
     # One step at a time
 
@@ -638,9 +640,7 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tokenized(self, prompts: Any, kwargs: dict[str, Any] | None) -> Any:
-        if not kwargs:
-            return prompts
+    def _tokenized(self, prompts: Any, kwargs: dict[str, Any]) -> Any:
         tokenizer, vocab_size = self._checkpoint.tokenizer, self.model_config.vocab_size
         return tokenization.tokenize(prompts, tokenizer, vocab_size, self.max_model_len, kwargs)
 
@@ -669,7 +669,8 @@ class LLM:
                     )
                     batch.wait.until_over(shown.show if shown else None)
                 finally:
-                    thread.post_if_running(lambda _: thread.drop(batch, seqs))
+                    if not batch.wait.is_over:
+                        thread.post(lambda _: thread.drop(batch, seqs), starts=False)
         finally:
             resume()
         return [batch.outputs[seq] for seq in batch.requests]

@@ -131,7 +131,7 @@ class EngineThread:
             self.post(function, lambda *answer: answers.put(answer))
             result, error = take(answers)
         except BaseException:
-            self.post_if_running(take_back)
+            self.post(take_back, starts=False)
             raise
         if error is None:
             return result
@@ -140,23 +140,29 @@ class EngineThread:
         finally:
             del error  # it holds this frame
 
-    def post(self, function: Callable[[Engine], Any], answer: Answer | None = None) -> None:
-        """Have function(engine) called between two rounds; answer(result, error) is called with
-        what came of it, in the engine's thread too. Raises RuntimeError if that thread calls."""
-        if threading.current_thread() is self.thread:
-            raise RuntimeError("an LLM can't be used by what its own step calls")
-        with self._starting:
-            if self.thread is None and not self.is_closed:
-                self.thread = threading.Thread(target=self._run, name="nanovllm", daemon=True)
-                self.thread.start()
-        self._put(function, answer)
+    def post(
+        self,
+        function: Callable[[Engine], Any],
+        answer: Answer | None = None,
+        starts: bool = True,
+    ) -> None:
+        """Have function(engine) called between two rounds.
 
-    def post_if_running(self, function: Callable[[Engine], Any]) -> None:
-        """As post, for what has nothing to do without a thread, as an abort."""
-        if self.thread is not None:
-            self._put(function, None)
+        Args:
+            answer: called with the result and the error, in the engine's thread too.
+            starts: False for an abort: without a thread there is nothing to do.
 
-    def _put(self, function: Callable[[Engine], Any], answer: Answer | None) -> None:
+        Raises: RuntimeError if the engine's thread calls, unless for an abort.
+        """
+        if starts:
+            if threading.current_thread() is self.thread:
+                raise RuntimeError("an LLM can't be used by what its own step calls")
+            with self._starting:
+                if self.thread is None and not self.is_closed:
+                    self.thread = threading.Thread(target=self._run, name="nanovllm", daemon=True)
+                    self.thread.start()
+        elif self.thread is None:
+            return
         self.inbox.put(Command(function, answer, copy_context(), self.get_num_threads()))
         if self.is_closed:  # the thread may have looked into its inbox for the last time
             self._empty_inbox()

@@ -194,14 +194,12 @@ def match_params(
 
 
 def match_priorities(priority: Any, num_prompts: int) -> list[int]:
-    """A priority for each prompt; 0 where none are given.
+    """A priority for each prompt.
 
     Raises:
         TypeError: not a list of whole numbers.
         ValueError: a priority is needed for each prompt.
     """
-    if priority is None:
-        return [0] * num_prompts
     if not isinstance(priority, Sequence) or not all(type(p) is int for p in priority):
         raise TypeError(f"priority must be a list of whole numbers, got {priority!r:.80}")
     if len(priority) != num_prompts:

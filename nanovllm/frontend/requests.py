@@ -88,7 +88,9 @@ class Requests:
                 if p.structured_outputs is not None:
                     p.grammar = self.grammars.compile(p.structured_outputs)
                 p.output_kind = output_kind or p.output_kind
-            priorities = prompts.match_priorities(priority, len(tokenized))
+            priorities = [0] * len(tokenized)
+            if priority is not None:
+                priorities = prompts.match_priorities(priority, len(tokenized))
             first = self.num_made
             self.num_made += len(tokenized)
         now, seqs = time.monotonic(), []
