@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nanovllm.ops import flash_attention
-from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.batch import Attention, BatchGroup, ForwardBatch, KVLayer, Queries, Rotary
 from nanovllm.ops.triton.attention import TritonAttention
 
 CUDA = torch.device("cuda")
@@ -106,21 +106,18 @@ def seconds_of(case: Case, block_size: int, attention: Attention, projected: boo
     )
     num_decodes = len(rows) if case.is_decode else 0
     arrays = attention.host_arrays(
-        tables, rows, query_start, query_lens, context_lens, num_decodes, None
+        Queries(tables, rows, query_start, query_lens, context_lens, num_decodes, None)
     )
+    tensors = {name: torch.from_numpy(array).to(CUDA) for name, array in arrays.items()}
+    tensors["list_age"] = torch.zeros(1, dtype=torch.int32, device=CUDA)
+    slots = torch.full((len(positions),), -1, device=CUDA)
+    group = BatchGroup(torch.from_numpy(tables).to(CUDA), slots, attention, tensors)
     batch = ForwardBatch(
         token_ids=torch.empty(0),
         positions=torch.from_numpy(positions).to(CUDA),
-        slot_mapping=torch.full((len(positions),), -1, device=CUDA),
-        block_tables=torch.from_numpy(tables).to(CUDA),
-        rows=torch.from_numpy(rows).to(CUDA),
-        query_start=torch.from_numpy(query_start).int().to(CUDA),
-        context_lens=torch.from_numpy(context_lens).int().to(CUDA),
+        groups=(group,),
         max_query_len=int(query_lens.max()),
-        num_decodes=num_decodes,
-        logits_indices=None,
-        attention=attention,
-        attention_arrays={name: torch.from_numpy(a).to(CUDA) for name, a in arrays.items()},
+        is_decode=case.is_decode,
     )
     scale = case.head_dim**-0.5
     if projected:

@@ -206,6 +206,27 @@ class KVCache:
 AttendProjected = Callable[[torch.Tensor, Rotary, "KVLayer", ForwardBatch, float], torch.Tensor]
 
 
+class Queries(NamedTuple):
+    """A step's sequences as an attention backend sees them on the host, decodes first.
+
+    Attributes:
+        block_tables: [rows, blocks] of all rows.
+        rows, query_lens, context_lens: [S]; the last query token of a sequence sees context_lens
+            keys.
+        query_start: [S + 1], the first query token of each sequence.
+        num_decodes: the first sequences, which are decodes.
+        graph_size: the CUDA graph's tokens, padding included; None: the step is not replayed.
+    """
+
+    block_tables: np.ndarray
+    rows: np.ndarray
+    query_start: np.ndarray
+    query_lens: np.ndarray
+    context_lens: np.ndarray
+    num_decodes: int
+    graph_size: int | None = None
+
+
 class Attention(Protocol):
     """An attention backend, of one group of layers.
 
@@ -227,27 +248,9 @@ class Attention(Protocol):
     least_mixed: int | None = None
     mixed_keys: int = 0
 
-    def host_arrays(
-        self,
-        block_tables: np.ndarray,
-        rows: np.ndarray,
-        query_start: np.ndarray,
-        query_lens: np.ndarray,
-        context_lens: np.ndarray,
-        num_decodes: int,
-        graph_size: int | None,
-    ) -> dict[str, np.ndarray]:
-        """What the backend wants on the device for a step: BatchGroup.arrays.
-
-        Args:
-            block_tables: [rows, blocks] of all rows.
-            rows, query_lens, context_lens: [S] of the step's sequences; the last query token of a
-                sequence sees context_lens keys.
-            query_start: [S + 1], the first query token of each sequence.
-            num_decodes: the first sequences, which are decodes.
-            graph_size: the CUDA graph's tokens, padding included; None: the step is not replayed.
-                In a graph it and the arrays' names decide about all shapes.
-        """
+    def host_arrays(self, queries: Queries) -> dict[str, np.ndarray]:
+        """What the backend wants on the device for a step: BatchGroup.arrays. In a CUDA graph its
+        size and the arrays' names decide about all shapes."""
         ...
 
     def attend(

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer
+from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Queries
 
 try:
     import flash_attn
@@ -51,16 +51,8 @@ class FlashAttention(Attention):
             )
         self.block_size = block_size
 
-    def host_arrays(
-        self,
-        block_tables: np.ndarray,
-        rows: np.ndarray,
-        query_start: np.ndarray,
-        query_lens: np.ndarray,
-        context_lens: np.ndarray,
-        num_decodes: int,
-        graph_size: int | None,
-    ) -> dict[str, np.ndarray]:
+    def host_arrays(self, queries: Queries) -> dict[str, np.ndarray]:
+        block_tables, rows, query_start, _, context_lens, num_decodes, graph_size = queries
         if graph_size is not None:  # decodes; padding sees a token of block 0
             tables = np.zeros((graph_size, block_tables.shape[1]), np.int32)
             tables[: len(rows)] = block_tables[rows]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.batch import Attention, BatchGroup, ForwardBatch, KVLayer
+from nanovllm.ops.batch import Attention, BatchGroup, ForwardBatch, KVLayer, Queries
 
 # Decodes attend together, padded to a common length. Several gather at most this number of keys,
 # so that the keys are still in the CPU's cache when they are used.
@@ -62,17 +62,9 @@ class TorchAttention(Attention):
         self.group: BatchGroup | None = None
         self.plan: tuple[list[Decodes], list[Query]] = [], []
 
-    def host_arrays(
-        self,
-        block_tables: np.ndarray,
-        rows: np.ndarray,
-        query_start: np.ndarray,
-        query_lens: np.ndarray,
-        context_lens: np.ndarray,
-        num_decodes: int,
-        graph_size: int | None,
-    ) -> dict[str, np.ndarray]:
-        return {"rows": rows, "query_start": query_start, "context_lens": context_lens}
+    def host_arrays(self, queries: Queries) -> dict[str, np.ndarray]:
+        names = ("rows", "query_start", "context_lens")
+        return {name: getattr(queries, name) for name in names}
 
     def attend(
         self, q: torch.Tensor, kv: KVLayer, batch: ForwardBatch, scale: float

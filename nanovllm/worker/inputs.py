@@ -12,7 +12,7 @@ import torch
 
 from nanovllm import ops
 from nanovllm.core.step import StepInput
-from nanovllm.ops.batch import Attention, BatchGroup, Draws, ForwardBatch, StepTensors
+from nanovllm.ops.batch import Attention, BatchGroup, Draws, ForwardBatch, Queries, StepTensors
 from nanovllm.worker.record import StepRecord
 from nanovllm.worker.rows import Rows
 
@@ -133,7 +133,7 @@ class InputBuilder:
         for group, attention in enumerate(self.attentions):
             table = self.rows.block_tables[group]
             lens = query_start, query_lens, context_lens, step.num_decodes
-            of_group = attention.host_arrays(table, rows, *lens, size)
+            of_group = attention.host_arrays(Queries(table, rows, *lens, size))
             arrays |= {f"{group}.{name}": array for name, array in of_group.items()}
         return arrays
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanovllm.ops.batch import Attention, BatchGroup, ForwardBatch, KVLayer
+from nanovllm.ops.batch import Attention, BatchGroup, ForwardBatch, KVLayer, Queries
 from nanovllm.ops.triton.attention import TritonAttention
 
 # Query and context lengths by name.
@@ -75,7 +75,7 @@ def paged_case(
     attention.min_gain_bytes = 0
     query_start = np.concatenate(([0], query_lens.cumsum()))
     arrays = attention.host_arrays(
-        tables, rows, query_start, query_lens, context_lens, num_decodes, None
+        Queries(tables, rows, query_start, query_lens, context_lens, num_decodes, None)
     )
     positions = np.concatenate(
         [np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)]

@@ -9,7 +9,7 @@ from nanovllm import ops
 from nanovllm.core.model_config import RopeConfig
 from nanovllm.layers.rope import Rope
 from nanovllm.ops import reference, reference_attention
-from nanovllm.ops.batch import BatchGroup, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.batch import BatchGroup, ForwardBatch, KVLayer, Queries, Rotary
 from nanovllm.ops.reference_attention import TorchAttention
 
 CPU = torch.device("cpu")
@@ -22,7 +22,9 @@ def make_case(query_lens, context_lens, heads, kv_heads, head_dim, block_size, w
     )
     case.attention = TorchAttention(window)
     lens = case.query_lens, case.context_lens, case.num_decodes
-    case.arrays = case.attention.host_arrays(case.tables, case.rows, case.query_start, *lens, None)
+    case.arrays = case.attention.host_arrays(
+        Queries(case.tables, case.rows, case.query_start, *lens)
+    )
     return q, kv, case
 
 

@@ -22,7 +22,7 @@ from kernel_calls import (
 from nanovllm.core.model_config import RopeConfig
 from nanovllm.layers.rope import Rope
 from nanovllm.ops import reference, reference_sampling
-from nanovllm.ops.batch import BatchGroup, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.batch import BatchGroup, ForwardBatch, KVLayer, Queries, Rotary
 from nanovllm.ops.reference_rows import noise_keys
 from nanovllm.ops.reference_sampling import VOCAB_BLOCK, gumbel_noise, gumbel_of_bits
 from nanovllm.ops.triton import layers as triton_ops
@@ -148,7 +148,7 @@ def check_in_a_graphs_tiles(query_lens, context_lens, size, *args, **kwargs):
     q, kv, step = paged_case(query_lens, context_lens, *args, **kwargs)
     lens = step.query_lens, step.context_lens, step.num_decodes
     step.arrays = arrays = step.attention.host_arrays(
-        step.tables, step.rows, step.query_start, *lens, size
+        Queries(step.tables, step.rows, step.query_start, *lens, size)
     )
     assert "long_items" not in arrays
     head_dim = q.shape[-1]
@@ -253,7 +253,7 @@ def check_projected(
     query_start = np.arange(len(rows) + 1)
     step.attention.max_projected = len(rows)
     step.arrays = step.attention.host_arrays(
-        tables, rows, query_start, ones, context_lens, len(rows), None
+        Queries(tables, rows, query_start, ones, context_lens, len(rows), None)
     )
     table = Rope(RopeConfig(10000.0), head_dim, int(context_lens.max()) + oldest).table.to(device)
     weights = torch.randn(2, head_dim, device=device).to(dtype).unbind() if norm else None

@@ -7,7 +7,7 @@ worker/inputs.py calls host_arrays, layers call the rest by ops/__init__.py.
 import numpy as np
 import torch
 
-from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Rotary
+from nanovllm.ops.batch import Attention, ForwardBatch, KVLayer, Queries, Rotary
 from nanovllm.ops.triton.attention_kernel import merge_prefixes_kernel, paged_attention_kernel
 from nanovllm.ops.triton.kernel_configs import (
     CROWD_PROGRAMS_PER_SM,
@@ -90,24 +90,16 @@ class TritonAttention(Attention):
             self.shared_from * num_kv_heads, dtype=torch.int32, device=device
         )
 
-    def host_arrays(
-        self,
-        block_tables: np.ndarray,
-        rows: np.ndarray,
-        query_start: np.ndarray,
-        query_lens: np.ndarray,
-        context_lens: np.ndarray,
-        num_decodes: int,
-        graph_size: int | None,
-    ) -> dict[str, np.ndarray]:
+    def host_arrays(self, queries: Queries) -> dict[str, np.ndarray]:
         """The step's work lists. A graph's has room for all that its tokens may need; which lists
         there are depends on their keys too, and each choice has a graph of its own."""
-        shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, graph_size)
+        block_tables, rows, query_start, query_lens, context_lens, num_decodes, size = queries
+        shared, prefixes = self._shared(block_tables, rows, context_lens, num_decodes, size)
         arrays = dict(shared)
         short = query_lens <= self._tile_tokens(self.configs["short"])
-        if graph_size is not None:
+        if size is not None:
             short[:] = True  # in tiles of a few tokens
-        num_short = graph_size or np.count_nonzero(short)
+        num_short = size or np.count_nonzero(short)
         num_keys = context_lens - prefixes.num_keys if prefixes else context_lens
         is_alone = num_decodes == len(rows) and prefixes is None
         short_name = self._short_layout(int(num_short), num_keys[short], is_alone)
@@ -123,7 +115,7 @@ class TritonAttention(Attention):
                 self._sizes(config),
                 prefixes=Prefixes(*(a[seqs] for a in prefixes)) if prefixes else None,
             )
-            arrays |= self._item_arrays(name, config, items, graph_size)
+            arrays |= self._item_arrays(name, config, items, size)
         return arrays
 
     def _short_layout(self, num_tiles: int, num_keys: np.ndarray, is_alone: bool) -> str:
