@@ -8,9 +8,8 @@ import asyncio
 import weakref
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -40,10 +39,8 @@ class AsyncLLM:
         self._llm = LLM(model, **options)
         self._thread = self._llm._thread
         self._client = _Client(self._llm._requests, self._thread)
-        # One thread: no event loop waits for a long prompt or for a grammar.
-        self._tokenizing = ThreadPoolExecutor(1, "nanovllm tokenizer")
         # By shutdown, when the last reference is gone, or at the end of the process.
-        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._tokenizing)
+        self._finalizer = weakref.finalize(self, self._thread.close, "this AsyncLLM is shut down")
 
     def generate(
         self,
@@ -127,10 +124,9 @@ class AsyncLLM:
         client, thread, loop = self._client, self._thread, asyncio.get_running_loop()
         if thread.is_closing:
             raise RuntimeError(thread.why_closed)
-        seqs = await loop.run_in_executor(
-            self._tokenizing,
-            copy_context().run,
-            partial(self._make, make_prompt, sampling_params, request_id, priority),
+        # No event loop waits for a long prompt or for a grammar.
+        seqs = await asyncio.to_thread(
+            self._make, make_prompt, sampling_params, request_id, priority
         )
         consumer, queued = _Consumer(loop, seqs), Future()  # type: _Consumer, Future[None]
         try:
@@ -215,8 +211,9 @@ class _Client(Stream):
             woken = [self.consumers[output.request_id] for output in news]
             for consumer, output in zip(woken, news, strict=True):
                 consumer.outputs.append(output)
-                if output.finished:
+                if output.finished:  # the id may be used again before the consumer takes it
                     del self.consumers[output.request_id]
+                    self.untaken.discard(output.request_id)
         by_loop = defaultdict(list)
         for consumer in woken:
             by_loop[consumer.loop].append(consumer.has_news)
@@ -233,8 +230,3 @@ def _set_all(events: list[asyncio.Event]) -> None:
 def _resolve(future: Future, result: Any, error: BaseException | None) -> None:
     if future.set_running_or_notify_cancel():
         future.set_result(result) if error is None else future.set_exception(error)
-
-
-def _shut_down(thread: EngineThread, tokenizing: ThreadPoolExecutor) -> None:
-    tokenizing.shutdown(wait=False)
-    thread.close("this AsyncLLM is shut down")

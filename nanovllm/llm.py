@@ -371,14 +371,15 @@ class LLM:
         thread, by_hand, wait = self._thread, self._by_hand, Wait(shows=bool(use_tqdm))
 
         def start(_: Engine) -> None:
-            by_hand.wait = wait
+            by_hand.waits[wait] = None
             if by_hand.seqs:
                 thread.driving[by_hand] = None
             by_hand.advance([])
 
         def stop(_: Engine) -> None:
-            by_hand.wait = None
-            thread.driving.pop(by_hand, None)
+            by_hand.waits.pop(wait, None)
+            if not by_hand.waits:
+                thread.driving.pop(by_hand, None)
 
         make = use_tqdm if callable(use_tqdm) else tqdm
         total = len(by_hand.completed)
@@ -521,7 +522,7 @@ class LLM:
 
     @property
     def llm_engine(self) -> Engine:
-        """The engine inside, for those who watch it: its scheduler, its pages, its metrics."""
+        """The engine inside, for those who watch it: its scheduler, its blocks, its metrics."""
         return self._thread.call(lambda engine: engine)
 
     # A look inside
@@ -567,7 +568,7 @@ class LLM:
         return self._thread.call(lambda engine: read_metrics(engine, labels))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forget the prefix cache. Returns whether that was done: not while pages are in use,
+        """Forget the prefix cache. Returns whether that was done: not while blocks are in use,
         unless running requests may compute all of their tokens again."""
         return self._thread.call(lambda engine: engine.reset_prefix_cache(reset_running_requests))
 

@@ -153,7 +153,7 @@ class StepOutput:
     token_ids: list[int]
     logprobs: LogprobLines | None = None
     scores: LogprobLines | None = None
-    errors: dict[int, Exception] = field(default_factory=dict)
+    errors: dict[int, BaseException] = field(default_factory=dict)
 
 
 class PendingStep(Protocol):
@@ -207,8 +207,8 @@ class Executor(Protocol):
         ...
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
-        """The function's result for each worker's model. Raises RuntimeError while weights
-        sleep."""
+        """The function's result for each worker's model. Raises RuntimeError if a sleep of level 2
+        has dropped the weights."""
         ...
 
     @property

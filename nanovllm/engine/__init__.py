@@ -1,1 +1,1 @@
-"""Plain Python: which tokens run when, and in which pages. Imports no torch."""
+"""Plain Python: which tokens run when, and in which blocks. Imports no torch."""

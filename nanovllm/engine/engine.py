@@ -1,6 +1,6 @@
 """The engine: requests come in, steps go to the worker, sampled tokens come back and end sequences.
 
-llm.py drives it; what runs in a step is the scheduler's choice, how it runs the executor's.
+thread.py drives it; what runs in a step is the scheduler's choice, how it runs the executor's.
 """
 
 import time
@@ -198,6 +198,8 @@ class Engine:
             del samples[seq]
             if not samples:
                 del self.unfinished[seq.request_id]
+            if seq.finish_reason != "abort" and seq.metrics.finished_time is None:
+                seq.metrics.finished_time = time.monotonic()
             self._count_request(seq)
 
     def _count_request(self, seq: Sequence) -> None:
@@ -218,7 +220,7 @@ class Engine:
         if not seq.finished:
             seq.check_stop()
 
-    def _fail(self, seq: Sequence, where: str, error: Exception) -> None:
+    def _fail(self, seq: Sequence, where: str, error: BaseException) -> None:
         num_tokens = len(seq.token_ids) - seq.num_prompt_tokens
         seq.finish_reason = "error"
         seq.error = (

@@ -1,8 +1,8 @@
 """Log-probabilities on their way from steps to sequences: a step's lines go into columns over all
 rows at once, and from there to each sequence many at a time.
 
-The engine puts them in; the scheduler takes them out when a sequence leaves its row, requests.py
-when it makes an output of a sequence that runs.
+The engine puts them in; the scheduler takes them out when a sequence leaves its row, the
+engine's thread before the output of a running sequence is made.
 """
 
 import numpy as np

@@ -40,9 +40,11 @@ class Client:
         wants_tokens: whether it is told of each token, and not only of ends.
         seqs: its sequences that have not ended.
         news: the sequences that have more than the caller was given.
+        number: what its sequences have as their caller.
     """
 
     drives = wants_tokens = True
+    number = 0
 
     def __init__(self) -> None:
         self.seqs: dict[Sequence, None] = {}
@@ -55,6 +57,10 @@ class Client:
     def fail(self, error: BaseException) -> None:
         """A step has failed in which its sequences ran, or the engine is gone: nothing follows."""
         raise NotImplementedError
+
+    def holds(self, request_id: str) -> bool:
+        """Whether the client has news of a request that its caller has not taken."""
+        return False
 
     def after_fork(self) -> None:
         """In a forked process, where it goes on."""
@@ -95,7 +101,7 @@ class EngineThread:
         self.get_num_threads, self.set_num_threads = get_num_threads, set_num_threads
         self.clients: dict[str, Client] = {}  # request id -> whose it is, until it has ended
         self.driving: dict[Client, None] = {}
-        self.num_calls = 0
+        self.num_clients = 0
         self.why_closed = "this LLM is closed"
         self.is_closing = self.is_closed = self.is_forked = False
         self._start_anew()
@@ -119,26 +125,31 @@ class EngineThread:
 
         Raises: what the function raises; RuntimeError if the engine is closed; as post.
         """
-        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        bell: SimpleQueue[None] = SimpleQueue()
+        answers: list[tuple[Any, BaseException | None]] = []  # emptied when nothing can interrupt
+
+        def answer(result: Any, error: BaseException | None) -> None:
+            answers.append((result, error))
+            bell.put(None)
 
         def take_back(_: Engine) -> None:
-            with suppress(Empty):
-                result, error = answers.get_nowait()
+            for result, error in answers:
                 if undo is not None and error is None:
                     undo(result)
 
         try:
-            self.post(function, lambda *answer: answers.put(answer))
-            result, error = take(answers)
+            self.post(function, answer)
+            take(bell)
+            result, error = answers[0]
+            if error is not None:
+                raise error
+            answers.clear()
+            return result
         except BaseException:
             self.post(take_back, starts=False)
             raise
-        if error is None:
-            return result
-        try:
-            raise error
         finally:
-            del error  # it holds this frame
+            error = None  # it holds this frame
 
     def post(
         self,
@@ -198,16 +209,19 @@ class EngineThread:
         assert self.engine is not None
         if self.engine.executor.sleeping:
             raise RuntimeError("this LLM sleeps: call wake_up() first")
-        in_use = {*self.clients, *(seq.request_id for seq in self.by_hand.news)}
-        self.num_calls += 1
+        if client.number == 0:
+            self.num_clients += 1
+            client.number = self.num_clients
         for seq in seqs:
-            while seq.index == 0 and seq.request_id in in_use:
+            while seq.index == 0 and (
+                seq.request_id in self.clients or self.by_hand.holds(seq.request_id)
+            ):
                 if own_id:
                     raise ValueError(
                         f"request_id {seq.request_id!r} is in use by an unfinished request"
                     )
                 seq.request_id += "'"  # a caller has chosen our number
-            seq.request_id, seq.caller = seq.samples[0].request_id, self.num_calls
+            seq.request_id, seq.caller = seq.samples[0].request_id, client.number
         self.engine.add_batch(seqs)
         for seq in seqs:
             client.seqs[seq], self.clients[seq.request_id] = None, client
@@ -229,6 +243,8 @@ class EngineThread:
             client.news.pop(seq, None)
         if not client.seqs:
             self.driving.pop(client, None)
+            if client is self.by_hand:  # another caller may wait for its end
+                client.advance([])
 
     def round(self) -> BaseException | None:
         """One step of the engine, and its news to the clients. Returns what the executor raised."""
@@ -244,7 +260,7 @@ class EngineThread:
                     self.engine.scheduler.logprobs.take(seq)
         self._tell(told, news.ended)
         if news.error is not None:
-            self._fail(news.error)
+            self._fail(news.error, bool(news.ended))
         return news.error
 
     def _tell(self, told: dict[Client, list[Sequence]], ended: list[Sequence]) -> None:
@@ -264,12 +280,17 @@ class EngineThread:
             if seq.request_finished:
                 self.clients.pop(seq.request_id, None)
 
-    def _fail(self, error: BaseException) -> None:
-        """A step has failed: its requests end, but for the requests that are stepped by hand."""
+    def _fail(self, error: BaseException, has_ended: bool) -> None:
+        """A step has failed: its requests end, but for the requests that are stepped by hand. If
+        no request ran (a policy may raise), all would fail for ever, so all end."""
         self._close_if_lost(error)
-        for client in list(self.driving):
-            if any(seq.failed_at == len(seq.token_ids) for seq in client.seqs):
-                self._give_up(client, error)
+        ran = [
+            client
+            for client in self.driving
+            if any(seq.failed_at == len(seq.token_ids) for seq in client.seqs)
+        ]
+        for client in ran if ran or has_ended else list(self.driving):
+            self._give_up(client, error)
 
     def _give_up(self, client: Client, error: BaseException) -> None:
         client.fail(error)

@@ -37,8 +37,10 @@ class Wait:
         """Raises what has ended the wait early."""
         while not self.is_over:
             take(self.outbox)
-            if show is not None:
+            if show is not None and not self.is_over:
                 show(self.num_done)
+        if show is not None:
+            show(self.num_done)
         if self.error is not None:
             raise self.error
 
@@ -145,7 +147,7 @@ class ByHand(Client):
         kept: what an interrupt has kept a step from returning.
         completed: by request, what wait_for_completion returns; None: it is not finished, or a step
             has returned it.
-        wait: of the caller that waits for completion, or None.
+        waits: of the callers that wait for completion.
     """
 
     drives = False
@@ -155,7 +157,7 @@ class ByHand(Client):
         self.requests = requests
         self.kept: list[RequestOutput] = []
         self.completed: dict[str, RequestOutput | None] = {}
-        self.wait: Wait | None = None
+        self.waits: dict[Wait, None] = {}
 
     def advance(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
@@ -163,29 +165,37 @@ class ByHand(Client):
             if seq.finish_reason == "abort":
                 for sample in seq.samples:
                     self.news.pop(sample, None)
-        if self.wait is not None:
+        if self.waits:
             finished = {out.request_id: out for out in self.take() if out.finished}
             self.completed.update(finished)
             num_done = sum(output is not None for output in self.completed.values())
-            self.wait.progress(num_done)
-            if not self.seqs:
-                self.wait.end()
+            for wait in self.waits:
+                wait.progress(num_done)
+                if not self.seqs:
+                    wait.end()
 
     def fail(self, error: BaseException) -> None:
-        if self.wait is not None:
-            self.wait.end(error)
+        for wait in self.waits:
+            wait.end(error)
+
+    def holds(self, request_id: str) -> bool:
+        return (
+            self.completed.get(request_id) is not None
+            or any(seq.request_id == request_id for seq in self.news)
+            or any(output.request_id == request_id for output in self.kept)
+        )
 
     def after_fork(self) -> None:
         self.requests.lock = threading.RLock()  # another thread may have held it
-        self.wait = None
+        self.waits = {}
 
     def take(self) -> list[RequestOutput]:
         """All that is new."""
-        news, self.news = self.news, {}
         outputs = {output.request_id: output for output in self.kept}
-        self.kept = []
-        is_delta = {seq.request_id: seq.params.output_kind is DELTA for seq in news}
-        for new in self.requests.news(news):
+        is_delta = {seq.request_id: seq.params.output_kind is DELTA for seq in self.news}
+        made = self.requests.news(self.news)
+        self.news, self.kept = {}, []
+        for new in made:
             if new.request_id in outputs:
                 outputs[new.request_id].add(new, is_delta[new.request_id])
             else:

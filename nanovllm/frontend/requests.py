@@ -1,7 +1,7 @@
 """Prompts and parameters -> checked sequences; sequences -> what users get of them.
 
-llm.py calls it before a request runs and when it has news. Which forms prompts and parameters may
-have is prompts.py's business, the text the detokenizer's.
+llm.py calls it before a request runs, clients.py when it has news. Which forms prompts and
+parameters may have is prompts.py's business, the text the detokenizer's.
 """
 
 import threading
@@ -83,10 +83,15 @@ class Requests:
                 prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
             )
             params = prompts.match_params(sampling_params, len(tokenized))
-            for p in {id(p): p for p in params}.values():  # one may serve all prompts
-                prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
-                if p.structured_outputs is not None:
-                    p.grammar = self.grammars.compile(p.structured_outputs)
+            for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
+                try:
+                    prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
+                    if p.structured_outputs is not None:
+                        p.grammar = self.grammars.compile(p.structured_outputs)
+                except ValueError as error:
+                    if isinstance(sampling_params, SamplingParams):  # one for all prompts
+                        raise
+                    raise ValueError(f"sampling_params {i}: {error}") from error
                 p.output_kind = output_kind or p.output_kind
             priorities = [0] * len(tokenized)
             if priority is not None:

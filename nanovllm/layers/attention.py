@@ -52,20 +52,32 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor | Normed, batch: ForwardBatch, kv: KVLayer) -> Product:
         """The attention of x, [T, hidden], which is normed already."""
         spec, qkv = self.spec, self.qkv_proj(x).tensor()  # [T, (H + 2K) * D]
-        rope, q_norm, k_norm = self.rope, self.q_norm, self.k_norm
-        if type(rope) is Rope and q_norm is None:
-            rotary = Rotary(None, 0.0, rope.table)
+        rotary = self._rotary()
+        if rotary is not None:
             out = ops.attention(qkv, rotary, kv, batch, spec.scale)  # [T, H, D]
-        elif type(rope) is Rope and type(q_norm) is RMSNorm and type(k_norm) is RMSNorm:
-            rotary = Rotary((q_norm.weight, k_norm.weight), q_norm.eps, rope.table)
-            out = ops.attention(qkv, rotary, kv, batch, spec.scale)
-        else:  # a family has put others there
+        else:
+            rope, q_norm, k_norm = self.rope, self.q_norm, self.k_norm
             sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
             q, k, v = qkv.unflatten(1, (-1, spec.head_dim)).split(sizes, dim=1)
-            if q_norm is not None and k_norm is not None:
-                q, k = q_norm(q), k_norm(k)
+            q = q if q_norm is None else q_norm(q)
+            k = k if k_norm is None else k_norm(k)
             if rope is not None:
                 q, k = rope(q, batch.positions), rope(k, batch.positions)
             ops.store(k, v, kv, batch)
             out = ops.attend(q, kv, batch, spec.scale)
         return self.o_proj(out.flatten(1))
+
+    def _rotary(self) -> Rotary | None:
+        """What a kernel does with heads before attention; None: a family has put modules here that
+        no kernel knows."""
+        rope, norms = self.rope, (self.q_norm, self.k_norm)
+        if type(rope) is not Rope or rope.table.shape[1] != self.spec.head_dim:
+            return None
+        if norms == (None, None):
+            return Rotary(None, 0.0, rope.table)
+        q_norm, k_norm = norms
+        if type(q_norm) is not RMSNorm or type(k_norm) is not RMSNorm or q_norm.eps != k_norm.eps:
+            return None
+        if not q_norm.weight.shape == k_norm.weight.shape == (self.spec.head_dim,):
+            return None
+        return Rotary((q_norm.weight, k_norm.weight), q_norm.eps, rope.table)

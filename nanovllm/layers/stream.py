@@ -35,12 +35,12 @@ class Stream:
 
     def add(self, y: "torch.Tensor | Product") -> None:
         """x += y, for a tensor or a product, [T, hidden]."""
-        self.version += 1
         if isinstance(y, torch.Tensor):
             self.total.add_(y)
         else:
             x = y.x if isinstance(y.x, torch.Tensor) else y.x.tensor()
             y.linear.format.add(y.linear, x, self.total)
+        self.version += 1
 
 
 @dataclass(slots=True)

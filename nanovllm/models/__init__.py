@@ -24,7 +24,8 @@ def register(architecture: str, model: "str | type[CausalLM]") -> None:
             imported when a checkpoint needs it.
 
     Raises:
-        ValueError: `model` is neither.
+        ValueError: `model` is neither a class nor such a path. What is behind them is checked when
+            a checkpoint is loaded.
     """
     is_path = isinstance(model, str) and all(model.partition(":"))
     if not is_path and not isinstance(model, type):

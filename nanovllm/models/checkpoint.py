@@ -30,8 +30,9 @@ class Checkpoint:
 
     @property
     def recommends_limits(self) -> bool:
-        """Whether generation_config sets top_k, top_p or min_p."""
-        return any(self.generation_config.get(name) for name in ("top_k", "top_p", "min_p"))
+        """Whether generation_config limits draws by top_k, top_p or min_p."""
+        params = self.default_sampling_params
+        return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
     @cached_property
     def default_sampling_params(self) -> SamplingParams:

@@ -46,9 +46,8 @@ def build_model(config: ModelConfig, max_positions: int, dtype: torch.dtype) -> 
 def weight_bytes(model: CausalLM, device: torch.device) -> int:
     """Bytes of the parameters on the device; a tied one counts once, unless the head is packed."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    head = model.lm_head.weight
-    if model.is_tied and packs_weights(device, head.dtype):
-        size += head.numel() * head.element_size()
+    if model.is_tied and packs_weights(device, model.lm_head.weight.dtype):
+        size += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
     return size
 
 
@@ -114,7 +113,7 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
     targets = model.sources()
     tied_head = None  # a tied head may be in the checkpoint too, as a copy of the embedding
     # Reading and copying wait for the disk and the bus; a CPU's copies have threads of their own.
-    num_threads = GPU_LOADERS if model.lm_head.weight.is_cuda else 1
+    num_threads = GPU_LOADERS if next(model.parameters()).is_cuda else 1
     copies: deque[Future[torch.Tensor]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for name, tensor in tensors:
@@ -125,9 +124,11 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
                         f"{name} has shape {list(tensor.shape)}, config.json says "
                         f"{list(target.shape)}"
                     )
-                if tensor.dtype not in (target.dtype, *WEIGHT_DTYPES):
+                may_convert = tensor.dtype in WEIGHT_DTYPES and target.dtype in WEIGHT_DTYPES
+                if tensor.dtype != target.dtype and not may_convert:
                     raise WeightError(
-                        f"{name} is in {tensor.dtype}: quantized weights are not supported yet"
+                        f"{name} is in {tensor.dtype}, and this model's is in {target.dtype}: "
+                        f"weights of another format are not supported yet"
                     )
                 copies.append(pool.submit(target.copy_, tensor))
             elif model.is_tied and name == "lm_head.weight":
@@ -153,9 +154,11 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
 
 def fill_dummy_weights(model: CausalLM, seed: int) -> None:
     """Give an allocated model random weights, for benchmarks."""
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for param in model.parameters():
-        if param.dim() == 1:  # norms; biases as well, where any value will do
+        if not param.is_floating_point():  # of a weight format
+            param.random_(generator=generator)
+        elif param.dim() == 1:  # norms; biases as well, where any value will do
             param.fill_(1.0)
         else:
             param.uniform_(-DUMMY_WEIGHT_BOUND, DUMMY_WEIGHT_BOUND, generator=generator)

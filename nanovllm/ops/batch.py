@@ -232,6 +232,7 @@ class Attention(Protocol):
 
     Attributes:
         name: vLLM's.
+        in_graphs: whether `attend` can be captured in a CUDA graph: it asks nothing of the device.
         attend_projected: None, or attention of a batch of decodes right from the projection: what
             qk_norm_rope_store and attend do, at once. It takes what ops.attention takes.
         steps_per_list: steps of the same decodes that its host_arrays serve, if the batch's
@@ -243,6 +244,7 @@ class Attention(Protocol):
     """
 
     name: str
+    in_graphs: bool = True
     attend_projected: "AttendProjected | None" = None
     steps_per_list: int = 1
     least_mixed: int | None = None

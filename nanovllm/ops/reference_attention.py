@@ -56,6 +56,7 @@ class TorchAttention(Attention):
     """
 
     name = "TORCH_SDPA"
+    in_graphs = False
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
@@ -90,15 +91,17 @@ def plan_queries(
     num_decodes = next((i for i in range(len(lens)) if starts[i + 1] > i + 1), len(lens))
     decodes = []
     for seqs in _like_lengths(lens[:num_decodes], block_size):
-        num_blocks = -(-lens[seqs[-1]] // block_size)
+        first, num_blocks = 0, -(-lens[seqs[-1]] // block_size)
+        if window is not None:  # the blocks before the shortest sequence's window are not read
+            first = max(0, lens[seqs[0]] - window) // block_size
         tokens = torch.tensor(seqs, device=rows.device)
-        keys = torch.arange(num_blocks * block_size, device=rows.device)
+        keys = torch.arange(first * block_size, num_blocks * block_size, device=rows.device)
         ends = context_lens[tokens, None]
         mask = keys < ends
         if window is not None:
             mask &= keys >= ends - window
         padding = (~mask).flatten().nonzero().squeeze(1)
-        tables = group.block_tables[rows[tokens], :num_blocks]
+        tables = group.block_tables[rows[tokens], first:num_blocks]
         decodes.append(Decodes(tokens, tables, mask[:, None, None], padding))
     queries = []
     for i in range(num_decodes, len(lens)):

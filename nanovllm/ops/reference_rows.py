@@ -17,8 +17,7 @@ def begin_step(
     Args:
         out: written to, up to the counts with padding.
         block_size: tokens per block.
-        max_tokens: tokens with padding, at most; a CUDA graph of this operation serves all steps
-            up to there.
+        max_tokens: tokens with padding, at most; a kernel is launched for this number.
     """
     counts, *tokens = columns
     num_tokens, size, num_sampled, num_draws, slot, list_age = counts.tolist()

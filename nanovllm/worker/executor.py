@@ -121,13 +121,14 @@ class InProcessExecutor:
     def close(self) -> None:
         """Give the memory back; no step may follow."""
         # A step in flight writes into pinned memory, also when its tokens are never read.
-        if self.is_usable():
-            del self.worker
-            platform.release_memory(self.device)
-        else:
+        if not self.is_usable():
             # On a GPU that failed the destructors of pinned memory and CUDA graphs raise, which
             # ends the process: the worker stays until the process itself ends.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.worker))
+            del self.worker
+            return
+        del self.worker
+        platform.release_memory(self.device)
 
     def _wait(self) -> None:
         """For the steps in flight."""

@@ -5,6 +5,7 @@ The runner makes them and decides when one is used. A step of a size in between 
 differs from step to step, prompts or decodes too, is data in memory that the graph reads.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +19,8 @@ import torch
 from nanovllm.ops import platform
 from nanovllm.ops.batch import Attention
 from nanovllm.worker.record import StepRecord, layout
+
+logger = logging.getLogger(__name__)
 
 MIXED_SIZES = [128, 256, 512]  # for steps with prompts, where there are few rows
 
@@ -89,7 +92,7 @@ class StepGraphs:
 
     def __init__(self, sizes: list[int], device: torch.device):
         self.sizes, self.device = sizes, device
-        self.graphs: dict[tuple[Any, tuple[str, ...]], Captured] = {}
+        self.graphs: dict[tuple[Any, tuple[str, ...]], Captured | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
 
@@ -106,15 +109,23 @@ class StepGraphs:
         step: Step[Result],
     ) -> Result:
         """Run a step by the graph for its shape and arrays, which is captured after the first such
-        step. The output is overwritten by the next one.
+        step. Where memory is too small for it, its steps are launched kernel by kernel. The output
+        is overwritten by the next one.
 
         Args:
             arrays: what the step's attention needs; uploaded unless they are the last ones.
             step: the step itself; operations on the device alone.
         """
-        captured = self.graphs.get((shape, tuple(arrays)))
-        if captured is None:
-            return self.capture(shape, arrays, record, step, warm_up=step)
+        key = shape, tuple(arrays)
+        if key not in self.graphs:
+            try:
+                return self.capture(shape, arrays, record, step, warm_up=step)
+            except torch.OutOfMemoryError as error:
+                logger.warning("no memory for a CUDA graph of %s: %s", shape, error)
+                self.graphs[key] = None
+        captured = self.graphs[key]
+        if captured is None:  # a step once more does the same
+            return step(shape, record.upload(arrays))
         if captured.arrays is not arrays:
             record.copy(arrays, captured.offsets, captured.memory)
             captured.arrays = arrays
@@ -135,11 +146,11 @@ class StepGraphs:
         memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         tensors = record.upload(arrays, out=memory)
         warmed = warm_up(shape, tensors)
-        graph, output = self.record(partial(step, shape, tensors))
+        graph, output = self.trace(partial(step, shape, tensors))
         self.graphs[shape, tuple(arrays)] = Captured(graph, memory, offsets, arrays, output)
         return warmed
 
-    def record(self, operations: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    def trace(self, operations: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         """A graph of operations whose kernels have run before, and what they return."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()

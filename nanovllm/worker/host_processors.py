@@ -7,6 +7,7 @@ draws for such a row waits for them, while its forward runs; other steps don't
 (docs/decisions/0017).
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,8 +81,10 @@ class HostProcessors:
     def __init__(self, rows: "Rows"):
         self.of = rows
         self.bits = np.empty((0, 0), np.int32)
-        self.errors: dict[int, Exception] = {}
+        self.errors: dict[int, BaseException] = {}
+        # llguidance's threads, and the process that they are in.
         self.threads: Any = None
+        self.threads_of = 0
 
     def catch_up(self, rows: np.ndarray) -> None:
         """Before tokens are sampled for these rows: wait for the ones sampled before, and have
@@ -106,7 +109,8 @@ class HostProcessors:
         from llguidance import LLExecutor
         from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
-        self.threads = self.threads or LLExecutor()
+        if self.threads is None or self.threads_of != os.getpid():  # a forked process has none
+            self.threads, self.threads_of = LLExecutor(), os.getpid()
         if told:
             consume_token_par(self.threads, told)
         if not self.bits.size:
@@ -129,7 +133,9 @@ class HostProcessors:
             row = int(rows[i])
             try:
                 self.of.on_host[row].process(logits[i])
-            except Exception as error:  # the user's code may raise anything
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # the user's code may raise anything
                 self.errors.setdefault(row, error)
         masked = np.flatnonzero(self.of.has_grammar[rows])
         if masked.size:

@@ -48,7 +48,7 @@ class StepRecord:
         self.num_tokens, self.num_sampled, self.used = 0, 0, 0
         self.logprobs: LogprobLines | None = None
         self.scores: LogprobLines | None = None
-        self.errors: dict[int, Exception] = {}
+        self.errors: dict[int, BaseException] = {}
         self.graph_size: int | None = None
         del self.buffers[:-1]  # the last one is the largest
 

@@ -104,7 +104,8 @@ class Worker:
         self.graph_sizes: list[int] = []
         self.mixed_tokens = 0
         self.mixed_keys = min(attention.mixed_keys for attention in self.attentions)
-        if self.is_gpu and not config.enforce_eager:
+        in_graphs = all(attention.in_graphs for attention in self.attentions)
+        if self.is_gpu and in_graphs and not config.enforce_eager:
             least_mixed = least_mixed_of(self.attentions)
             self.graph_sizes = graph_sizes(max_num_seqs, least_mixed, max_num_batched_tokens)
             if least_mixed is not None and self.graph_sizes[-1] >= least_mixed:
@@ -117,8 +118,11 @@ class Worker:
         cache_bytes = self._wanted_cache_bytes()
         if cache_bytes is not None:
             self.plan = self._plan_cache(cache_bytes)
-            num_tokens = self.plan.groups[0].num_blocks * self.block_size
-            check_memory(self.memory, self.weight_bytes, num_tokens * self.token_bytes)
+            num_elements = sum(
+                cache.num_blocks * self.block_size * group.elements_per_token
+                for cache, group in zip(self.plan.groups, self.layers, strict=True)
+            )
+            check_memory(self.memory, self.weight_bytes, num_elements * self.dtype.itemsize)
             self.max_positions = self.plan.max_model_len
         laps.end("device")
         self.model: CausalLM | None = self._allocated_model()

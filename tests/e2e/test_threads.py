@@ -2,6 +2,7 @@
 the caller's thread counts in the steps."""
 
 import _thread
+import asyncio
 import contextvars
 import gc
 import multiprocessing
@@ -18,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm import LLM, RequestOutputKind, SamplingParams
+from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams
+from nanovllm.engine.policy import RoundRobin
 from nanovllm.sampling_params import StructuredOutputsParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,6 +229,18 @@ def test_a_forked_process_goes_on_with_a_thread_of_its_own(tiny, monkeypatch, wh
             llm._requests.lock = threading.RLock()
         assert set(llm.llm_engine.unfinished) <= {"by hand"}
         assert tokens(llm, TEXT, greedy(30)) == want or not want
+
+
+def test_a_forked_process_has_threads_for_grammars_too(tiny):
+    pytest.importorskip("llguidance")
+    params = greedy(12, structured_outputs=StructuredOutputsParams(regex="[a-z ]+"))
+    with LLM(str(tiny), **SMALL) as llm:
+        want = tokens(llm, [TEXT] * 3, params)
+
+        def child():
+            assert tokens(llm, [TEXT] * 3, params) == want
+
+        assert in_child(child) == 0
 
 
 @pytest.mark.parametrize("end", ["return", "sys.exit", "os._exit"])
@@ -525,3 +539,83 @@ def test_a_grammar_crosses_as_its_source(llm):
     vocabulary = llm._requests.grammars.vocabulary
     matcher = crossed.bind(vocabulary).matcher.deep_copy()
     assert matcher.validate_tokens(out["token_ids"]) == len(out["token_ids"]) > 3
+
+
+# What a review found
+
+
+def test_two_threads_may_wait_for_completion(tiny):
+    with LLM(str(tiny), **SMALL) as llm:
+        llm.enqueue([TEXT, TEXT], greedy(40), use_tqdm=False)
+        with ThreadPoolExecutor(2) as pool:
+            waits = [pool.submit(llm.wait_for_completion, use_tqdm=False) for _ in range(2)]
+            outputs = [out for wait in waits for out in wait.result(timeout=60)]
+        assert len(outputs) == 2 and llm.is_finished()
+
+
+def test_a_policy_that_raises_ends_the_call(tiny):
+    class Broken:
+        def next(self, waiting):
+            raise KeyError("no next")
+
+        def victim(self, running):
+            raise AssertionError
+
+    with LLM(str(tiny), scheduler=Broken(), **SMALL) as llm:
+        for _ in range(2):
+            with pytest.raises(KeyError, match="no next"):
+                llm.generate(TEXT, greedy(4), use_tqdm=False)
+        assert llm.is_finished()
+
+
+def test_an_id_with_an_output_that_was_not_taken_is_in_use(tiny):
+    with LLM(str(tiny), **SMALL) as llm:
+        llm.add_request(TEXT, greedy(1), "x")
+        llm.generate([9] * 4, greedy(4), use_tqdm=False)  # "x" runs beside it
+        with pytest.raises(ValueError, match="'x' is in use"):
+            llm.add_request([5] * 4, greedy(4), "x")
+        outputs = llm.step()
+        assert [(out.request_id, out.finished) for out in outputs] == [("x", True)]
+        llm.add_request([5] * 4, greedy(1), "x")
+        while not llm.is_finished():
+            outputs = llm.step()
+        assert outputs[-1].prompt_token_ids == [5] * 4
+
+
+def test_a_processor_may_raise_anything(tiny):
+    def leave(output, logits):
+        raise SystemExit(3)
+
+    with LLM(str(tiny), **SMALL) as llm:
+        good, bad = llm.generate(
+            [TEXT] * 2, [greedy(5), greedy(5, logits_processors=[leave])], use_tqdm=False
+        )
+        assert (good.outputs[0].finish_reason, bad.outputs[0].finish_reason) == ("length", "error")
+        assert "SystemExit(3)" in bad.error and bad.metrics.finished_time is not None
+
+
+def test_an_id_may_be_used_again_though_its_consumer_left(tiny):
+    async def main(llm):
+        async for _ in llm.generate(TEXT, greedy(3), "x"):
+            await asyncio.sleep(0.5)
+            break
+        params = greedy(30, output_kind=RequestOutputKind.DELTA)
+        return [out async for out in llm.generate(TEXT, params, "x")]
+
+    llm = AsyncLLM(str(tiny), **SMALL)
+    try:
+        outputs = asyncio.run(main(llm))
+    finally:
+        llm.shutdown()
+    assert len(outputs) > 3 and sum(len(out["token_ids"]) for out in outputs) == 30
+
+
+def test_callers_take_turns_by_client(tiny):
+    with LLM(str(tiny), scheduler=RoundRobin(), **SMALL) as llm:
+        for _ in range(3):
+            llm.add_request(TEXT, greedy(2))
+        callers = {seq.caller for seqs in llm.llm_engine.unfinished.values() for seq in seqs}
+        assert len(callers) == 1
+        assert len(tokens(llm, [TEXT] * 2, greedy(2))) == 2
+        while not llm.is_finished():
+            llm.step()

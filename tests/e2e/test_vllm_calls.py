@@ -6,7 +6,7 @@ import functools
 import gzip
 import json
 import re
-import time
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -50,17 +50,18 @@ def test_what_is_queued_is_generated_when_waited_for(llm):
 def test_an_interrupted_wait_loses_nothing(llm, monkeypatch):
     ids = llm.enqueue(["a", "b", "c"], [greedy(n, ignore_eos=True) for n in (2, 8, 19)])
     executor = llm.llm_engine.executor
-    submit, calls = executor.submit, iter(range(100))
+    submit, calls, interrupted = executor.submit, iter(range(100)), threading.Event()
 
     def interrupting(step):
         if next(calls) == 5:
             _thread.interrupt_main()
-            time.sleep(1)
+            assert interrupted.wait(60)
         return submit(step)
 
     monkeypatch.setattr(executor, "submit", interrupting)
     with pytest.raises(KeyboardInterrupt):
         llm.wait_for_completion(use_tqdm=False)
+    interrupted.set()
     assert len(llm.llm_engine.unfinished) == 2
     llm.abort(ids[2])
     outputs = llm.wait_for_completion(use_tqdm=False)

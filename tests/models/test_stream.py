@@ -8,12 +8,16 @@ import pytest
 import torch
 from kernel_calls import relative_error, tolerance
 
+from bench import SHAPES
 from nanovllm import ops
+from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers import linear as linear_module
 from nanovllm.layers import norm as norm_module
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rope import Rope
 from nanovllm.layers.stream import Stream
 from nanovllm.ops.triton import layers as triton_layers
 from nanovllm.ops.triton import linear as triton_linear
@@ -191,3 +195,35 @@ def test_products_on_a_cpu_equal_float64():
     assert x.total is total
     torch.testing.assert_close(total, exact.float())
     assert ops.silu_and_mul(torch.zeros(0, 8)).shape == (0, 4)
+
+
+def test_a_sum_may_read_the_norm_of_the_stream_itself():
+    linear, norm = Linear(HIDDEN, HIDDEN), RMSNorm(HIDDEN, 1e-5)
+    for param in (linear.weight, norm.weight):
+        torch.nn.init.normal_(param)
+    linear.requires_grad_(False), norm.requires_grad_(False)
+    total = torch.randn(3, HIDDEN)
+    x = Stream(total.clone())
+    x.add(linear(x.normed(norm)))
+    torch.testing.assert_close(x.total, total + linear(norm(total)).tensor())
+    stale = x.normed(norm)
+    x.add(total)
+    with pytest.raises(RuntimeError, match="before the next"):
+        x.add(linear(stale))
+
+
+def test_heads_are_fused_only_where_the_kernel_computes_the_same():
+    config = ModelConfig.from_hf(SHAPES["qwen3-0.6b"])
+    rope = Rope(config.rope, config.head_dim, 8)
+
+    def fuses(**changes):
+        attention = Attention(config, rope, qk_norm=True)
+        for name, value in changes.items():
+            setattr(attention, name, value)
+        return attention._rotary() is not None
+
+    assert fuses() and fuses(q_norm=None, k_norm=None)
+    assert not fuses(q_norm=None) and not fuses(k_norm=None)
+    assert not fuses(k_norm=RMSNorm(config.head_dim, 5.0))
+    assert not fuses(q_norm=RMSNorm(2 * config.head_dim, config.rms_norm_eps))
+    assert not fuses(rope=Rope(config.rope, config.head_dim // 2, 8)) and not fuses(rope=None)

@@ -19,6 +19,7 @@ from nanovllm.models import register
 from nanovllm.models.frame import CausalLM, DecoderLayer
 from nanovllm.ops import make_attention
 from nanovllm.ops.batch import AttentionSpec
+from nanovllm.worker import worker
 from nanovllm.worker.cache_plan import LayerGroup, layer_groups, plan_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,6 +119,19 @@ def test_each_group_holds_the_same_number_of_sequences():
         plan_cache(of_seq, layers, 4, 16, 3, 60, 3201, 4000)
     lowered = plan_cache(of_seq, layers, 4, 16, 3, 60, None, 4000)
     assert lowered.max_model_len == 3200
+
+
+def test_the_memory_of_all_groups_is_checked(setting, monkeypatch):
+    """A cache that fits by its groups' own sizes, of which two are smaller, is not refused."""
+    folder, *_ = setting
+    seen = []
+    check = worker.check_memory
+    monkeypatch.setattr(
+        worker, "check_memory", lambda *args, **kw: seen.append((args, kw)) or check(*args, **kw)
+    )
+    with load(folder, kv_cache_memory_bytes=2 << 20, block_size=4) as llm:
+        cache = sum(data.nbytes for data in llm.llm_engine.executor.worker.kv.data)
+    assert seen[-1][0][2] == cache <= 2 << 20
 
 
 @pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN"])
