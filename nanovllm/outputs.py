@@ -211,6 +211,27 @@ class RequestMetrics:
     finished_time: float | None = None
 
 
+class TokenIds:
+    """A field that is a list of token ids. An array that is assigned becomes a list when the field
+    is read: the prompts of a batch may have millions of tokens, few scripts read them, and each
+    garbage collection would visit every element of a list."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, output: Any, owner: type) -> list[int]:
+        if output is None:
+            raise AttributeError("it has no default")
+        token_ids = getattr(output, self.name)
+        if isinstance(token_ids, array):
+            token_ids = token_ids.tolist()
+            setattr(output, self.name, token_ids)
+        return token_ids
+
+    def __set__(self, output: Any, token_ids: "list[int] | array[int]") -> None:
+        setattr(output, self.name, token_ids)
+
+
 @dataclass(kw_only=True)
 class RequestOutput:
     """The answer to one request; `out["text"]` and `out["token_ids"]` read its first completion, as
@@ -234,7 +255,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds = TokenIds()
     prompt_logprobs: Sequence[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool

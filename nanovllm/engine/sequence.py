@@ -35,7 +35,6 @@ class Sequence:
     Attributes:
         token_ids: known tokens, prompt first, 32 bits each. The array can't grow while a numpy view
             of it lives, so what is handed on is a copy.
-        prompt_token_ids: the prompt's tokens as the request's output has them; may be left out.
         row: of the scheduler's columns and the worker's state while it runs, else -1.
         prefill_end: the first position whose token comes from the worker's row; the chunks before
             it are known tokens.
@@ -84,7 +83,6 @@ class Sequence:
         "prefix",
         "priority",
         "prompt",
-        "prompt_token_ids",
         "request_id",
         "row",
         "score_from",
@@ -114,14 +112,12 @@ class Sequence:
         score_from: int = 1,
         priority: int = 0,
         caller: str | int = 0,
-        prompt_token_ids: list[int] | None = None,
     ):
         """The array of its prompt becomes its own. With params.prompt_logprobs it scores `targets`,
         or the prompt from its second token on."""
         self.request_id = request_id
         self.prompt = prompt
         self.token_ids = token_ids
-        self.prompt_token_ids = prompt_token_ids or []
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.seed = seed

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypedDict
 
@@ -32,12 +32,10 @@ class TokensPrompt(_MayHaveText):
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's token ids, 32 bits each, the same as a list, and its text if it was given as
-    text."""
+    """A prompt's token ids, 32 bits each, and its text if it was given as text."""
 
     token_ids: "array[int]"
     text: str | None = None
-    ids: list[int] = field(default_factory=list, repr=False, compare=False)
 
 
 def is_single(prompts: Any) -> bool:
@@ -137,7 +135,7 @@ def check_unicode(text: str, name: str) -> None:
 
 def _of_ids(value: Any, name: str, vocab_size: int, text: str | None = None) -> TokenizedPrompt:
     """A prompt of token ids, which are checked without a look at each from Python: a batch may have
-    millions. The first one shows a bool, and numpy's integers."""
+    millions. A bool is noticed where it is the first."""
     if not isinstance(value, Sequence) or (len(value) and isinstance(value[0], bool)):
         raise _not_a_prompt(value, name)
     try:
@@ -153,8 +151,7 @@ def _of_ids(value: Any, name: str, vocab_size: int, text: str | None = None) -> 
             raise _not_a_prompt(value, name)
         wrong = next(token for token in value if not 0 <= token < vocab_size)
         raise ValueError(f"{name} has the token id {wrong}, outside [0, {vocab_size})")
-    is_plain = type(value) is list and len(value) > 0 and type(value[0]) is int
-    return TokenizedPrompt(token_ids, text, list(value) if is_plain else token_ids.tolist())
+    return TokenizedPrompt(token_ids, text)
 
 
 def _not_a_prompt(value: Any, name: str) -> TypeError:

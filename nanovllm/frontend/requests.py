@@ -115,7 +115,6 @@ class Requests:
                     max_model_len=self.max_model_len,
                     eos_token_ids=checkpoint.eos_token_ids,
                     prompt=prompt.text,
-                    prompt_token_ids=prompt.ids,
                     arrival_time=now,
                     priority=own_priority,
                 )
@@ -177,7 +176,7 @@ class Requests:
         return RequestOutput(
             request_id=seq.request_id,
             prompt=seq.prompt,
-            prompt_token_ids=seq.prompt_token_ids,
+            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
             prompt_logprobs=prompt_logprobs,
             outputs=[self._completion(sample, delta) for sample in samples],
             finished=finished,
