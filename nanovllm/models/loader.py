@@ -127,8 +127,8 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
                 may_convert = tensor.dtype in WEIGHT_DTYPES and target.dtype in WEIGHT_DTYPES
                 if tensor.dtype != target.dtype and not may_convert:
                     raise WeightError(
-                        f"{name} is in {tensor.dtype}, and this model's is in {target.dtype}: "
-                        f"weights of another format are not supported yet"
+                        f"{name} is in {tensor.dtype}: quantized weights are not supported yet "
+                        f"(this model's are in {target.dtype})"
                     )
                 copies.append(pool.submit(target.copy_, tensor))
             elif model.is_tied and name == "lm_head.weight":
