@@ -607,7 +607,7 @@ def test_an_id_may_be_used_again_though_its_consumer_left(tiny):
         outputs = asyncio.run(main(llm))
     finally:
         llm.shutdown()
-    assert len(outputs) > 3 and sum(len(out["token_ids"]) for out in outputs) == 30
+    assert len(outputs) > 1 and sum(len(out["token_ids"]) for out in outputs) == 30
 
 
 def test_callers_take_turns_by_client(tiny):
