@@ -30,7 +30,7 @@ class Groups(NamedTuple):
     gain: int
 
 
-NOBODY = Groups(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), 0)
+NO_GROUPS = Groups(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), 0)
 
 
 def gain_of(size: int, num_keys: int, tile_tokens: int, group: int) -> int:
@@ -69,11 +69,11 @@ def find_groups(
     order = np.argsort(first_page, kind="stable")
     alike = np.concatenate(([False], np.diff(first_page[order]) == 0, [False]))
     if not (alike[1:] & alike[:-1]).any():
-        return NOBODY  # no three block tables begin with the same block
+        return NO_GROUPS  # no three block tables begin with the same block
     sharers = order[alike[1:] | alike[:-1]]
     num_pages = (context_lens[sharers] - 1) // block_size
     if not num_pages.any():
-        return NOBODY
+        return NO_GROUPS
     # Sort so that rows with a long common prefix are neighbours. Any order gives right groups; the
     # comparison of few blocks, at doubling distances, nearly always gives the best.
     depths = 2 ** np.arange(int(num_pages.max()).bit_length()) - 1
@@ -83,7 +83,7 @@ def find_groups(
     common = _common_pages(block_tables, rows[sharers], np.minimum(num_pages[1:], num_pages[:-1]))
     ranges, gain = _best_ranges(common.tobytes(), block_size, tile_tokens, group)
     if not len(ranges):
-        return NOBODY
+        return NO_GROUPS
     members = np.concatenate([sharers[start:end] for start, end, _ in ranges])
     return Groups(members, ranges[:, 1] - ranges[:, 0], ranges[:, 2], gain)
 
