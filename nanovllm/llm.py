@@ -89,37 +89,42 @@ class LLM:
         max_num_seqs, max_num_batched_tokens = platform.batch_limits(
             config.max_num_seqs, config.max_num_batched_tokens, device
         )
-        executor = InProcessExecutor(
-            config, self.model_config, device, max_num_seqs, max_num_batched_tokens,
-            self._checkpoint.recommends_limits,
-        )  # fmt: skip
-        self.max_model_len = executor.max_model_len
-        self._requests = Requests(self._checkpoint, detokenizer, self.max_model_len, config.seed)
         overlaps = config.async_scheduling
         if overlaps is None:
             overlaps = device.type == "cuda"
-        engine = Engine(
-            executor,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=config.enable_prefix_caching is not False,
-            policy=scheduler() if isinstance(scheduler, type) else scheduler,
-            # On a CPU there is nothing to overlap with: the worker computes in submit.
-            depth=2 if overlaps else 1,
-            detokenizer=detokenizer,
-        )
-        self._metrics = engine.metrics
-        self._by_hand = ByHand(self._requests)
+
+        def make() -> tuple[Engine, ByHand]:
+            executor = InProcessExecutor(
+                config, self.model_config, device, max_num_seqs, max_num_batched_tokens,
+                self._checkpoint.recommends_limits,
+            )  # fmt: skip
+            engine = Engine(
+                executor,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                enable_prefix_caching=config.enable_prefix_caching is not False,
+                policy=scheduler() if isinstance(scheduler, type) else scheduler,
+                # On a CPU there is nothing to overlap with: the worker computes in submit.
+                depth=2 if overlaps else 1,
+                detokenizer=detokenizer,
+            )
+            self.max_model_len = executor.max_model_len
+            self._requests = Requests(
+                self._checkpoint, detokenizer, executor.max_model_len, config.seed
+            )
+            self._metrics = engine.metrics
+            self._by_hand = ByHand(self._requests)
+            logger.info("%s on %s", self.model_config.architecture, executor.description)
+            return engine, self._by_hand
+
         self._thread = EngineThread(
-            engine,
-            self._by_hand,
+            make,
             survives_fork=device.type == "cpu",
             get_num_threads=torch.get_num_threads,
             set_num_threads=torch.set_num_threads,
         )
         # When the last reference to the LLM is gone, or at the end of the process.
         self._finalizer = weakref.finalize(self, self._thread.close)
-        logger.info("%s on %s", self.model_config.architecture, executor.description)
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> "LLM":

@@ -1,9 +1,10 @@
-"""The thread that owns the engine. It runs the functions that callers post, steps while a client
-needs it, and tells each client what is new of its requests.
+"""The thread that owns the engine. It makes the engine, runs the functions that callers post, steps
+while a client needs it, and tells each client what is new of its requests.
 
 LLM and AsyncLLM post; what a client does with the news is frontend/clients.py's business.
 """
 
+import ctypes
 import logging
 import os
 import threading
@@ -70,7 +71,7 @@ class Command(NamedTuple):
     """A function for the engine's thread, what takes its result and its error there, and what of
     the caller's thread counts."""
 
-    function: Callable[[Engine], Any]
+    function: Callable[[Any], Any]
     answer: Answer | None
     context: Context
     num_threads: int
@@ -81,22 +82,26 @@ class EngineThread:
     thread may call only puts commands into a queue.
 
     Args:
-        engine: from now on the thread's alone.
-        by_hand: the client whose requests run when a caller says step; their news wait for it.
+        make: makes the engine, and the client whose requests run when a caller says step; the news
+            of this client wait for the caller. It is called in the thread: a second thread that
+            ran torch's parallel loops would keep worker threads of its own, and where there are
+            more of them than CPUs each loop waits for the system (decode on two CPUs -15%).
         survives_fork: whether a forked process can use the executor.
         get_num_threads, set_num_threads: torch's; a number counts for one thread.
+
+    Raises: what `make` raises; an interrupt of the caller interrupts `make`.
     """
+
+    by_hand: Client
 
     def __init__(
         self,
-        engine: Engine,
-        by_hand: Client,
+        make: Callable[[], tuple[Engine, Client]],
         survives_fork: bool,
         get_num_threads: Callable[[], int],
         set_num_threads: Callable[[int], None],
     ):
-        self.engine: Engine | None = engine
-        self.by_hand = by_hand
+        self.engine: Engine | None = None
         self.survives_fork = survives_fork
         self.get_num_threads, self.set_num_threads = get_num_threads, set_num_threads
         self.clients: dict[str, Client] = {}  # request id -> whose it is, until it has ended
@@ -105,6 +110,18 @@ class EngineThread:
         self.why_closed = "this LLM is closed"
         self.is_closing = self.is_closed = self.is_forked = False
         self._start_anew()
+
+        def start(_: Any) -> None:
+            self.engine, self.by_hand = make()
+
+        try:
+            self.call(start)
+        except BaseException as error:
+            self.is_closing = True
+            self.inbox.put(None)
+            if self.thread is not None and not isinstance(error, Exception):
+                _interrupt(self.thread, error)
+            raise
         _threads.add(self)
 
     def _start_anew(self) -> None:
@@ -327,7 +344,7 @@ class EngineThread:
             return
         function, answer, context, num_threads = command
         try:
-            if self.is_closed or self.engine is None:
+            if self.is_closed:
                 raise RuntimeError(self.why_closed)
             if self.get_num_threads() != num_threads:
                 self.set_num_threads(num_threads)
@@ -348,7 +365,9 @@ class EngineThread:
 
     def _end(self) -> None:
         engine, self.engine = self.engine, None
-        clients = {*self.clients.values(), self.by_hand}
+        clients = {*self.clients.values()}
+        if engine is not None:
+            clients.add(self.by_hand)
         self.clients, self.driving = {}, {}
         try:
             if engine is not None:
@@ -386,6 +405,14 @@ class EngineThread:
         self.engine.unfinished = {id: unfinished[id] for id in self.clients if id in unfinished}
         ended = self.engine.restart()
         self._tell({self.by_hand: ended}, ended)
+
+
+def _interrupt(thread: threading.Thread, error: BaseException) -> None:
+    """Raise such an error in a thread, and give it the time to free what it holds."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread.ident or 0), ctypes.py_object(type(error))
+    )
+    thread.join(timeout=10)
 
 
 def _after_fork() -> None:

@@ -132,6 +132,24 @@ def test_an_interrupted_step_loses_no_increment(llm, monkeypatch, sigint):
     assert got == want and interrupts == 1
 
 
+@pytest.mark.parametrize("interrupt", INTERRUPTS.values(), ids=INTERRUPTS)
+def test_an_interrupt_ends_the_loading(tiny, monkeypatch, sigint, interrupt):
+    loading = []
+
+    def load(*_):
+        loading.append(threading.current_thread())
+        interrupt()
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr("nanovllm.worker.worker.Worker._load", load)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        LLM(str(tiny), **SMALL)
+    assert time.monotonic() - started < 30 and loading[0].name == "nanovllm"
+    assert not loading[0].is_alive()
+
+
 # Posts from anywhere
 
 
