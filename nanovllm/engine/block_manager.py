@@ -178,14 +178,15 @@ class BlockManager:
         seq.block_tables = [array("i", blocks.tobytes()) for blocks in hits]
         num_new = self.blocks_for(len(seq.token_ids)) - num_hits
         for pool, table in zip(self.pools, seq.block_tables, strict=True):
-            table.extend([self._take(pool, seq.row) for _ in range(num_new)])
+            table.extend(self._take(pool, np.full(num_new, seq.row)))
 
-    def append(self, seq: Sequence) -> list[int]:
-        """Give a sequence one more block in each group."""
-        blocks = []
-        for pool, table in zip(self.pools, seq.block_tables, strict=True):
-            blocks.append(self._take(pool, seq.row))
-            table.append(blocks[-1])
+    def append(self, seqs: list[Sequence], rows: np.ndarray) -> np.ndarray:
+        """Give each of these sequences, which run in these rows, one more block in each group.
+        Returns the blocks, [groups, n] int32."""
+        blocks = np.array([self._take(pool, rows) for pool in self.pools], np.int32)
+        for seq, new in zip(seqs, blocks.T.tolist(), strict=True):
+            for table, block in zip(seq.block_tables, new, strict=True):
+                table.append(block)
         return blocks
 
     def register(self, seq: Sequence, num_computed: int) -> None:
@@ -227,15 +228,17 @@ class BlockManager:
             pool.give_back(blocks[blocks >= 0] if pool.window is not None else blocks)
         seq.block_tables = []
 
-    def _take(self, pool: BlockPool, row: int) -> int:
-        """A free block for the sequence of a row; what the block contained is forgotten."""
-        block, _ = pool.free_blocks.popitem(last=False)
-        content = pool.contents[block]
-        if content is not None:
-            pool.contents[block], prefix = None, self.prefixes[content]
-            del pool.cached[prefix]
-            if not any(prefix in other.cached for other in self.pools):
-                del self.prefixes[content]
-                self.last_path = []
-        pool.ref_counts[block], pool.owners[block] = 1, row
-        return block
+    def _take(self, pool: BlockPool, rows: np.ndarray) -> list[int]:
+        """A free block for the sequence of each row; what the blocks contained is forgotten."""
+        blocks = [pool.free_blocks.popitem(last=False)[0] for _ in range(len(rows))]
+        for block in blocks:
+            content = pool.contents[block]
+            if content is not None:
+                pool.contents[block], prefix = None, self.prefixes[content]
+                del pool.cached[prefix]
+                if len(self.pools) == 1 or not any(prefix in p.cached for p in self.pools):
+                    del self.prefixes[content]
+                    self.last_path = []
+        index = np.array(blocks, np.int64)
+        pool.ref_counts[index], pool.owners[index] = 1, rows
+        return blocks

@@ -174,9 +174,8 @@ class Scheduler:
         positions, seqs = self.num_computed[rows], self.seqs[rows].tolist()
         blocks = np.full((len(self.block_manager.groups), len(rows)), -1, np.int32)
         if len(opening):
-            new = [self.block_manager.append(seqs[i]) for i in opening.tolist()]
-            for of_group, opened in zip(blocks, zip(*new, strict=True), strict=True):
-                of_group[opening] = opened
+            opened = [seqs[i] for i in opening.tolist()]
+            blocks[:, opening] = self.block_manager.append(opened, rows[opening])
             self.num_slots[rows[opening]] += self.block_manager.block_size
         self.num_computed[rows] = positions + 1
         # The token fed has that position, the one sampled the next: is that the last?
@@ -307,7 +306,7 @@ class Scheduler:
                 stop_token_ids=(*seq.eos_token_ids, *seq.stop_token_ids),
                 min_len=min(min_len, seq.max_len),
                 # Attention never reads the blocks before a window: any number will do.
-                block_tables=tuple(np.array(t, np.int32).clip(0) for t in seq.block_tables),
+                block_tables=tuple(np.maximum(t, np.int32(0)) for t in seq.block_tables),
                 num_prompt_tokens=seq.num_prompt_tokens,
                 token_ids=seq.token_ids[:] if params.needs_history else (),
             )

@@ -108,22 +108,22 @@ class InputBuilder:
 
     def _add_chunks(self, step: StepInput, record: StepRecord) -> int:
         """Write the columns of chunks, behind the decodes'. Returns the number of tokens."""
-        columns, end = record.arrays, step.num_decodes
-        for chunk in step.chunks:
-            start, end = end, end + len(chunk.token_ids)
-            columns.row[start:end] = chunk.row
-            columns.position[start:end] = self.numbers[: end - start] + chunk.position
-            columns.token[start:end] = chunk.token_ids
-            columns.sampled[start:end] = -1
-            if chunk.samples:
-                columns.sampled[end - 1] = record.num_sampled
-                record.num_sampled += 1
-            num_cached = max(0, int(self.rows.num_cached_tokens[chunk.row]) - chunk.position)
-            columns.stored[start:end] = 1
-            columns.stored[start : min(end, start + num_cached)] = 0
-        columns.block[:, step.num_decodes : end] = -1
-        record.num_tokens = end
-        return end
+        columns, chunks, num_decodes = record.arrays, step.chunks, step.num_decodes
+        lens = np.array([len(chunk.token_ids) for chunk in chunks])
+        ends = num_decodes + lens.cumsum()
+        num_tokens = record.num_tokens = int(ends[-1])
+        tokens = slice(num_decodes, num_tokens)
+        rows = np.repeat([chunk.row for chunk in chunks], lens)
+        before = np.repeat([chunk.position for chunk in chunks] - (ends - lens), lens)
+        columns.row[tokens] = rows
+        columns.position[tokens] = self.numbers[tokens] + before
+        columns.token[tokens] = np.concatenate([chunk.token_ids for chunk in chunks])
+        columns.stored[tokens] = columns.position[tokens] >= self.rows.num_cached_tokens[rows]
+        columns.block[:, tokens] = columns.sampled[tokens] = -1
+        last = ends[[chunk.samples for chunk in chunks]] - 1
+        record.num_sampled = num_decodes + len(last)
+        columns.sampled[last] = self.numbers[num_decodes : record.num_sampled]
+        return num_tokens
 
     def _attention_arrays(self, step: StepInput, size: int | None) -> dict[str, np.ndarray]:
         rows, query_lens = step.rows, step.query_lens

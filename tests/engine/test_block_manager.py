@@ -2,6 +2,7 @@
 
 from array import array
 
+import numpy as np
 from fake_worker import make_sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,7 +69,7 @@ def test_blocks_are_shared_as_far_as_they_are_computed_and_known():
     for num_computed, expected in ((1, 0), (3, 2), (4, 4), (6, 6)):
         manager.register(seq, num_computed)
         assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == expected
-    manager.append(seq)
+    manager.append([seq], np.array([seq.row]))
     manager.register(seq, 8)  # decodes whose tokens are still on the device
     assert num_cached(manager, [1, 2, 3, 4, 5, 6, 7, 8]) == 6
     seq.token_ids.extend([7, 8])
@@ -247,7 +248,7 @@ def test_a_prefix_needs_only_its_last_window():
     large, small = manager.pools
     assert len(large.free_blocks) == 2 and len(small.free_blocks) == 6
     for _ in range(6):  # all that are free are reused
-        manager._take(small, 0)
+        manager._take(small, np.zeros(1, int))
     assert num_cached(manager, tokens) == 12
     assert num_cached(manager, tokens[:10]) == 0  # whose window began earlier
     hits = manager.find_prefix(make_sequence(tokens))
@@ -258,5 +259,5 @@ def test_a_hit_ends_where_one_group_has_no_more():
     manager = make_manager(6, 2, None, None)
     fill(manager, [1, 2, 3, 4, 5, 6])
     for _ in range(4):  # three were never used, then the last of the three
-        manager._take(manager.pools[1], 0)
+        manager._take(manager.pools[1], np.zeros(1, int))
     assert num_cached(manager, [1, 2, 3, 4, 5, 6]) == 4
