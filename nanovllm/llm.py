@@ -637,7 +637,8 @@ class LLM:
 
     def close(self) -> None:
         """Free the model's and the cache's memory; unfinished requests are gone. Later calls raise
-        RuntimeError."""
+        RuntimeError; so does this one if a step calls it."""
+        self._thread.refuse_own_call()
         self._thread.close()
 
     def __enter__(self) -> "LLM":

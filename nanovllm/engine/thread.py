@@ -183,8 +183,7 @@ class EngineThread:
         Raises: RuntimeError if the engine's thread calls, unless for an abort.
         """
         if starts:
-            if threading.current_thread() is self.thread:
-                raise RuntimeError("an LLM can't be used by what its own step calls")
+            self.refuse_own_call()
             with self._starting:
                 if self.thread is None and not self.is_closed:
                     self.thread = threading.Thread(target=self._run, name="nanovllm", daemon=True)
@@ -195,9 +194,14 @@ class EngineThread:
         if self.is_closed:  # the thread may have looked into its inbox for the last time
             self._empty_inbox()
 
+    def refuse_own_call(self) -> None:
+        """Raise RuntimeError if the engine's thread calls: a step would wait for itself."""
+        if threading.current_thread() is self.thread:
+            raise RuntimeError("an LLM can't be used by what its own step calls")
+
     def close(self, why: str | None = None) -> None:
         """Free the model's and the cache's memory after the step that runs; unfinished requests are
-        gone. The engine's own thread closes when the step has ended that called it."""
+        gone. If a garbage collection in the engine's thread calls, that is when its step ends."""
         if self.is_closed:
             return
         self.why_closed = why or self.why_closed

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import torch
@@ -130,6 +131,35 @@ def test_an_interrupted_step_loses_no_increment(llm, monkeypatch, sigint):
         except KeyboardInterrupt:
             interrupts += 1
     assert got == want and interrupts == 1
+
+
+@pytest.mark.parametrize("call", ["poll", "step", "stream", "generate"])
+def test_signals_at_any_time_lose_nothing(llm, call):
+    want, random = tokens(llm, TEXT, greedy(6)), Random(call)
+    calls = {
+        "poll": llm.is_finished,
+        "step": lambda: llm.add_request(TEXT, greedy(2)) and llm.step(),
+        "stream": lambda: list(llm.stream(TEXT, greedy(6))),
+        "generate": lambda: tokens(llm, TEXT, greedy(6)),
+    }
+
+    def interrupt(*_):
+        raise InterruptedError
+
+    before, interrupts = signal.signal(signal.SIGALRM, interrupt), 0
+    try:
+        while interrupts < 40:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-3))
+                while True:
+                    calls[call]()
+            except InterruptedError:
+                interrupts += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    while not llm.is_finished():
+        llm.step()
+    assert tokens(llm, TEXT, greedy(6)) == want
 
 
 @pytest.mark.parametrize("interrupt", INTERRUPTS.values(), ids=INTERRUPTS)
@@ -340,7 +370,7 @@ params = SamplingParams(max_tokens=None, ignore_eos=True)
     assert "Traceback" not in done.stderr and "Fatal" not in done.stderr
 
 
-@pytest.mark.parametrize("place", ["processor", "tqdm", "other thread", "signal"])
+@pytest.mark.parametrize("place", ["tqdm", "other thread", "signal"])
 def test_close_from_anywhere_frees_the_memory(tiny, place):
     llm = LLM(str(tiny), **SMALL)
     runner = weakref.ref(llm.llm_engine.executor.runner)
@@ -381,6 +411,16 @@ def test_close_from_anywhere_frees_the_memory(tiny, place):
     assert runner() is None
     with pytest.raises(RuntimeError, match="this LLM is closed"):
         llm.generate(TEXT)
+
+
+def test_a_step_cannot_close_its_llm(llm):
+    def processor(output, logits):
+        llm.close()
+
+    params = [greedy(4), greedy(4, logits_processors=[processor]), greedy(4)]
+    outputs = llm.generate([TEXT] * 3, params, use_tqdm=False)
+    assert [out.outputs[0].finish_reason for out in outputs] == ["length", "error", "length"]
+    assert "can't be used by what its own step calls" in outputs[1].error
 
 
 def test_a_collected_llm_leaves_no_thread(tiny):
