@@ -172,7 +172,8 @@ class Sequence:
 
     @property
     def request_finished(self) -> bool:
-        return all(seq.finished for seq in self.siblings) if self.siblings else self.finished
+        # The last sample is likely to end last: of thousands, few are looked at.
+        return all(seq.finished for seq in reversed(self.samples))
 
     @property
     def has_undelivered(self) -> bool:

@@ -1,7 +1,12 @@
 """Which sequence a policy admits next, and which it preempts."""
 
+from collections import OrderedDict
+from operator import attrgetter
+
 import pytest
 from fake_worker import NEVER, assert_right, check_invariants, make_engine, make_sequence, take_step
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanovllm.engine.policy import FirstComeFirstServed, Priority, RoundRobin
 
@@ -94,6 +99,87 @@ def test_which_sequence_is_preempted(policy, first, depth):
     _, preempted = admissions(engine, [])
     assert_right(*seqs)
     assert preempted[0] == first
+
+
+class PlainPriority:
+    """The definition: a look at all that wait."""
+
+    def next(self, waiting):
+        return min(waiting, key=attrgetter("priority"))
+
+
+class PlainRoundRobin:
+    def __init__(self):
+        self.callers, self.chosen = [], None
+
+    def next(self, waiting):
+        if self.chosen is not None and self.chosen not in waiting:  # it was admitted
+            self.callers.remove(self.chosen.caller)
+            self.callers.append(self.chosen.caller)
+        firsts = {}
+        for seq in waiting:
+            firsts.setdefault(seq.caller, seq)
+        self.callers += [caller for caller in firsts if caller not in self.callers]
+        self.callers = [caller for caller in self.callers if caller in firsts]
+        self.chosen = firsts[self.callers[0]]
+        return self.chosen
+
+
+EVENTS = st.lists(st.tuples(st.sampled_from("aaaannnnpxr"), st.integers(0, 9)), max_size=60)
+
+
+@pytest.mark.parametrize(
+    ("policy", "plain"), [(Priority, PlainPriority), (RoundRobin, PlainRoundRobin)]
+)
+@given(events=EVENTS)
+def test_policies_choose_as_a_look_at_all_sequences_would(policy, plain, events):
+    policy, plain, waiting, running = policy(), plain(), OrderedDict(), []
+    for event, number in events:
+        if event == "a":  # it arrives
+            seq = make_sequence([1], "s", max_tokens=2, priority=number % 3, caller=number % 4)
+            waiting[seq] = None
+        elif event == "n" and waiting:
+            seq = policy.next(waiting)
+            assert seq is plain.next(waiting)
+            if number:  # there is room for it
+                del waiting[seq]
+                running.append(seq)
+        elif event == "p" and running:  # it is preempted
+            waiting[running.pop(number % len(running))] = None
+            waiting.move_to_end(next(reversed(waiting)), last=False)
+        elif event == "x" and waiting:  # it is aborted
+            del waiting[list(waiting)[number % len(waiting)]]
+        elif event == "r":  # a step fails
+            waiting = OrderedDict.fromkeys(sorted([*waiting, *running], key=id))
+            running = []
+
+
+class Watched(OrderedDict):
+    """Counts the looks at its keys."""
+
+    num_looks = 0
+
+    def __iter__(self):
+        for key in super().__iter__():
+            self.num_looks += 1
+            yield key
+
+    def __reversed__(self):
+        for key in super().__reversed__():
+            self.num_looks += 1
+            yield key
+
+
+@pytest.mark.parametrize("policy", [FirstComeFirstServed, Priority, RoundRobin])
+def test_an_admission_costs_no_look_at_all_that_wait(policy):
+    policy, waiting = policy(), Watched()
+    for i in range(3000):
+        waiting[make_sequence([1], "s", max_tokens=2, priority=i % 7, caller=i % 5)] = None
+    for i in range(3000):
+        del waiting[policy.next(waiting)]
+        if i % 10 == 0:
+            waiting[make_sequence([1], "s", max_tokens=2, priority=i % 7, caller="late")] = None
+    assert waiting.num_looks < 6 * 3000
 
 
 @both_depths
