@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams
 
@@ -41,7 +42,7 @@ def shared(tiny, request):
 def llm(shared):
     """Nothing of a test stays behind."""
     yield shared
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while shared._client.consumers or not shared._llm.is_finished():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -299,7 +300,7 @@ def test_several_event_loops_share_it(llm, sync):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert texts == [whole.text] * 20
 
 
@@ -309,7 +310,7 @@ def test_requests_of_a_closed_event_loop_are_dropped(llm):
     outputs = llm.generate(TEXT, greedy(200), "lost")
     loop.run_until_complete(anext(outputs))
     loop.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while "lost" in llm._client.consumers and time.monotonic() < deadline:
         time.sleep(0.001)
     assert "lost" not in llm._client.consumers
@@ -346,7 +347,7 @@ def test_an_error_of_a_request_ends_it_alone(llm, sync):
     wanted = expected(sync, [TEXT, "The king"], greedy(30))
 
     async def run():
-        [*_, last] = await asyncio.wait_for(collect(llm, TEXT, params), 60)
+        [*_, last] = await asyncio.wait_for(collect(llm, TEXT, params), PATIENCE)
         assert last.finished and {c.finish_reason for c in last.outputs} == {"error"}
         assert "ended by an error in its logits_processors" in last.error
         assert "ZeroDivisionError" in last.error
@@ -451,6 +452,8 @@ async def main():
         break
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
     assert "Error" not in done.stderr

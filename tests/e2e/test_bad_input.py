@@ -230,11 +230,10 @@ def offline_hub(monkeypatch, tmp_path):
     return tmp_path / "hub"
 
 
-def test_a_hub_name_offline_is_a_quick_error(offline_hub):
-    start = time.monotonic()
+def test_a_hub_name_offline_is_an_error_at_once(offline_hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
     with says(ValueError, "model 'someone/model' is no folder here, and the hub did not"):
         LLM("someone/model")
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v2"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import randint, seed
 
 import pytest
+from patience import PATIENCE
 
 import bench
 from nanovllm import LLM, SamplingParams
@@ -94,7 +95,7 @@ def test_the_ideal_of_a_small_case_by_hand():
 
 def run_bench(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "bench.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_a_run_compares_engines_and_a_missing_one_fails_alone(tiny):

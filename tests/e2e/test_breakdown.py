@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 
 from nanovllm import SamplingParams
 from nanovllm.core.step import Chunk, StepInput
@@ -187,7 +188,7 @@ def test_the_profiled_engine_is_left_as_it_was(llm):
 
 def run_bench(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "bench.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_a_run_is_broken_down_and_traced(tiny, tmp_path):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from patience import PATIENCE
 from tiny_models import (
     LLAMA3_ROPE,
     engine_logits,
@@ -619,6 +620,6 @@ for text in ("CUDA", "its GPU failed"):
 
 def test_a_device_side_assert_closes_the_llm_and_says_so(tiny):
     done = subprocess.run(
-        [sys.executable, "-c", LOST, str(tiny)], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", LOST, str(tiny)], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout.split("\n")[:2] == ["said so"] * 2, done.stderr

@@ -16,6 +16,7 @@ from random import Random
 
 import pytest
 import torch
+from patience import PATIENCE
 from transformers import AutoTokenizer
 
 import nanovllm
@@ -403,7 +404,7 @@ print("usable")
 
 def python(code, *args):
     command = [sys.executable, "-c", code, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints.run_batch import BatchFileError, run_batch
@@ -336,7 +337,7 @@ def test_a_killed_run_goes_on_where_it_stopped(files, tiny, tmp_path):
     root = Path(__file__).parents[2]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if files[1].exists() and files[1].read_bytes().count(b"\n") > 8:
             break

@@ -19,6 +19,7 @@ from random import Random
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.engine.policy import RoundRobin
@@ -94,7 +95,7 @@ def test_an_interrupt_hits_the_caller_and_the_engine_goes_on(
 ):
     want = tokens(llm, TEXT, greedy(30))
     llm.add_request(TEXT, greedy(30), "other")
-    engine, started = llm.llm_engine, time.monotonic()
+    engine = llm.llm_engine
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         before_step(llm, patch, 5, lambda: interrupt() or time.sleep(1))
         if call == "generate":
@@ -104,7 +105,6 @@ def test_an_interrupt_hits_the_caller_and_the_engine_goes_on(
         else:
             llm.enqueue([TEXT, [5]], greedy(200))
             llm.wait_for_completion(use_tqdm=False)
-    assert time.monotonic() - started < 30
     if call == "wait_for_completion":
         assert len(llm.llm_engine.unfinished) == 3  # a later call would go on
         for name in list(engine.unfinished):
@@ -173,10 +173,9 @@ def test_an_interrupt_ends_the_loading(tiny, monkeypatch, sigint, interrupt):
             time.sleep(0.01)
 
     monkeypatch.setattr("nanovllm.worker.worker.Worker._load", load)
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         LLM(str(tiny), **SMALL)
-    assert time.monotonic() - started < 30 and loading[0].name == "nanovllm"
+    assert loading[0].name == "nanovllm"
     assert not loading[0].is_alive()
 
 
@@ -230,7 +229,7 @@ def in_child(function):
     """Run a function in a forked process. Returns its exit code."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     if process.is_alive():
         process.kill()
         raise AssertionError("the child hangs")
@@ -245,7 +244,7 @@ def test_a_forked_process_goes_on_with_a_thread_of_its_own(tiny, monkeypatch, wh
         if when != "before use":
             llm.step()
 
-        lock = threading.Thread(target=lambda: llm._requests.lock.acquire() or done.wait(60))
+        lock = threading.Thread(target=lambda: llm._requests.lock.acquire() or done.wait(PATIENCE))
         done = threading.Event()  # until then another thread tokenizes
 
         def child():
@@ -259,15 +258,15 @@ def test_a_forked_process_goes_on_with_a_thread_of_its_own(tiny, monkeypatch, wh
 
         if when == "in a step":
             in_step, forked = threading.Event(), threading.Event()
-            before_step(llm, monkeypatch, 4, lambda: in_step.set() or forked.wait(60))
+            before_step(llm, monkeypatch, 4, lambda: in_step.set() or forked.wait(PATIENCE))
             with ThreadPoolExecutor(1) as pool:
                 call = pool.submit(tokens, llm, [[9] * 5], greedy(30))
-                assert in_step.wait(60)
+                assert in_step.wait(PATIENCE)
                 forked.is_set()
                 process = multiprocessing.get_context("fork").Process(target=child)
                 process.start()
                 forked.set()
-                process.join(60)
+                process.join(PATIENCE)
                 assert process.exitcode == 0 and len(call.result()[0]) == 30
         else:
             lock.start()
@@ -365,7 +364,7 @@ params = SamplingParams(max_tokens=None, ignore_eos=True)
 {code}
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Fatal" not in done.stderr
 
@@ -607,7 +606,7 @@ def test_two_threads_may_wait_for_completion(tiny):
         llm.enqueue([TEXT, TEXT], greedy(40), use_tqdm=False)
         with ThreadPoolExecutor(2) as pool:
             waits = [pool.submit(llm.wait_for_completion, use_tqdm=False) for _ in range(2)]
-            outputs = [out for wait in waits for out in wait.result(timeout=60)]
+            outputs = [out for wait in waits for out in wait.result(timeout=PATIENCE)]
         assert len(outputs) == 2 and llm.is_finished()
 
 

@@ -10,6 +10,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from patience import PATIENCE
 from tqdm import tqdm
 
 from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams, TextPrompt, TokensPrompt
@@ -55,7 +56,7 @@ def test_an_interrupted_wait_loses_nothing(llm, monkeypatch):
     def interrupting(step):
         if next(calls) == 5:
             _thread.interrupt_main()
-            assert interrupted.wait(60)
+            assert interrupted.wait(PATIENCE)
         return submit(step)
 
     monkeypatch.setattr(executor, "submit", interrupting)

@@ -5,7 +5,7 @@ from operator import attrgetter
 
 import pytest
 from fake_worker import NEVER, assert_right, check_invariants, make_engine, make_sequence, take_step
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine.policy import FirstComeFirstServed, Priority, RoundRobin
@@ -131,6 +131,7 @@ EVENTS = st.lists(st.tuples(st.sampled_from("aaaannnnpxr"), st.integers(0, 9)), 
 @pytest.mark.parametrize(
     ("policy", "plain"), [(Priority, PlainPriority), (RoundRobin, PlainRoundRobin)]
 )
+@settings(max_examples=300, derandomize=True, database=None, deadline=None)
 @given(events=EVENTS)
 def test_policies_choose_as_a_look_at_all_sequences_would(policy, plain, events):
     policy, plain, waiting, running = policy(), plain(), OrderedDict(), []

@@ -7,6 +7,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from patience import PATIENCE
+
 CAPABILITIES = [80, 86, 89, 90, 100]
 COMPILE = Path(__file__).parent / "compile_kernels.py"
 
@@ -28,5 +30,8 @@ def test_kernels_compile_and_fit():
 def compile_for(capability):
     """In a process of its own: this one may be set to interpret kernels."""
     return subprocess.run(
-        [sys.executable, str(COMPILE), str(capability)], capture_output=True, text=True, timeout=600
+        [sys.executable, str(COMPILE), str(capability)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
