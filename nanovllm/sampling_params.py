@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
@@ -323,6 +324,16 @@ class SamplingParams:
             self.logits_processors = list(processors)
         if self.structured_outputs is not None:
             self.structured_outputs = replace(self.structured_outputs)  # checks it again
+
+    @cached_property
+    def stop_numbers(self) -> dict[str, int]:
+        """The place of each stop string in the list."""
+        return {stop: i for i, stop in reversed(list(enumerate(self.stop)))}
+
+    @cached_property
+    def stop_lengths(self) -> list[int]:
+        """Of stop strings, ascending."""
+        return sorted({len(stop) for stop in self.stop})
 
     @property
     def penalizes(self) -> bool:

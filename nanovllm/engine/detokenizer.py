@@ -5,7 +5,6 @@ The number of calls makes no difference to the text, unless a tokenizer decodes 
 UTF-8 differently with the bytes after them. It calls nothing of a tokenizer but `decode`.
 """
 
-from operator import itemgetter
 from typing import Protocol
 
 from nanovllm.engine.sequence import Sequence, TextState
@@ -49,7 +48,7 @@ class Detokenizer:
             end, stop = found
             return state.text[: end if params.include_stop_str_in_output else end - len(stop)]
         if params.stop and not params.include_stop_str_in_output and not seq.finished:
-            held_back = max(map(len, params.stop)) - 1
+            held_back = params.stop_lengths[-1] - 1
             return state.text[: max(0, len(state.text) - held_back)]
         return state.text
 
@@ -97,10 +96,16 @@ class Detokenizer:
 
 
 def _first_stop(state: TextState, params: SamplingParams) -> tuple[int, str] | None:
-    """The stop string that ends first after `searched`: the position of its end, and the string."""
-    found = []
-    for stop in params.stop or ():
-        start = state.text.find(stop, max(0, state.searched + 1 - len(stop)))
-        if start >= 0:
-            found.append((start + len(stop), stop))
-    return min(found, key=itemgetter(0), default=None)
+    """The stop string that ends after `searched`, of several the first of the list, as in vLLM: the
+    position of its end, and the string. There may be many of them: all are looked up at once."""
+    numbers, text = params.stop_numbers, state.text
+    found = [
+        (numbers[piece], end)
+        for end in range(state.searched + 1, len(text) + 1)
+        for length in params.stop_lengths
+        if length <= end and (piece := text[end - length : end]) in numbers
+    ]
+    if not found:
+        return None
+    number, end = min(found)
+    return end, params.stop[number]

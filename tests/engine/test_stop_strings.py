@@ -33,7 +33,7 @@ class Pieces:
 
 
 def expected(pieces, prompt, seed, params):
-    """Tokens, finish reason, stop reason and text, from the definition: characters one by one."""
+    """Tokens, finish reason, stop reason and text, from the definition: stop by stop."""
     plain = {"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids"}
     plain = SamplingParams(**{name: getattr(params, name) for name in plain})
     tokens, reason = expected_tokens(prompt, plain, seed=seed)
@@ -42,12 +42,12 @@ def expected(pieces, prompt, seed, params):
     for i, token in enumerate(tokens):
         if token in stops and not params.include_stop_str_in_output:
             break
-        for char in pieces[token]:
-            text += char
-            ends = [stop for stop in params.stop if text.endswith(stop)]
-            if i >= params.min_tokens and ends:
-                kept = text if params.include_stop_str_in_output else text[: -len(ends[0])]
-                return tokens[: i + 1], "stop", ends[0], kept
+        old, text = text, text + pieces[token]
+        for stop in params.stop if i >= params.min_tokens else ():  # the first of the list counts
+            start = text.find(stop, max(0, len(old) + 1 - len(stop)))
+            if start >= 0:
+                kept = text[: start + len(stop) * params.include_stop_str_in_output]
+                return tokens[: i + 1], "stop", stop, kept
     by_choice = tokens[-1] in stops and (params.ignore_eos or tokens[-1] not in EOS)
     return tokens, reason, tokens[-1] if by_choice else None, text
 
@@ -96,6 +96,17 @@ def test_a_stop_string_ends_the_request_wherever_it_lies(
         assert (seq.output_token_ids, seq.finish_reason, seq.stop_reason) == (tokens, reason, stop)
         assert seen[seq][-1] == text == detokenizer.text(seq)
         assert all(later.startswith(shown) for shown, later in pairwise(seen[seq]))
+
+
+def test_of_two_stop_strings_in_one_token_the_first_of_the_list_counts():
+    for stop, kept in ((["cd", "b"], "xab"), (["b", "cd"], "xa"), (["d", "bc"], "xabc")):
+        detokenizer, seq = Detokenizer(Pieces(["xabcd"] * VOCAB)), make_sequence([5], stop=stop)
+        run(make_engine(detokenizer=detokenizer), seq)
+        assert (seq.stop_reason, detokenizer.text(seq)) == (stop[0], kept)
+    many = [f"{i}!" for i in range(5000)]
+    seq = make_sequence([5], max_tokens=6, stop=many)
+    run(make_engine(detokenizer=Detokenizer(Pieces(["77!3!"] * VOCAB))), seq)
+    assert seq.stop_reason == "3!"  # "77!" and "7!" come later in the list
 
 
 @pytest.mark.parametrize("depth", [1, 2])
