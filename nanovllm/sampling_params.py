@@ -328,12 +328,12 @@ class SamplingParams:
     @cached_property
     def stop_numbers(self) -> dict[str, int]:
         """The place of each stop string in the list."""
-        return {stop: i for i, stop in reversed(list(enumerate(self.stop)))}
+        return {stop: i for i, stop in reversed([*enumerate(self.stop or ())])}
 
     @cached_property
     def stop_lengths(self) -> list[int]:
         """Of stop strings, ascending."""
-        return sorted({len(stop) for stop in self.stop})
+        return sorted({len(stop) for stop in self.stop or ()})
 
     @property
     def penalizes(self) -> bool:

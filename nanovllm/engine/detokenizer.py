@@ -100,12 +100,9 @@ def _first_stop(state: TextState, params: SamplingParams) -> tuple[int, str] | N
     position of its end, and the string. There may be many of them: all are looked up at once."""
     numbers, text = params.stop_numbers, state.text
     found = [
-        (numbers[piece], end)
+        (numbers[piece], end, piece)
         for end in range(state.searched + 1, len(text) + 1)
         for length in params.stop_lengths
         if length <= end and (piece := text[end - length : end]) in numbers
     ]
-    if not found:
-        return None
-    number, end = min(found)
-    return end, params.stop[number]
+    return min(found)[1:] if found else None
