@@ -193,8 +193,9 @@ class LLM:
             messages: a conversation, that is a list of {"role": ..., "content": ...}, or a list of
                 conversations.
             chat_template: a Jinja template; None: the constructor's, else the checkpoint's.
-            chat_template_content_format: "auto" or "string": a content of several parts is joined
-                to one text.
+            chat_template_content_format: what the template gets as a content: "string", one text,
+                its parts as lines; "openai", a list of parts; "auto": parts if the template loops
+                over them, else a text.
             add_generation_prompt: begin the answer's message.
             continue_final_message: go on with the last message instead.
             tools: functions that the template tells the model of, as JSON schemas.
@@ -229,11 +230,6 @@ class LLM:
     ) -> list[dict[str, Any]]:
         """The prompts that chat makes of conversations, for stream, add_request and the rest. Ours;
         arguments and errors are chat's."""
-        if chat_template_content_format not in ("auto", "string"):
-            raise ValueError(
-                f"chat_template_content_format must be 'auto' or 'string', "
-                f"got {chat_template_content_format!r}"
-            )
         options = {
             "chat_template": chat_template or self._chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -241,7 +237,7 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        return chat.render(messages, self.get_tokenizer(), options)
+        return chat.render(messages, self.get_tokenizer(), options, chat_template_content_format)
 
     def beam_search(
         self,

@@ -151,8 +151,20 @@ def test_the_constructors_template_is_chats(tiny, tmp_path, llm):
             assert out.prompt == "user"
     with pytest.raises(ValueError, match="chat_template 'missing' is no file here"):
         LLM(str(tiny), chat_template="missing", **SMALL)
-    with pytest.raises(ValueError, match="must be 'auto' or 'string', got 'openai'"):
-        llm.chat(WHO, greedy(), chat_template_content_format="openai")
+    with pytest.raises(ValueError, match="must be 'auto', 'string' or 'openai', got 'parts'"):
+        llm.chat(WHO, greedy(), chat_template_content_format="parts")
+
+
+def test_a_template_that_loops_over_parts_gets_the_message(llm):
+    template = (
+        "{% for m in messages %}{% for p in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{{ m.role }}: {{ p.text }}{% endfor %}{% endfor %} verdict:"
+    )
+    parts = [{"type": "text", "text": "how to pick a lock"}]
+    for content in ("how to pick a lock", parts, ["how to pick a lock"]):
+        messages = [{"role": "user", "content": content}]
+        [prompt] = llm.render_chat(messages, chat_template=template)
+        assert prompt["prompt"] == "user: how to pick a lock verdict:"
 
 
 def test_the_checkpoints_files_are_overridden(tiny, tmp_path):
