@@ -3,7 +3,6 @@ without special tokens. LLM calls it for calls that set them; prompts.py checks 
 
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from nanovllm.frontend import prompts
@@ -24,8 +23,9 @@ def tokenize(
         prompt_list: as for LLM.generate.
         tokenizer, vocab_size: as for prompts.normalize.
         max_model_len: truncate_prompt_tokens=-1 keeps one token less.
-        kwargs: truncate_prompt_tokens: number of tokens to keep; truncation_side: "left" keeps the
-            last tokens, "right" the first; add_special_tokens: whether texts get special tokens.
+        kwargs: truncate_prompt_tokens: number of tokens to keep, with the special tokens that a
+            text gets; truncation_side: "left", the default, keeps the last tokens, "right" the
+            first; add_special_tokens: whether texts get special tokens.
 
     Raises:
         ValueError, TypeError: an override is unknown or its value is invalid; or a prompt, as in
@@ -52,9 +52,15 @@ def tokenize(
     if not isinstance(special, bool):
         raise TypeError(f"add_special_tokens must be True or False, got {special!r}")
     length = max_model_len - 1 if length == -1 else length or sys.maxsize
-    from_left = (side or getattr(tokenizer, "truncation_side", "right")) == "left"
-    if tokenizer is not None:
-        tokenizer = partial(tokenizer, add_special_tokens=special)
+    from_left = side != "right"
+
+    def cut_texts(texts: list[str], **options: Any) -> dict[str, Any]:
+        options |= {"add_special_tokens": special, "return_special_tokens_mask": True}
+        encoded = tokenizer(texts, **options)
+        lines = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+        return {"input_ids": [_cut(ids, mask, length, from_left) for ids, mask in lines]}
+
+    cutting = cut_texts if tokenizer is not None else None
     return [
         {
             "prompt": prompt.text,
@@ -62,5 +68,15 @@ def tokenize(
                 prompt.token_ids[-length:] if from_left else prompt.token_ids[:length]
             ).tolist(),
         }
-        for prompt in prompts.normalize(prompt_list, tokenizer, vocab_size, sys.maxsize)
+        for prompt in prompts.normalize(prompt_list, cutting, vocab_size, sys.maxsize)
     ]
+
+
+def _cut(ids: list[int], is_special: list[int], length: int, from_left: bool) -> list[int]:
+    """A text's tokens without some of its own; the special tokens around them stay, as in
+    transformers."""
+    num_before = next((i for i, special in enumerate(is_special) if not special), len(ids))
+    num_after = next((i for i, special in enumerate(reversed(is_special)) if not special), 0)
+    num_cut = min(max(0, len(ids) - length), len(ids) - num_before - num_after)
+    start = num_before if from_left else len(ids) - num_after - num_cut
+    return ids[:start] + ids[start + num_cut :]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -196,8 +197,15 @@ def test_who_fails_every_step_is_an_error_record(run, llm, monkeypatch):
 
 
 def test_prompts_are_cut(run):
-    [record] = run([line("a", truncate_prompt_tokens=2, truncation_side="left")])
-    assert body_of(record)["usage"]["prompt_tokens"] == 2
+    ids = [300, 400, 500]
+    lines = [
+        line("a", truncate_prompt_tokens=2),
+        line("b", truncate_prompt_tokens=2, prompt=ids),
+        line("c", prompt=ids[1:]),
+    ]
+    text, cut, end = map(body_of, sorted(run(lines), key=itemgetter("custom_id")))
+    assert text["usage"]["prompt_tokens"] == 2
+    assert cut["choices"][0]["text"] == end["choices"][0]["text"]
 
 
 # Bad lines

@@ -4,15 +4,19 @@ templates, overrides of the checkpoint's files, profiles."""
 import _thread
 import functools
 import gzip
+import itertools
 import json
 import re
 import threading
 from types import SimpleNamespace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams, TextPrompt, TokensPrompt
+from nanovllm.frontend import tokenization
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,11 +105,39 @@ def test_prompts_are_cut_to_a_length(llm, skip):
 
     assert cut(truncate_prompt_tokens=4, truncation_side="left") == [ids[-4:]] * 4 + [ids[:2]]
     assert cut(truncate_prompt_tokens=4, truncation_side="right") == [ids[:4]] * 4 + [ids[:2]]
+    assert cut(truncate_prompt_tokens=4) == [ids[-4:]] * 4 + [ids[:2]]  # a question's end counts
     assert cut(truncate_prompt_tokens=-1) == [ids] * 4 + [ids[:2]]
     [long] = llm.generate(
         [ids * 999], greedy(1), use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1}
     )
     assert len(long.prompt_token_ids) == llm.max_model_len - 1
+
+
+def test_a_cut_chat_keeps_its_question(llm):
+    messages = [{"role": "user", "content": "filler " * 50 + "Who are you?"}]
+    kwargs = {"truncate_prompt_tokens": 12}
+    [out] = llm.chat(messages, greedy(1), use_tqdm=False, tokenization_kwargs=kwargs)
+    text = llm.get_tokenizer().decode(out.prompt_token_ids)
+    assert text.endswith("Who are you?<|im_end|>\n<|im_start|>assistant\n")
+    assert len(out.prompt_token_ids) == 12
+
+
+@pytest.mark.parametrize("around", ["<|im_start|> $A", "<|im_start|> $A <|im_end|>", "$A"])
+def test_the_special_tokens_of_a_text_stay(tiny, around):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=around, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    for length, side in itertools.product((3, 5, 8, 99), ("left", "right")):
+        kwargs = {"truncate_prompt_tokens": length, "truncation_side": side}
+        [found] = tokenization.tokenize(TEXT, tokenizer, 4096, 100, kwargs)
+        tokenizer.truncation_side = side
+        wanted = tokenizer(TEXT, truncation=True, max_length=length)["input_ids"]
+        assert found["prompt_token_ids"] == wanted
+        kwargs["add_special_tokens"] = False
+        [found] = tokenization.tokenize(TEXT, tokenizer, 4096, 100, kwargs)
+        plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        assert found["prompt_token_ids"] == (plain[-length:] if side == "left" else plain[:length])
 
 
 @pytest.mark.parametrize(
