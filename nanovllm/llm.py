@@ -8,6 +8,7 @@ has the worker compute it and makes the outputs (clients.py).
 import copy
 import gc
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -212,10 +213,9 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            tokenization_kwargs=tokenization_kwargs,
         )
-        return self.generate(
-            prompts, sampling_params, use_tqdm, tokenization_kwargs=tokenization_kwargs
-        )
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def render_chat(
         self,
@@ -227,6 +227,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """The prompts that chat makes of conversations, for stream, add_request and the rest. Ours;
         arguments and errors are chat's."""
@@ -237,7 +238,11 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        return chat.render(messages, self.get_tokenizer(), options, chat_template_content_format)
+        max_model_len = sys.maxsize if tokenization_kwargs else self.max_model_len
+        prompts = chat.render(
+            messages, self.get_tokenizer(), options, chat_template_content_format, max_model_len
+        )
+        return self._tokenized(prompts, tokenization_kwargs) if tokenization_kwargs else prompts
 
     def beam_search(
         self,
@@ -345,13 +350,14 @@ class LLM:
         **template_options: Any,
     ) -> list[str]:
         """As enqueue, for conversations; template_options are render_chat's."""
-        prompts = self.render_chat(messages, **template_options)
+        prompts = self.render_chat(
+            messages, tokenization_kwargs=tokenization_kwargs, **template_options
+        )
         return self.enqueue(
             prompts,
             sampling_params,
             lora_request,
             priority,
-            tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers import AutoTokenizer
 
 from nanovllm.frontend import chat
 
@@ -194,6 +195,14 @@ def test_a_new_message_and_the_last_one_going_on_exclude_each_other():
     with pytest.raises(ValueError, match="set add_generation_prompt=False"):
         texts([message()], continue_final_message=True)
     assert texts([message()], continue_final_message=True, add_generation_prompt=False) == ["a"]
+
+
+def test_a_conversation_too_long_by_its_characters_is_not_tokenized(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    long = [[message()], [message("word " * 10_000)]]
+    with pytest.raises(ValueError, match=r"conversation 1 has 500\d\d characters, too many for"):
+        chat.render(long, tokenizer, OPTIONS, max_model_len=64)
+    assert len(chat.render(long, tokenizer, OPTIONS)[1]["prompt_token_ids"]) > 64
 
 
 def test_a_template_is_needed():

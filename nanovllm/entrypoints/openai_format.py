@@ -90,15 +90,15 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     values["structured_outputs"] = _structured_outputs(left)
     if url == CHAT:
         echo = False
-        prompt_list = _chat_prompts(llm, left)
+        if tokenize.pop("add_special_tokens", False):
+            raise ValueError("add_special_tokens: the chat template writes the special tokens")
+        prompt_list = _chat_prompts(llm, left, tokenize)
         values["max_tokens"] = left.pop("max_tokens", None)
         values["max_tokens"] = left.pop("max_completion_tokens", values["max_tokens"])
         wanted, num_top = left.pop("logprobs", False), left.pop("top_logprobs", None)
         if num_top and not wanted:
             raise ValueError("top_logprobs needs logprobs: true")
         values["logprobs"] = (num_top or 0) if wanted else None
-        if tokenize.pop("add_special_tokens", False):
-            raise ValueError("add_special_tokens: the chat template writes the special tokens")
     else:
         echo = bool(left.pop("echo", False))
         prompt_list = _plain_prompts(left)
@@ -109,7 +109,7 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     unknown = {name for name, value in left.items() if NEUTRAL.get(name) != value}
     if unknown:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
-    if tokenize:
+    if tokenize and url == COMPLETIONS:
         prompt_list = tokenization.tokenize(
             prompt_list,
             llm.get_tokenizer(),
@@ -123,7 +123,7 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     return Request(url, prompt_list, params, echo)
 
 
-def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
+def _chat_prompts(llm: LLM, left: dict[str, Any], tokenize: dict[str, Any]) -> list[Any]:
     messages = left.pop("messages", None)
     if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
         raise TypeError(f"messages must be a list of at least one message, got {messages!r:.80}")
@@ -134,7 +134,9 @@ def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
     if not isinstance(kwargs := left.pop("chat_template_kwargs", {}), dict):
         raise TypeError(f"chat_template_kwargs must be a JSON object, got {kwargs!r:.80}")
     values |= kwargs
-    return llm.render_chat(messages, chat_template_kwargs=values, **options)
+    return llm.render_chat(
+        messages, chat_template_kwargs=values, tokenization_kwargs=tokenize, **options
+    )
 
 
 def _plain_prompts(left: dict[str, Any]) -> list[Any]:

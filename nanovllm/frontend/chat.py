@@ -3,6 +3,7 @@ runs; rendering is transformers' business."""
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,7 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from nanovllm.frontend.prompts import check_unicode
+from nanovllm.frontend.prompts import check_characters, check_unicode, tokenize
 
 CONTENT_FORMATS = ("auto", "string", "openai")
 # The types of a content's parts that are text, and where it stands.
@@ -25,7 +26,11 @@ TEXT_KEYS = {
 
 
 def render(
-    messages: Any, tokenizer: Any, options: Mapping[str, Any], content_format: str = "auto"
+    messages: Any,
+    tokenizer: Any,
+    options: Mapping[str, Any],
+    content_format: str = "auto",
+    max_model_len: int = sys.maxsize,
 ) -> list[dict[str, Any]]:
     """A prompt for each conversation: its text, and that text's tokens.
 
@@ -35,10 +40,12 @@ def render(
         options: apply_chat_template's, and what else the template reads.
         content_format: what the template sees of a content: "string", one text; "openai", a list of
             parts; "auto": parts if it loops over them.
+        max_model_len: a text that is too long for it by its characters is not tokenized.
 
     Raises:
         TypeError: not messages.
-        ValueError: there is no template, or it refuses a conversation; or an unknown format.
+        ValueError: there is no template, or it refuses a conversation; a conversation is too long;
+            or an unknown format.
     """
     if content_format not in CONTENT_FORMATS:
         raise ValueError(
@@ -77,12 +84,14 @@ def render(
         except Exception as error:
             raise ValueError(f"the chat template refuses conversation {i}: {error}") from error
         check_unicode(text, f"conversation {i}")
+        if len(text) >= max_model_len:
+            check_characters(text, f"conversation {i}", tokenizer, max_model_len)
         texts.append(text)
     # The template has written the special tokens.
-    tokenized = tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {}
+    tokenized = tokenize(texts, tokenizer, add_special_tokens=False)
     return [
         {"prompt": text, "prompt_token_ids": token_ids}
-        for text, token_ids in zip(texts, tokenized.get("input_ids", ()), strict=True)
+        for text, token_ids in zip(texts, tokenized, strict=True)
     ]
 
 

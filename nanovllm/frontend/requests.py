@@ -55,7 +55,7 @@ class Requests:
             checkpoint.tokenizer, checkpoint.model_config.vocab_size, checkpoint.eos_token_ids
         )
         self.num_made = 0
-        # Tokenizers and compilers have one user at a time; a signal's handler may come in between.
+        # Compilers of grammars have one user at a time; a signal's handler may come in between.
         self.lock = threading.RLock()
 
     def make(
@@ -78,14 +78,15 @@ class Requests:
         vocab_size = checkpoint.model_config.vocab_size
         if sampling_params is None:
             sampling_params = checkpoint.default_sampling_params
+        # Without the lock: no call waits for another's long prompt. Encoding changes no tokenizer.
+        tokenized = prompts.normalize(
+            prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
+        )
         with self.lock:
-            tokenized = prompts.normalize(
-                prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
-            )
             params = prompts.match_params(sampling_params, len(tokenized))
             for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
                 try:
-                    prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
+                    prompts.bind_params(p, vocab_size, checkpoint.tokenizer, self.max_model_len)
                     if p.structured_outputs is not None:
                         p.grammar = self.grammars.compile(p.structured_outputs)
                 except ValueError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -209,6 +210,25 @@ def test_prompts_are_cut(run):
 
 
 # Bad lines
+
+
+def test_a_line_of_tens_of_megabytes_takes_no_more_than_its_text(run):
+    text = "word " * 4_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    long, chat, cut, good = run(
+        [
+            line("a", prompt=text),
+            line("b", CHAT, messages=[{"role": "user", "content": text}]),
+            line("c", prompt=[text[: 2**20]] * 10),
+            line("d"),
+        ]
+    )
+    for record in (long, chat, cut):
+        assert record["response"]["status_code"] == 400
+        assert "characters, too many for the 2047 tokens" in record["error"]["message"]
+    assert body_of(good)
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken < 500 * 1024  # kilobytes; it was 3 GiB
 
 
 def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
