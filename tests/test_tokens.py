@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nanovllm.frontend.tokens import has_more_tokens, token_bytes
+from nanovllm.frontend.tokens import has_more_tokens, token_bytes, token_text
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -40,6 +40,43 @@ def test_the_bytes_of_tokens_are_those_of_the_text(byte_level, text):
         normalizer = tokenizer.backend_tokenizer.normalizer
         assert shown.replace(" ", "▁") == normalizer.normalize_str(text).replace(" ", "▁")
         assert not has_more_tokens(text, tokenizer, len(ids))
+
+
+def texts_of(tokenizer, ids):
+    return [token_text(tokenizer, ids[max(0, i - 4) : i], token) for i, token in enumerate(ids)]
+
+
+def test_the_last_token_of_a_character_has_the_whole(byte_level):
+    ids = byte_level.encode("a\N{PARTY POPPER}\N{PARTY POPPER}b")
+    party = ["", "", "", "\N{PARTY POPPER}"]
+    assert texts_of(byte_level, ids) == ["a", *party, *party, "b"]
+    assert texts_of(byte_level, ids[1:4]) == ["", "", ""]  # as in vLLM
+    tokenizer = sentencepiece()
+    ids = tokenizer.encode("a\N{PARTY POPPER}a b", add_special_tokens=False)
+    assert texts_of(tokenizer, ids) == [" a", *party, "a", " ", "b"]
+
+
+def test_tokens_may_end_and_begin_inside_characters():
+    class Pieces:
+        """Token i is pieces[i]."""
+
+        pieces = (b"\xe2\x82", b"\xac\xe2", b"\x82\xac", b"\xaca", b"b")
+
+        def decode(self, ids):
+            return b"".join(self.pieces[token] for token in ids).decode(errors="replace")
+
+        def convert_ids_to_tokens(self, token):
+            return None
+
+    assert texts_of(Pieces(), [4, 0, 1, 2, 4]) == ["b", "", "", "€€", "b"]
+    assert texts_of(Pieces(), [4, 0, 3, 0, 3]) == ["b", "", "€a", "", "€a"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("aé€\N{PARTY POPPER} \u0301"), max_size=20))
+def test_the_texts_of_tokens_are_the_text(byte_level, text):
+    ids = byte_level.encode(text)
+    assert "".join(texts_of(byte_level, ids)) == byte_level.decode(ids)
 
 
 def test_a_special_token_is_its_text(byte_level):

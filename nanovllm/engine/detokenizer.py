@@ -5,7 +5,6 @@ The number of calls makes no difference to the text, unless a tokenizer decodes 
 UTF-8 differently with the bytes after them. It calls nothing of a tokenizer but `decode`.
 """
 
-from operator import itemgetter
 from typing import Protocol
 
 from nanovllm.engine.sequence import Sequence, TextState
@@ -97,10 +96,10 @@ class Detokenizer:
 
 
 def _first_stop(state: TextState, params: SamplingParams) -> tuple[int, str] | None:
-    """The stop string that ends first after `searched`: the position of its end, and the string."""
-    found = []
+    """The first stop string of the list that ends after `searched`: the position of its end, and
+    the string."""
     for stop in params.stop or ():
         start = state.text.find(stop, max(0, state.searched + 1 - len(stop)))
         if start >= 0:
-            found.append((start + len(stop), stop))
-    return min(found, key=itemgetter(0), default=None)
+            return start + len(stop), stop
+    return None

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from nanovllm.frontend import prompts, tokenization
+from nanovllm.frontend.tokens import token_bytes, token_text
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import (
@@ -232,17 +233,19 @@ def _message(
         num_top = request.params.logprobs or 0
         content = []
         for token, line in zip(completion.token_ids, completion.logprobs, strict=True):
-            ranked = sorted(line.values(), key=lambda entry: entry.rank or 0)
-            top = [_token(entry) for entry in ranked[:num_top]]
-            content.append({**_token(line[token]), "top_logprobs": top})
+            ranked = sorted(line, key=lambda other: line[other].rank or 0)
+            top = [_token(other, line[other], tokenizer) for other in ranked[:num_top]]
+            content.append({**_token(token, line[token], tokenizer), "top_logprobs": top})
         logprobs = {"content": content}
     return {"message": {"role": "assistant", "content": completion.text}, "logprobs": logprobs}
 
 
-def _token(entry: Logprob) -> dict[str, Any]:
-    text = entry.decoded_token or ""
-    logprob = max(entry.logprob, LOWEST)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token(token: int, entry: Logprob, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "token": entry.decoded_token or "",
+        "logprob": max(entry.logprob, LOWEST),
+        "bytes": list(token_bytes(tokenizer, token)),
+    }
 
 
 def _text(
@@ -258,7 +261,7 @@ def _text(
         lines = [*(output.prompt_logprobs or ()), *lines]
     if completion.logprobs is not None:
         tokens = [
-            (line[token].decoded_token or "") if line else tokenizer.decode([token])
+            (line[token].decoded_token or "") if line else token_text(tokenizer, [], token)
             for token, line in zip(token_ids, lines, strict=True)
         ]
         logprobs = {

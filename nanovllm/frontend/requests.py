@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.frontend import prompts, scoring
+from nanovllm.frontend import prompts, scoring, tokens
 from nanovllm.frontend.scoring import Scored
 from nanovllm.frontend.structured_outputs import GrammarCompiler
 from nanovllm.models.checkpoint import Checkpoint
@@ -167,7 +168,8 @@ class Requests:
         if first.scores is not None:
             prompt_logprobs = []
             if not (delta and first.delivered[0]):  # else they were in the first
-                prompt_logprobs = PromptLogprobs(first.scores.copy(self._token_text(seq)))
+                lines = first.scores.copy(self._token_text(seq), seq.token_ids[:1])
+                prompt_logprobs = PromptLogprobs(lines)
         finished = seq.request_finished
         metrics = replace(seq.metrics)
         if not finished:  # some samples may have
@@ -209,9 +211,11 @@ class Requests:
             error=seq.error,
         )
 
-    def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
+    def _token_text(self, seq: Sequence) -> Callable[[list[int], int], str] | None:
         tokenizer = self.checkpoint.tokenizer
-        return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
+        if tokenizer is None or not seq.params.detokenize:
+            return None
+        return partial(tokens.token_text, tokenizer)
 
 
 def batch_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:

@@ -1,7 +1,8 @@
-"""What a tokenizer's tokens are made of: the bytes that one stands for, and how long a text of a
-number of tokens can be. prompts.py asks about long texts, openai_format.py about single tokens.
+"""What a tokenizer's tokens are made of: the text and the bytes that one stands for, and how long a
+text of a number of tokens can be. requests.py and openai_format.py ask about single tokens,
+prompts.py about long texts.
 
-It reads the parts of a fast tokenizer (tokenizer.json); of others it knows nothing.
+It reads the parts of a fast tokenizer (tokenizer.json); of others it knows no bytes and no bound.
 """
 
 import json
@@ -15,6 +16,8 @@ KEEPING = {
     *("ByteLevel", "Digits", "Metaspace", "Punctuation", "Sequence", "Split", "UnicodeScripts"),
 }
 
+REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+SPACE = "\u2581"  # sentencepiece's sign for a space
 PIECE = 2**20  # characters that are normalized at a time: that takes 16 bytes for each byte
 SEAM = 64  # bytes that pieces may have more than their whole: what would compose across an end
 
@@ -30,6 +33,35 @@ def _byte_characters() -> dict[str, int]:
 BYTES = _byte_characters()
 
 
+def token_text(tokenizer: Any, before: list[int], token_id: int) -> str:
+    """The text of a token as log-probabilities show it. Of a character that is made of several
+    tokens all but the last have "", and the last one has the whole, as in vLLM.
+
+    Args:
+        before: the last tokens before it.
+    """
+    text = _own_text(tokenizer, token_id)
+    if REPLACEMENT not in text:
+        return text
+    for start in reversed(range(len(before))):
+        whole = tokenizer.decode([*before[start:], token_id])
+        if REPLACEMENT not in (whole[:1], whole[-1:]):
+            end = len(before)
+            while end > start and _own_text(tokenizer, before[end - 1]).endswith(REPLACEMENT):
+                end -= 1
+            shown = tokenizer.decode(before[start:end]) if end > start else ""
+            return whole.removeprefix(shown)
+    return "" if text.endswith(REPLACEMENT) else text
+
+
+def _own_text(tokenizer: Any, token_id: int) -> str:
+    text = tokenizer.decode([token_id])
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is not None and token.startswith(SPACE):  # at a text's beginning sentencepiece strips
+        text = " " * (len(token) - len(token.lstrip(SPACE))) + text.lstrip(" ")
+    return text
+
+
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     """The bytes of a text that a token stands for; they may begin or end inside a character."""
     token = tokenizer.convert_ids_to_tokens(token_id)
@@ -38,7 +70,7 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
             return bytes(BYTES[char] for char in token)
         if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(match[1])
-    return tokenizer.decode([token_id]).encode()
+    return _own_text(tokenizer, token_id).encode()
 
 
 def has_more_tokens(text: str, tokenizer: Any, num_tokens: int) -> bool:

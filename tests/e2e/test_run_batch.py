@@ -132,6 +132,24 @@ def test_logprobs_have_openais_forms(run, llm):
         assert bytes(entry["bytes"]).decode() == entry["token"] and len(entry["top_logprobs"]) == 2
 
 
+def test_characters_of_several_tokens_keep_their_bytes_and_places(run, llm):
+    text = "a\N{PARTY POPPER}b"
+    lines = [
+        line("a", prompt=text, echo=True, logprobs=0, max_tokens=1, n=2, temperature=1, seed=1),
+        line("b", CHAT, messages=WHO, max_tokens=20, structured_outputs={"choice": [text]},
+             top_logprobs=3, logprobs=True),
+    ]  # fmt: skip
+    echo, chat = map(body_of, sorted(run(lines), key=itemgetter("custom_id")))
+    for choice in echo["choices"]:
+        tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+        assert tokens[:6] == ["a", "", "", "", "\N{PARTY POPPER}", "b"]
+        assert offsets[:7] == [0, 1, 1, 1, 1, 2, 3]
+        assert "".join(tokens) == choice["text"]
+    content = chat["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).startswith(text.encode())
+    assert "".join(entry["token"] for entry in content).startswith(text)
+
+
 def test_an_echo_has_the_prompts_logprobs(run, llm):
     [record] = run([line("a", echo=True, logprobs=1)])
     [choice] = body_of(record)["choices"]

@@ -33,7 +33,8 @@ class Pieces:
 
 
 def expected(pieces, prompt, seed, params):
-    """Tokens, finish reason, stop reason and text, from the definition: characters one by one."""
+    """Tokens, finish reason, stop reason and text, from the definition: of the strings that end
+    among a token's characters the first of the list counts."""
     plain = {"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids"}
     plain = SamplingParams(**{name: getattr(params, name) for name in plain})
     tokens, reason = expected_tokens(prompt, plain, seed=seed)
@@ -42,12 +43,13 @@ def expected(pieces, prompt, seed, params):
     for i, token in enumerate(tokens):
         if token in stops and not params.include_stop_str_in_output:
             break
-        for char in pieces[token]:
-            text += char
-            ends = [stop for stop in params.stop if text.endswith(stop)]
-            if i >= params.min_tokens and ends:
-                kept = text if params.include_stop_str_in_output else text[: -len(ends[0])]
-                return tokens[: i + 1], "stop", ends[0], kept
+        ends = range(len(text) + 1, len(text) + len(pieces[token]) + 1)
+        text += pieces[token]
+        found = [(stop, e) for stop in params.stop for e in ends if text[:e].endswith(stop)]
+        if i >= params.min_tokens and found:
+            stop, end = found[0]
+            kept = text[:end] if params.include_stop_str_in_output else text[: end - len(stop)]
+            return tokens[: i + 1], "stop", stop, kept
     by_choice = tokens[-1] in stops and (params.ignore_eos or tokens[-1] not in EOS)
     return tokens, reason, tokens[-1] if by_choice else None, text
 
@@ -96,6 +98,15 @@ def test_a_stop_string_ends_the_request_wherever_it_lies(
         assert (seq.output_token_ids, seq.finish_reason, seq.stop_reason) == (tokens, reason, stop)
         assert seen[seq][-1] == text == detokenizer.text(seq)
         assert all(later.startswith(shown) for shown, later in pairwise(seen[seq]))
+
+
+@pytest.mark.parametrize(("stop", "text"), [(["b", "a"], "xa"), (["a", "b"], "x")])
+def test_of_two_strings_that_one_token_completes_the_first_of_the_list_counts(stop, text):
+    detokenizer = Detokenizer(Pieces(["xab"] * VOCAB))
+    engine = make_engine(detokenizer=detokenizer)
+    seq = make_sequence([5], max_tokens=6, stop=stop)
+    run(engine, seq)
+    assert (seq.stop_reason, detokenizer.text(seq)) == (stop[0], text)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
