@@ -8,7 +8,6 @@ has the worker compute it and makes the outputs (clients.py).
 import copy
 import gc
 import logging
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -152,7 +151,7 @@ class LLM:
             sampling_params: one for all, or one each; None: the checkpoint's generation_config.
             use_tqdm: show a progress bar; or what makes it, called as tqdm.
             priority: a number for each prompt, with scheduling_policy="priority"; lower runs first.
-            tokenization_kwargs: how texts become tokens; see tokenization.tokenize.
+            tokenization_kwargs: how texts become tokens; see tokenization.Cutter.
             lora_request, mm_processor_kwargs: vLLM's, not supported.
 
         Returns: an output for each prompt, in the order of the prompts. A request that an error of
@@ -238,11 +237,12 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        max_model_len = sys.maxsize if tokenization_kwargs else self.max_model_len
-        prompts = chat.render(
-            messages, self.get_tokenizer(), options, chat_template_content_format, max_model_len
+        tokenizer, encode = self.get_tokenizer(), None
+        if tokenization_kwargs:
+            encode = tokenization.Cutter(tokenizer, self.max_model_len, tokenization_kwargs)
+        return chat.render(
+            messages, tokenizer, options, chat_template_content_format, self.max_model_len, encode
         )
-        return self._tokenized(prompts, tokenization_kwargs) if tokenization_kwargs else prompts
 
     def beam_search(
         self,

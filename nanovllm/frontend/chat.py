@@ -31,6 +31,7 @@ def render(
     options: Mapping[str, Any],
     content_format: str = "auto",
     max_model_len: int = sys.maxsize,
+    encode: Any = None,
 ) -> list[dict[str, Any]]:
     """A prompt for each conversation: its text, and that text's tokens.
 
@@ -41,6 +42,7 @@ def render(
         content_format: what the template sees of a content: "string", one text; "openai", a list of
             parts; "auto": parts if it loops over them.
         max_model_len: a text that is too long for it by its characters is not tokenized.
+        encode: makes tokens of texts in the tokenizer's place, called as that.
 
     Raises:
         TypeError: not messages.
@@ -76,6 +78,7 @@ def render(
         content_format = "openai" if loops_over_parts(template) else "string"
     if content_format == "string":
         conversations = [[_with_text(message) for message in c] for c in conversations]
+    encode = encode or tokenizer
     texts = []
     for i, conversation in enumerate(conversations):
         try:
@@ -85,10 +88,10 @@ def render(
             raise ValueError(f"the chat template refuses conversation {i}: {error}") from error
         check_unicode(text, f"conversation {i}")
         if len(text) >= max_model_len:
-            check_characters(text, f"conversation {i}", tokenizer, max_model_len)
+            check_characters(text, f"conversation {i}", encode, max_model_len)
         texts.append(text)
     # The template has written the special tokens.
-    tokenized = tokenize(texts, tokenizer, add_special_tokens=False)
+    tokenized = tokenize(texts, encode, add_special_tokens=False)
     return [
         {"prompt": text, "prompt_token_ids": token_ids}
         for text, token_ids in zip(texts, tokenized, strict=True)

@@ -233,18 +233,22 @@ def test_prompts_are_cut(run):
 def test_a_line_of_tens_of_megabytes_takes_no_more_than_its_text(run):
     text = "word " * 4_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    long, chat, cut, good = run(
+    messages = [{"role": "user", "content": text}]
+    records = run(
         [
             line("a", prompt=text),
-            line("b", CHAT, messages=[{"role": "user", "content": text}]),
+            line("b", CHAT, messages=messages),
             line("c", prompt=[text[: 2**20]] * 10),
-            line("d"),
+            line("d", prompt=text, truncate_prompt_tokens=5),
+            line("e", CHAT, messages=messages, truncate_prompt_tokens=5, max_tokens=8),
         ]
     )
-    for record in (long, chat, cut):
+    *refused, cut, cut_chat = sorted(records, key=itemgetter("custom_id"))
+    for record in refused:
         assert record["response"]["status_code"] == 400
         assert "characters, too many for the 2047 tokens" in record["error"]["message"]
-    assert body_of(good)
+    for record in (cut, cut_chat):
+        assert body_of(record)["usage"]["prompt_tokens"] == 5
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert taken < 500 * 1024  # kilobytes; it was 3 GiB
 

@@ -122,6 +122,23 @@ def test_a_cut_chat_keeps_its_question(llm):
     assert len(out.prompt_token_ids) == 12
 
 
+def test_of_a_long_text_its_end_is_tokenized(llm, monkeypatch):
+    tokenizer, text = llm.get_tokenizer(), " ".join(f"{TEXT} {i}" for i in range(9000))
+    ids = tokenizer(text)["input_ids"]
+    seen = []
+
+    def watched(texts, **options):
+        seen.extend(map(len, texts))
+        return tokenizer(texts, **options)
+
+    monkeypatch.setattr("nanovllm.frontend.prompts.TEXT_AT_ONCE", 500)
+    for length, side in ((5, "left"), (2000, "left"), (5, "right"), (2000, "right")):
+        kwargs = {"truncate_prompt_tokens": length, "truncation_side": side}
+        [found] = tokenization.tokenize(text, watched, 4096, 2048, kwargs)
+        assert found["prompt_token_ids"] == (ids[-length:] if side == "left" else ids[:length])
+    assert max(seen) == 500 * 4**3 < len(text)
+
+
 @pytest.mark.parametrize("around", ["<|im_start|> $A", "<|im_start|> $A <|im_end|>", "$A"])
 def test_the_special_tokens_of_a_text_stay(tiny, around):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
