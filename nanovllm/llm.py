@@ -151,7 +151,7 @@ class LLM:
             sampling_params: one for all, or one each; None: the checkpoint's generation_config.
             use_tqdm: show a progress bar; or what makes it, called as tqdm.
             priority: a number for each prompt, with scheduling_policy="priority"; lower runs first.
-            tokenization_kwargs: how texts become tokens; see tokenization.tokenize.
+            tokenization_kwargs: how texts become tokens; see tokenization.Cutter.
             lora_request, mm_processor_kwargs: vLLM's, not supported.
 
         Returns: an output for each prompt, in the order of the prompts. A request that an error of
@@ -193,8 +193,9 @@ class LLM:
             messages: a conversation, that is a list of {"role": ..., "content": ...}, or a list of
                 conversations.
             chat_template: a Jinja template; None: the constructor's, else the checkpoint's.
-            chat_template_content_format: "auto" or "string": a content of several parts is joined
-                to one text.
+            chat_template_content_format: what the template gets as a content: "string", one text,
+                its parts as lines; "openai", a list of parts; "auto": parts if the template loops
+                over them, else a text.
             add_generation_prompt: begin the answer's message.
             continue_final_message: go on with the last message instead.
             tools: functions that the template tells the model of, as JSON schemas.
@@ -211,10 +212,9 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            tokenization_kwargs=tokenization_kwargs,
         )
-        return self.generate(
-            prompts, sampling_params, use_tqdm, tokenization_kwargs=tokenization_kwargs
-        )
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def render_chat(
         self,
@@ -226,14 +226,10 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """The prompts that chat makes of conversations, for stream, add_request and the rest. Ours;
         arguments and errors are chat's."""
-        if chat_template_content_format not in ("auto", "string"):
-            raise ValueError(
-                f"chat_template_content_format must be 'auto' or 'string', "
-                f"got {chat_template_content_format!r}"
-            )
         options = {
             "chat_template": chat_template or self._chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -241,7 +237,12 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        return chat.render(messages, self.get_tokenizer(), options)
+        tokenizer, encode = self.get_tokenizer(), None
+        if tokenization_kwargs:
+            encode = tokenization.Cutter(tokenizer, self.max_model_len, tokenization_kwargs)
+        return chat.render(
+            messages, tokenizer, options, chat_template_content_format, self.max_model_len, encode
+        )
 
     def beam_search(
         self,
@@ -349,13 +350,14 @@ class LLM:
         **template_options: Any,
     ) -> list[str]:
         """As enqueue, for conversations; template_options are render_chat's."""
-        prompts = self.render_chat(messages, **template_options)
+        prompts = self.render_chat(
+            messages, tokenization_kwargs=tokenization_kwargs, **template_options
+        )
         return self.enqueue(
             prompts,
             sampling_params,
             lora_request,
             priority,
-            tokenization_kwargs=tokenization_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
 

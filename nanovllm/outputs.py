@@ -6,15 +6,19 @@ import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
+
+MAX_BEFORE = 4  # tokens of a character in UTF-8
 
 
 @dataclass(slots=True)
 class Logprob:
     """A token's log-probability, its rank (how many tokens are at least as likely, 1 for the most
-    likely), and its text (None without a tokenizer)."""
+    likely), and its text (None without a tokenizer). Of a character that is made of several tokens
+    the last one has the text, the others have ""."""
 
     logprob: float
     rank: int | None = None
@@ -54,15 +58,21 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
 
     Args:
         num_top: number of most likely tokens for each generated token.
-        decode: makes a text from token ids.
+        token_text: the text of a token, by the last tokens before it and its id.
+        before: the tokens before the first line's.
 
     Attributes:
         data: lines as in LogprobLines, `size` numbers for each token.
     """
 
-    def __init__(self, num_top: int, decode: Callable[[list[int]], str] | None = None):
+    def __init__(
+        self,
+        num_top: int,
+        token_text: Callable[[list[int], int], str] | None = None,
+        before: Sequence[int] = (),
+    ):
         self.size = 1 + 2 * (1 + num_top)
-        self.decode = decode
+        self.token_text, self.before = token_text, before
         self.data = array("i")
 
     def extend(self, lines: np.ndarray) -> None:
@@ -70,9 +80,11 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         self.size = min(self.size, lines.shape[1])
         self.data.frombytes(lines[:, : self.size].tobytes())
 
-    def copy(self, decode: Callable[[list[int]], str] | None) -> "SampleLogprobs":
-        """A copy of the current lines that reads texts with `decode`."""
-        result = SampleLogprobs(self.width - 1, decode)
+    def copy(
+        self, token_text: Callable[[list[int], int], str] | None, before: Sequence[int] = ()
+    ) -> "SampleLogprobs":
+        """A copy of the current lines that has texts."""
+        result = SampleLogprobs(self.width - 1, token_text, before)
         result.data = self.data[:]
         return result
 
@@ -104,9 +116,14 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
         width, first = self.width, range(len(self))[index] * self.size
         line = struct.unpack_from("i" + "if" * width, self.data, first * self.data.itemsize)
         ranks = (line[0], *range(1, width))
+        before = [
+            *self.before,
+            *self.data[max(1, first + 1 - MAX_BEFORE * self.size) : first : self.size],
+        ][-MAX_BEFORE:]
+        text = partial(self.token_text, before) if self.token_text else lambda _: None
         # A generated token among the most likely tokens keeps its place, and takes its rank there.
         return {
-            token_id: Logprob(logprob, rank, self.decode([token_id]) if self.decode else None)
+            token_id: Logprob(logprob, rank, text(token_id))
             for token_id, logprob, rank in zip(line[1::2], line[2::2], ranks, strict=True)
         }
 

@@ -7,6 +7,7 @@ from array import array
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from nanovllm import SamplingParams
 from nanovllm.frontend import prompts as prompts_module
@@ -55,6 +56,37 @@ def test_all_texts_are_tokenized_in_one_call():
     calls = []
     normalize(["a", [1], "b"], lambda texts, **_: calls.append(texts) or tokenizer(texts))
     assert calls == [["a", "b"]]
+
+
+def test_many_long_texts_are_tokenized_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(prompts_module, "TEXT_AT_ONCE", 10)
+    calls = []
+    texts = ["a" * n for n in (4, 4, 4, 1, 25, 2, 3)]
+    found = normalize(texts, lambda texts, **_: calls.append(texts) or tokenizer(texts))
+    assert [prompt.text for prompt in found] == [text for call in calls for text in call] == texts
+    assert [[len(text) for text in call] for call in calls] == [[4, 4], [4, 1], [25], [2, 3]]
+
+
+def test_a_text_too_long_by_its_characters_is_not_tokenized(tiny):
+    known = AutoTokenizer.from_pretrained(tiny)
+
+    class Counting:
+        backend_tokenizer = known.backend_tokenizer
+        added_tokens_decoder = known.added_tokens_decoder
+        get_vocab = known.get_vocab
+        texts = ()
+
+        def __call__(self, texts, **options):
+            self.texts += tuple(texts)
+            return known(texts, **options)
+
+    counting = Counting()
+    with pytest.raises(ValueError, match=r"prompt 1 has 50000 characters, too many for the 63 tok"):
+        normalize(["good", "word " * 10_000], counting, 4096)
+    assert counting.texts == ()
+    with pytest.raises(ValueError, match=r"prompt 0 has \d+ tokens; max_model_len=64 allows 63"):
+        normalize(["word " * 100], counting, 4096)
+    assert len(counting.texts) == 1
 
 
 def test_text_needs_a_tokenizer_and_token_ids_do_not():

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from nanovllm.frontend import prompts, tokenization
+from nanovllm.frontend.tokens import token_bytes, token_text
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import (
@@ -90,15 +91,15 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     values["structured_outputs"] = _structured_outputs(left)
     if url == CHAT:
         echo = False
-        prompt_list = _chat_prompts(llm, left)
+        if tokenize.pop("add_special_tokens", False):
+            raise ValueError("add_special_tokens: the chat template writes the special tokens")
+        prompt_list = _chat_prompts(llm, left, tokenize)
         values["max_tokens"] = left.pop("max_tokens", None)
         values["max_tokens"] = left.pop("max_completion_tokens", values["max_tokens"])
         wanted, num_top = left.pop("logprobs", False), left.pop("top_logprobs", None)
         if num_top and not wanted:
             raise ValueError("top_logprobs needs logprobs: true")
         values["logprobs"] = (num_top or 0) if wanted else None
-        if tokenize.pop("add_special_tokens", False):
-            raise ValueError("add_special_tokens: the chat template writes the special tokens")
     else:
         echo = bool(left.pop("echo", False))
         prompt_list = _plain_prompts(left)
@@ -109,7 +110,7 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     unknown = {name for name, value in left.items() if NEUTRAL.get(name) != value}
     if unknown:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
-    if tokenize:
+    if tokenize and url == COMPLETIONS:
         prompt_list = tokenization.tokenize(
             prompt_list,
             llm.get_tokenizer(),
@@ -123,7 +124,7 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     return Request(url, prompt_list, params, echo)
 
 
-def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
+def _chat_prompts(llm: LLM, left: dict[str, Any], tokenize: dict[str, Any]) -> list[Any]:
     messages = left.pop("messages", None)
     if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
         raise TypeError(f"messages must be a list of at least one message, got {messages!r:.80}")
@@ -134,7 +135,9 @@ def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
     if not isinstance(kwargs := left.pop("chat_template_kwargs", {}), dict):
         raise TypeError(f"chat_template_kwargs must be a JSON object, got {kwargs!r:.80}")
     values |= kwargs
-    return llm.render_chat(messages, chat_template_kwargs=values, **options)
+    return llm.render_chat(
+        messages, chat_template_kwargs=values, tokenization_kwargs=tokenize, **options
+    )
 
 
 def _plain_prompts(left: dict[str, Any]) -> list[Any]:
@@ -230,17 +233,19 @@ def _message(
         num_top = request.params.logprobs or 0
         content = []
         for token, line in zip(completion.token_ids, completion.logprobs, strict=True):
-            ranked = sorted(line.values(), key=lambda entry: entry.rank or 0)
-            top = [_token(entry) for entry in ranked[:num_top]]
-            content.append({**_token(line[token]), "top_logprobs": top})
+            ranked = sorted(line, key=lambda other: line[other].rank or 0)
+            top = [_token(other, line[other], tokenizer) for other in ranked[:num_top]]
+            content.append({**_token(token, line[token], tokenizer), "top_logprobs": top})
         logprobs = {"content": content}
     return {"message": {"role": "assistant", "content": completion.text}, "logprobs": logprobs}
 
 
-def _token(entry: Logprob) -> dict[str, Any]:
-    text = entry.decoded_token or ""
-    logprob = max(entry.logprob, LOWEST)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token(token: int, entry: Logprob, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "token": entry.decoded_token or "",
+        "logprob": max(entry.logprob, LOWEST),
+        "bytes": list(token_bytes(tokenizer, token)),
+    }
 
 
 def _text(
@@ -256,7 +261,7 @@ def _text(
         lines = [*(output.prompt_logprobs or ()), *lines]
     if completion.logprobs is not None:
         tokens = [
-            (line[token].decoded_token or "") if line else tokenizer.decode([token])
+            (line[token].decoded_token or "") if line else token_text(tokenizer, [], token)
             for token, line in zip(token_ids, lines, strict=True)
         ]
         logprobs = {

@@ -8,6 +8,7 @@ log-probabilities give the candidates; the prefix cache shares the blocks of com
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from nanovllm.frontend import prompts
 from nanovllm.frontend.requests import Requests
+from nanovllm.frontend.tokens import token_text
 from nanovllm.outputs import Logprob, SampleLogprobs
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -126,16 +128,20 @@ class Search:
         return self.ended[-1].score >= best / length**penalty
 
     def output(self, tokenizer: Any) -> BeamSearchOutput:
-        decode = None if tokenizer is None else tokenizer.decode
+        text = None if tokenizer is None else partial(token_text, tokenizer)
         sequences = []
         for tokens, lines, cum_logprob, _, ended in self._best(self.ended + self.beams):
+            start = len(tokens) - len(lines)
             shown = len(tokens) - (ended and not self.params.include_stop_str_in_output)
             sequences.append(
                 BeamSearchSequence(
                     tokens=tokens,
-                    logprobs=[line.copy(decode)[0] for line in lines],
+                    logprobs=[
+                        line.copy(text, tokens[start:end])[0]
+                        for end, line in enumerate(lines, start)
+                    ],
                     cum_logprob=cum_logprob,
-                    text=decode(tokens[:shown]) if decode else None,
+                    text=tokenizer.decode(tokens[:shown]) if tokenizer else None,
                     finish_reason="stop" if ended else "length",
                 )
             )

@@ -3,24 +3,57 @@ runs; rendering is transformers' business."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from nanovllm.frontend.prompts import check_unicode
+from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from nanovllm.frontend.prompts import check_characters, check_unicode, tokenize
+
+CONTENT_FORMATS = ("auto", "string", "openai")
+# The types of a content's parts that are text, and where it stands.
+TEXT_KEYS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
 
 
-def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+def render(
+    messages: Any,
+    tokenizer: Any,
+    options: Mapping[str, Any],
+    content_format: str = "auto",
+    max_model_len: int = sys.maxsize,
+    encode: Any = None,
+) -> list[dict[str, Any]]:
     """A prompt for each conversation: its text, and that text's tokens.
 
     Args:
         messages: a conversation, which is a list of {"role": ..., "content": ...}, or a list of
             conversations.
         options: apply_chat_template's, and what else the template reads.
+        content_format: what the template sees of a content: "string", one text; "openai", a list of
+            parts; "auto": parts if it loops over them.
+        max_model_len: a text that is too long for it by its characters is not tokenized.
+        encode: makes tokens of texts in the tokenizer's place, called as that.
 
     Raises:
         TypeError: not messages.
-        ValueError: there is no template, or it refuses a conversation.
+        ValueError: there is no template, or it refuses a conversation; a conversation is too long;
+            or an unknown format.
     """
+    if content_format not in CONTENT_FORMATS:
+        raise ValueError(
+            f"chat_template_content_format must be 'auto', 'string' or 'openai', "
+            f"got {content_format!r:.80}"
+        )
     if options["add_generation_prompt"] and options["continue_final_message"]:
         raise ValueError(
             "continue_final_message=True goes on with the last message, add_generation_prompt=True "
@@ -40,6 +73,12 @@ def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[di
     if messages and not _is_list(messages[0]):
         messages = [messages]
     conversations = [_checked(c, f"conversation {i}") for i, c in enumerate(messages)]
+    if content_format == "auto":
+        template = tokenizer.get_chat_template(given, tools=options.get("tools"))
+        content_format = "openai" if loops_over_parts(template) else "string"
+    if content_format == "string":
+        conversations = [[_with_text(message) for message in c] for c in conversations]
+    encode = encode or tokenizer
     texts = []
     for i, conversation in enumerate(conversations):
         try:
@@ -48,12 +87,14 @@ def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[di
         except Exception as error:
             raise ValueError(f"the chat template refuses conversation {i}: {error}") from error
         check_unicode(text, f"conversation {i}")
+        if len(text) >= max_model_len:
+            check_characters(text, f"conversation {i}", encode, max_model_len)
         texts.append(text)
     # The template has written the special tokens.
-    tokenized = tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {}
+    tokenized = tokenize(texts, encode, add_special_tokens=False)
     return [
         {"prompt": text, "prompt_token_ids": token_ids}
-        for text, token_ids in zip(texts, tokenized.get("input_ids", ()), strict=True)
+        for text, token_ids in zip(texts, tokenized, strict=True)
     ]
 
 
@@ -74,6 +115,52 @@ def load_template(template: str | None) -> str | None:
         return file.read()
 
 
+class _GenerationTag(Extension):
+    """transformers' {% generation %}, around what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=32)
+def loops_over_parts(template: str) -> bool:
+    """Whether a template has a loop over the parts of a message's content, by its syntax tree. What
+    counts as a message and as its content is vLLM's rule."""
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(template)
+    except TemplateSyntaxError:  # rendering will say so
+        return False
+    conversations = {"messages"}
+    assigned = [(_target(a), _source(a.node)) for a in tree.find_all(nodes.Assign)]
+    while more := {new for new, old in assigned if new and old in conversations} - conversations:
+        conversations |= more
+    loops = [(_target(loop), _source(loop.iter)) for loop in tree.find_all(nodes.For)]
+    contents = {f"{message}.content" for message, over in loops if over in conversations}
+    return any(over in contents | {"content"} for _, over in loops)
+
+
+def _target(node: nodes.Assign | nodes.For) -> str | None:
+    return node.target.name if isinstance(node.target, nodes.Name) else None
+
+
+def _source(node: nodes.Node | None) -> str | None:
+    """The variable, or "variable.key", whose elements an expression gives: filters, tests and
+    slices around it leave that as it is."""
+    match node:
+        case nodes.Filter() | nodes.Test() | nodes.Getitem(arg=nodes.Slice()):
+            return _source(node.node)
+        case nodes.Name():
+            return node.name
+        case nodes.Getattr(node=nodes.Name(name=name), attr=key):
+            return f"{name}.{key}"
+        case nodes.Getitem(node=nodes.Name(name=name), arg=nodes.Const(value=key)):
+            return f"{name}.{key}"
+    return None
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
@@ -92,28 +179,35 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         raise TypeError(
             f"{name} must be a dict {{'role': ..., 'content': ...}}, got {message!r:.80}"
         )
-    content = message.get("content")
-    if content is None and not message.get("tool_calls"):
-        raise TypeError(f"{name} has no content: {message!r:.80}")
-    result = {**message, "content": _text(content, name)}
-    if calls := message.get("tool_calls"):
+    result = {**message, "content": list(_parts(message.get("content"), name))}
+    if calls := result.pop("tool_calls", None):
         result["tool_calls"] = [_tool_call(call, name) for call in calls]
-    return result
+    return _with_text(result) if message["role"] == "tool" else result
 
 
-def _text(content: Any, name: str) -> str:
-    """A content of several parts as one text, of which most templates make something; as in vLLM
-    they are lines."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts = content if _is_list(content) else [content]
-    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(
-            f"{name}: content must be a text, or a list of texts and {{'type': 'text', 'text': "
-            f"...}}, got {content!r:.80}"
-        )
-    return "\n".join(texts)
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """The parts of the content as one text; as in vLLM they are lines."""
+    parts = message["content"]
+    text = parts if isinstance(parts, str) else "\n".join(part["text"] for part in parts)
+    return {**message, "content": text}
+
+
+def _parts(content: Any, name: str) -> Iterator[dict[str, Any]]:
+    """The parts of a content, each as one of the type "text"; a part that is None says nothing."""
+    if content is None:
+        return
+    for part in content if _is_list(content) else [content]:
+        given = {"text": part} if isinstance(part, str) else part
+        is_part = isinstance(given, Mapping)
+        key = TEXT_KEYS.get(str(given.get("type", "text"))) if is_part else None
+        if key is None or key not in given or not isinstance(text := given[key], str | None):
+            raise TypeError(
+                f"{name}: content must be a text, or a list of texts and {{'type': 'text', 'text': "
+                f"...}}, got {content!r:.80}"
+            )
+        if text is not None:
+            others = {k: v for k, v in given.items() if k != key}
+            yield {**others, "type": "text", "text": text}
 
 
 def _tool_call(call: Any, name: str) -> dict[str, Any]:

@@ -2,16 +2,23 @@
 anything runs."""
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context, copy_context
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from numbers import Integral
 from typing import Any, TypedDict
 
 import numpy as np
 
+from nanovllm.frontend.tokens import has_more_tokens
 from nanovllm.sampling_params import SamplingParams
+
+TEXT_AT_ONCE = (
+    2**20
+)  # characters that are tokenized at a time: a tokenizer takes 200 bytes for each
+MAX_BAD_WORDS = 2**15  # numbers of a request's bad words on the device: tokens, and one for each
 
 
 class TextPrompt(TypedDict):
@@ -57,7 +64,8 @@ def normalize(
     request_id: str | None = None,
     kind: str = "prompt",
 ) -> list[TokenizedPrompt]:
-    """Every accepted form of prompts as a list; texts are tokenized in one batch.
+    """Every accepted form of prompts as a list; texts are tokenized in batches. A text that is too
+    long by its characters is refused before that.
 
     Args:
         request_id: what errors call a single prompt; None: they count.
@@ -86,8 +94,10 @@ def normalize(
         raise ValueError(
             "a text prompt needs a tokenizer: skip_tokenizer_init=True takes token ids"
         )
-    options = {"return_attention_mask": False, "verbose": False}
-    tokenized = iter(tokenizer(texts, **options)["input_ids"] if texts else [])
+    for content, name in zip(contents, names, strict=True):
+        if isinstance(content, str) and len(content) >= max_model_len:
+            check_characters(content, name, tokenizer, max_model_len)
+    tokenized = tokenize(texts, tokenizer)
     result = []
     for content, name in zip(contents, names, strict=True):
         if isinstance(content, str):
@@ -95,6 +105,25 @@ def normalize(
         _check_length(len(content.token_ids), name, max_model_len)
         result.append(content)
     return result
+
+
+def tokenize(texts: list[str], tokenizer: Any, **options: Any) -> Iterator[list[int]]:
+    """The tokens of each text. Texts are tokenized in batches: what the tokenizer makes beside
+    tokens takes memory."""
+    ends = zip(accumulate(map(len, texts)), texts, strict=True)
+    for _, batch in groupby(ends, lambda end_and_text: end_and_text[0] // TEXT_AT_ONCE):
+        batch_texts = [text for _, text in batch]
+        options |= {"return_attention_mask": False, "verbose": False}
+        yield from tokenizer(batch_texts, **options)["input_ids"]
+
+
+def check_characters(text: str, name: str, tokenizer: Any, max_model_len: int) -> None:
+    """Raises ValueError for a text whose length shows that it has too many tokens."""
+    if has_more_tokens(text, tokenizer, max_model_len - 1):
+        raise ValueError(
+            f"{name} has {len(text)} characters, too many for the {max_model_len - 1} tokens that "
+            f"max_model_len={max_model_len} allows: shorten it or raise max_model_len"
+        )
 
 
 def plain(value: Any) -> Any:
@@ -204,11 +233,14 @@ def match_priorities(priority: Any, num_prompts: int) -> list[int]:
     return list(priority)
 
 
-def bind_params(params: SamplingParams, vocab_size: int, tokenizer: Any) -> None:
+def bind_params(
+    params: SamplingParams, vocab_size: int, tokenizer: Any, max_model_len: int
+) -> None:
     """What can be checked and made of parameters where vocabulary and tokenizer are known.
 
     Raises:
-        ValueError: a token id is outside the vocabulary; or stop or bad_words without a tokenizer.
+        ValueError: a token id is outside the vocabulary; stop or bad_words without a tokenizer; or
+            bad_words have too many tokens.
     """
     if params.stop and tokenizer is None:
         raise ValueError(
@@ -223,25 +255,45 @@ def bind_params(params: SamplingParams, vocab_size: int, tokenizer: Any) -> None
             raise ValueError(
                 "bad_words need a tokenizer, and skip_tokenizer_init=True: leave one of them out"
             )
-        params.bad_words_token_ids = _bad_words_token_ids(params.bad_words, tokenizer, vocab_size)
+        max_tokens = min(params.max_tokens or max_model_len, max_model_len - 1)
+        words = _bad_words_token_ids(params.bad_words, tokenizer, max_tokens)
+        if words and max(map(max, words)) >= vocab_size:
+            raise ValueError(
+                f"bad_words have tokens outside the model's vocabulary of {vocab_size}"
+            )
+        params.bad_words_token_ids = words
 
 
-def _bad_words_token_ids(words: list[str], tokenizer: Any, vocab_size: int) -> list[list[int]]:
-    """The tokens of each word at the beginning of a text and, if only the first token differs
-    there, in the middle of a text; as in vLLM."""
-    result = []
+def _bad_words_token_ids(words: list[str], tokenizer: Any, max_tokens: int) -> list[list[int]]:
+    """The tokens of each word at the beginning of a text, after a space, and after a line's end.
+    (vLLM leaves out all but the first if it has another number of tokens.) A word that the output
+    has no room for is left out."""
+    texts = []
     for word in words:
-        check_unicode(word, f"bad_words: {word!r}")
-        plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
-        spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
-        if not plain:
-            raise ValueError(f"bad_words has {word!r}, which the tokenizer makes no token of")
-        result.append(plain)
-        if len(spaced) == len(plain) and spaced[0] != plain[0]:
-            result.append(spaced)
-    if max(map(max, result)) >= vocab_size:
-        raise ValueError(f"bad_words have tokens outside the model's vocabulary of {vocab_size}")
-    return result
+        check_unicode(word, f"bad_words: {word!r:.80}")
+        word = word.lstrip() or word  # white space alone is a word too
+        if not has_more_tokens(word, tokenizer, max_tokens):
+            texts += [word, f" {word}", f"\n{word}"]
+    [line_end] = tokenize(["\n"], tokenizer, add_special_tokens=False)
+    result: dict[tuple[int, ...], None] = {}
+    for i, token_ids in enumerate(tokenize(texts, tokenizer, add_special_tokens=False)):
+        if not token_ids:
+            raise ValueError(
+                f"bad_words has {texts[i]!r:.80}, which the tokenizer makes no token of"
+            )
+        if i % 3 == 2:  # sentencepiece writes a word without a space in no other place
+            if token_ids[: len(line_end)] != line_end:
+                continue
+            token_ids = token_ids[len(line_end) :]
+        if 0 < len(token_ids) <= max_tokens:
+            result[tuple(token_ids)] = None
+    size = sum(len(word) + 1 for word in result)
+    if size > MAX_BAD_WORDS:
+        raise ValueError(
+            f"bad_words have {size - len(result)} tokens in {len(result)} spellings, with and "
+            f"without a space; tokens and spellings may be {MAX_BAD_WORDS}: leave some words out"
+        )
+    return [list(word) for word in result]
 
 
 def _copy(params: SamplingParams) -> SamplingParams:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.frontend import prompts, scoring
+from nanovllm.frontend import prompts, scoring, tokens
 from nanovllm.frontend.scoring import Scored
 from nanovllm.frontend.structured_outputs import GrammarCompiler
 from nanovllm.models.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ class Requests:
             checkpoint.tokenizer, checkpoint.model_config.vocab_size, checkpoint.eos_token_ids
         )
         self.num_made = 0
-        # Tokenizers and compilers have one user at a time; a signal's handler may come in between.
+        # Compilers of grammars have one user at a time; a signal's handler may come in between.
         self.lock = threading.RLock()
 
     def make(
@@ -78,14 +79,15 @@ class Requests:
         vocab_size = checkpoint.model_config.vocab_size
         if sampling_params is None:
             sampling_params = checkpoint.default_sampling_params
+        # Without the lock: no call waits for another's long prompt. Encoding changes no tokenizer.
+        tokenized = prompts.normalize(
+            prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
+        )
         with self.lock:
-            tokenized = prompts.normalize(
-                prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
-            )
             params = prompts.match_params(sampling_params, len(tokenized))
             for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
                 try:
-                    prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
+                    prompts.bind_params(p, vocab_size, checkpoint.tokenizer, self.max_model_len)
                     if p.structured_outputs is not None:
                         p.grammar = self.grammars.compile(p.structured_outputs)
                 except ValueError as error:
@@ -166,7 +168,8 @@ class Requests:
         if first.scores is not None:
             prompt_logprobs = []
             if not (delta and first.delivered[0]):  # else they were in the first
-                prompt_logprobs = PromptLogprobs(first.scores.copy(self._token_text(seq)))
+                lines = first.scores.copy(self._token_text(seq), seq.token_ids[:1])
+                prompt_logprobs = PromptLogprobs(lines)
         finished = seq.request_finished
         metrics = replace(seq.metrics)
         if not finished:  # some samples may have
@@ -208,9 +211,11 @@ class Requests:
             error=seq.error,
         )
 
-    def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
+    def _token_text(self, seq: Sequence) -> Callable[[list[int], int], str] | None:
         tokenizer = self.checkpoint.tokenizer
-        return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
+        if tokenizer is None or not seq.params.detokenize:
+            return None
+        return partial(tokens.token_text, tokenizer)
 
 
 def batch_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:

@@ -5,6 +5,7 @@ tokenizer. llm.py calls it at construction; models/loader.py reads the weights.
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*.json", "*.model", "vocab.json", "vocab.txt")
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # its packages
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); give tokenizer=FOLDER, or "
             f"skip_tokenizer_init=True for prompts of token ids"
         )
+    _check_sentencepiece(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a missing or broken tokenizer
@@ -174,3 +177,27 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} has a tokenizer that does not load ({error}); give tokenizer=FOLDER, or "
             f"skip_tokenizer_init=True for prompts of token ids"
         ) from error
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """A tokenizer in sentencepiece's format alone needs packages; without them transformers takes
+    its file for another format, and asks for that one's."""
+    others = [pattern for pattern in TOKENIZER_FILES if pattern != "*.model"]
+    if any(any(folder.glob(pattern)) for pattern in others):
+        return
+    missing = [package for name, package in SENTENCEPIECE.items() if not _is_installed(name)]
+    for file in folder.glob("*.model"):
+        with file.open("rb") as content:
+            is_sentencepiece = content.read(1) == b"\n"  # protobuf's mark of its first piece
+        if missing and is_sentencepiece:
+            raise ValueError(
+                f"{folder} has its tokenizer in sentencepiece's format alone ({file.name}), which "
+                f"needs packages that are not installed: pip install {' '.join(missing)}"
+            )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from nanovllm.worker.record import StepRecord
@@ -61,7 +62,8 @@ class LogitsProcessors:
             keep_allowed(logits, of.allowed.data[index])
         if of.bad_words.used[rows].any():
             words = of.bad_words.data[index]
-            ban_bad_words(logits, words, self._last_outputs(words.shape[2] - 1, columns))
+            begins = begins_of_words(words)
+            ban_bad_words(logits, words, begins, self._outputs_for(begins, columns))
         if (positions < of.min_len[rows]).any():
             stops = of.stop_token_ids.data[index]
             ban(logits, stops, (stops != NO_TOKEN) & (places < columns["min_len"]))
@@ -98,11 +100,12 @@ class LogitsProcessors:
             new = record.upload({"kept": kept, "rows": rows, "positions": positions})
             history.data[new["rows"], new["positions"]] = token_ids[new["kept"]].int()
 
-    def _last_outputs(self, num: int, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The last generated tokens, the latest first, [n, num]; before the first one stands a
-        number that equals no token."""
+    def _outputs_for(self, begins: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The generated token at the place of each token of a word, if the word's last one came
+        next; before the first one stands a number that equals no token."""
+        self.of.history.reserve(1)  # no word of several tokens has come yet
         history = self.of.history.data
-        places = columns["positions"] - 1 - torch.arange(num, device=history.device)
+        places = columns["positions"] + begins - torch.arange(begins.shape[1], device=begins.device)
         # Rows without a history have no words that need it.
         tokens = history[columns["rows"][:, None], places.clamp(0, history.shape[1] - 1)]
         return tokens.masked_fill_(places < columns["num_prompt_tokens"], NO_TOKEN - 1)
@@ -115,16 +118,27 @@ def keep_allowed(logits: torch.Tensor, bits: torch.Tensor) -> None:
     logits.masked_fill_(is_allowed == 0, -torch.inf)
 
 
-def ban_bad_words(logits: torch.Tensor, words: torch.Tensor, last_outputs: torch.Tensor) -> None:
+def begins_of_words(words: torch.Tensor) -> torch.Tensor:
+    """Where the word of each place begins, [n, m]: behind the last NO_TOKEN before it."""
+    behind = torch.arange(1, words.shape[1] + 1, device=words.device)
+    ends = torch.where(words == NO_TOKEN, behind, 0).cummax(1).values
+    return F.pad(ends[:, :-1], (1, 0))
+
+
+def ban_bad_words(
+    logits: torch.Tensor, words: torch.Tensor, begins: torch.Tensor, outputs: torch.Tensor
+) -> None:
     """A token that would complete a word can't be drawn.
 
     Args:
-        words: [n, words, tokens], the last token first, NO_TOKEN behind the first one.
-        last_outputs: [n, tokens - 1], the latest first.
+        words: [n, m], one after another, each the last token first, NO_TOKEN behind it.
+        begins: [n, m], where the word of each place begins.
+        outputs: [n, m], the generated token that each token of a word is compared with.
     """
-    last, before = words[:, :, 0], words[:, :, 1:]
-    is_next = ((before == last_outputs[:, None]) | (before == NO_TOKEN)).all(-1)
-    ban(logits, last, is_next & (last != NO_TOKEN))
+    is_last = begins == torch.arange(words.shape[1], device=words.device)
+    differs = (words != outputs) & (words != NO_TOKEN) & ~is_last
+    num_different = torch.zeros_like(words).scatter_add_(1, begins, differs.int())
+    ban(logits, words, is_last & (num_different == 0) & (words != NO_TOKEN))
 
 
 def ban(logits: torch.Tensor, token_ids: torch.Tensor, is_banned: torch.Tensor) -> None:

@@ -5,7 +5,6 @@ The runner has sequences start in them; inputs.py reads and writes their blocks,
 logits.py, host_processors.py and logprobs.py read what their requests want.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from nanovllm.ops.batch import RowState
 from nanovllm.worker.host_processors import HostRow
 from nanovllm.worker.logits import NO_TOKEN
 from nanovllm.worker.record import StepRecord
-
-NO_WORDS = np.empty((0, 0), np.int32)
 
 
 class Rows:
@@ -41,7 +38,7 @@ class Rows:
         any_limited, any_logprobs, any_changed: whether a row as it was last started is one.
         num_prompt_tokens, presence, frequency, repetition: [rows] of the rows that are changed.
         allowed: of each row a bit for each token of the vocabulary.
-        bad_words: token sequences, the last token first.
+        bad_words: one after another, each the last token first, NO_TOKEN behind it.
         history: tokens by position, prompt and output, of the rows that need them.
         on_host: by number the rows whose tokens the host has to see before the next draw.
         needs_host, has_grammar: [rows].
@@ -61,8 +58,8 @@ class Rows:
         def column(fill: float, dtype: Any) -> np.ndarray:
             return np.full(num_rows, fill, dtype)
 
-        def table(fill: float, dtype: Any = np.int32, num_dims: int = 1) -> RowTable:
-            return RowTable(num_rows, num_dims, fill, dtype, device)
+        def table(fill: float, dtype: Any = np.int32) -> RowTable:
+            return RowTable(num_rows, fill, dtype, device)
 
         self.block_tables = np.zeros((num_groups, num_rows, max_blocks), np.int32)
         self.ints = np.stack((column(0, np.int64), column(vocab_size, np.int64)))  # seed, top_k
@@ -84,7 +81,7 @@ class Rows:
         self.presence, self.frequency = column(0, np.float32), column(0, np.float32)
         self.repetition = column(1, np.float32)
         self.allowed = table(fill=-1)  # all bits
-        self.bad_words = table(fill=NO_TOKEN, num_dims=2)
+        self.bad_words = table(fill=NO_TOKEN)
         self.stop_token_ids = table(fill=NO_TOKEN)
         self.bias_ids, self.bias = table(fill=0), table(fill=0, dtype=np.float32)
         self.history = table(fill=0)
@@ -172,50 +169,41 @@ class RowTable:
 
     Args:
         num_rows: rows.
-        num_dims: of a row.
         fill: what stands for nothing.
         dtype: numpy's.
         device: where it lies.
 
     Attributes:
-        data: [rows, ...].
+        data: [rows, width].
         used: [rows] whether the row brought any.
     """
 
-    def __init__(
-        self, num_rows: int, num_dims: int, fill: float, dtype: type, device: torch.device
-    ):
+    def __init__(self, num_rows: int, fill: float, dtype: type, device: torch.device):
         self.fill, self.dtype = fill, dtype
         self.used = np.zeros(num_rows, bool)
-        empty = torch.from_numpy(np.empty((num_rows, *[0] * num_dims), dtype))
-        self.data = empty.to(device)
+        self.data = torch.from_numpy(np.empty((num_rows, 0), dtype)).to(device)
 
     def start(self, rows: np.ndarray, values: list[Any], record: StepRecord) -> None:
         """Rows begin anew with these numbers, arrays or sequences."""
         self.used[rows] = brings = [len(value) > 0 for value in values]
         if not (any(brings) or self.data.numel()):
             return  # no row ever brought any
-        arrays: list[np.ndarray] = [np.asarray(value, self.dtype) for value in values]
-        shape = np.max([array.shape for array in arrays], axis=0).tolist()
-        self.reserve(*shape)
-        new = np.full((len(rows), *shape), self.fill, self.dtype)
-        for line, array in zip(new, arrays, strict=True):
-            line[_corner(array.shape)] = array
+        width = max(map(len, values))
+        self.reserve(width)
+        new: np.ndarray = np.full((len(rows), width), self.fill, self.dtype)
+        for line, value in zip(new, values, strict=True):
+            line[: len(value)] = value
         tensors = record.upload({"rows": rows, "new": new})
         self.data.index_fill_(0, tensors["rows"], self.fill)
-        if new.size:
-            place: tuple[Any, ...] = (tensors["rows"], *_corner(shape))
-            self.data[place] = tensors["new"]
+        if width:
+            self.data[tensors["rows"], :width] = tensors["new"]
 
-    def reserve(self, *shape: int) -> None:
-        """Room for rows of that shape. It doubles, so that it seldom grows."""
-        old = self.data.shape[1:]
-        pairs = list(zip(shape, old, strict=True))
-        if any(n > room for n, room in pairs):
-            wider = [max(1 << (n - 1).bit_length(), room) for n, room in pairs]
-            data = self.data.new_full((len(self.data), *wider), self.fill)
-            place = (slice(None), *_corner(old))
-            data[place] = self.data
+    def reserve(self, width: int) -> None:
+        """Room for rows of that width. It doubles, so that it seldom grows."""
+        old = self.data.shape[1]
+        if width > old:
+            data = self.data.new_full((len(self.data), 1 << (width - 1).bit_length()), self.fill)
+            data[:, :old] = self.data
             self.data = data
 
 
@@ -234,16 +222,6 @@ def _allowed_bits(start: RowStart, vocab_size: int) -> np.ndarray:
     return np.packbits(allowed, bitorder="little").view(np.int32)
 
 
-def _bad_words(start: RowStart) -> np.ndarray:
+def _bad_words(start: RowStart) -> list[int]:
     words = start.params.bad_words_token_ids
-    if not words:
-        return NO_WORDS
-    array = np.full((len(words), max(map(len, words))), NO_TOKEN, np.int32)
-    for line, word in zip(array, words, strict=True):
-        line[: len(word)] = word[::-1]
-    return array
-
-
-def _corner(shape: Iterable[int]) -> tuple[slice, ...]:
-    """The first elements of this number along each dimension."""
-    return tuple(slice(n) for n in shape)
+    return [token for word in words for token in (*reversed(word), NO_TOKEN)]

@@ -55,7 +55,7 @@ class Sampler:
         index = columns["index"]
         num = len(draws) if self.of.limited[rows].any() else 2  # without limits
         tensors = [tensor for tensor in draws[:num] if tensor is not None]
-        step = max(1, PROCESSED_LOGITS // self.of.vocab_size)
+        step = max(1, PROCESSED_LOGITS // max(self.of.vocab_size, self.of.bad_words.data.shape[1]))
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             at = index[part]

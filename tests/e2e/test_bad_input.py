@@ -1,9 +1,11 @@
 """Every mistake of a user is an error that names the thing and the remedy, before anything runs."""
 
+import io
 import json
 import logging
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import make_checkpoint
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.ops import platform
@@ -300,6 +303,40 @@ def test_a_tokenizer_that_is_broken_or_not_there(without_tokenizer, tiny, broken
     message = rf"has {what} \(.*; give tokenizer=FOLDER, or skip_tokenizer_init=True for"
     with pytest.raises(ValueError, match=message):
         LLM(str(without_tokenizer), **SMALL)
+
+
+SPM_HEAD = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"  # of a file in sentencepiece's format
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_a_sentencepiece_tokenizer_names_the_packages_it_needs(
+    without_tokenizer, monkeypatch, name
+):
+    (without_tokenizer / name).write_bytes(SPM_HEAD)
+    for module in ("sentencepiece", "google.protobuf", "google"):
+        monkeypatch.setitem(sys.modules, module, None)
+    message = rf"format alone \({name}\), which needs .*: pip install sentencepiece protobuf$"
+    with pytest.raises(ValueError, match=message):
+        LLM(str(without_tokenizer), **SMALL)
+
+
+def test_a_sentencepiece_tokenizer_loads(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    folder, model = make_checkpoint(tmp_path, "llama", vocab_size=300), io.BytesIO()
+    text = "In the beginning God created the heaven and the earth"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 9), model_writer=model, vocab_size=285,
+        model_type="bpe", byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with LLM(str(folder), dtype="float32", max_model_len=64) as llm:
+        params = SamplingParams(max_tokens=4, logprobs=0, bad_words=["\n", "earth"])
+        [out] = llm.generate("In the \N{PARTY POPPER}", params, use_tqdm=False)
+    known = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert out.prompt_token_ids == known.encode("In the \N{PARTY POPPER}")
+    assert len(out["token_ids"]) == len(out.outputs[0].logprobs) == 4
 
 
 def test_without_a_tokenizer_prompts_are_token_ids(without_tokenizer):

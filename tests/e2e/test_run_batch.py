@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,24 @@ def test_logprobs_have_openais_forms(run, llm):
         assert bytes(entry["bytes"]).decode() == entry["token"] and len(entry["top_logprobs"]) == 2
 
 
+def test_characters_of_several_tokens_keep_their_bytes_and_places(run, llm):
+    text = "a\N{PARTY POPPER}b"
+    lines = [
+        line("a", prompt=text, echo=True, logprobs=0, max_tokens=1, n=2, temperature=1, seed=1),
+        line("b", CHAT, messages=WHO, max_tokens=20, structured_outputs={"choice": [text]},
+             top_logprobs=3, logprobs=True),
+    ]  # fmt: skip
+    echo, chat = map(body_of, sorted(run(lines), key=itemgetter("custom_id")))
+    for choice in echo["choices"]:
+        tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+        assert tokens[:6] == ["a", "", "", "", "\N{PARTY POPPER}", "b"]
+        assert offsets[:7] == [0, 1, 1, 1, 1, 2, 3]
+        assert "".join(tokens) == choice["text"]
+    content = chat["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).startswith(text.encode())
+    assert "".join(entry["token"] for entry in content).startswith(text)
+
+
 def test_an_echo_has_the_prompts_logprobs(run, llm):
     [record] = run([line("a", echo=True, logprobs=1)])
     [choice] = body_of(record)["choices"]
@@ -197,11 +217,41 @@ def test_who_fails_every_step_is_an_error_record(run, llm, monkeypatch):
 
 
 def test_prompts_are_cut(run):
-    [record] = run([line("a", truncate_prompt_tokens=2, truncation_side="left")])
-    assert body_of(record)["usage"]["prompt_tokens"] == 2
+    ids = [300, 400, 500]
+    lines = [
+        line("a", truncate_prompt_tokens=2),
+        line("b", truncate_prompt_tokens=2, prompt=ids),
+        line("c", prompt=ids[1:]),
+    ]
+    text, cut, end = map(body_of, sorted(run(lines), key=itemgetter("custom_id")))
+    assert text["usage"]["prompt_tokens"] == 2
+    assert cut["choices"][0]["text"] == end["choices"][0]["text"]
 
 
 # Bad lines
+
+
+def test_a_line_of_tens_of_megabytes_takes_no_more_than_its_text(run):
+    text = "word " * 4_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    messages = [{"role": "user", "content": text}]
+    records = run(
+        [
+            line("a", prompt=text),
+            line("b", CHAT, messages=messages),
+            line("c", prompt=[text[: 2**20]] * 10),
+            line("d", prompt=text, truncate_prompt_tokens=5),
+            line("e", CHAT, messages=messages, truncate_prompt_tokens=5, max_tokens=8),
+        ]
+    )
+    *refused, cut, cut_chat = sorted(records, key=itemgetter("custom_id"))
+    for record in refused:
+        assert record["response"]["status_code"] == 400
+        assert "characters, too many for the 2047 tokens" in record["error"]["message"]
+    for record in (cut, cut_chat):
+        assert body_of(record)["usage"]["prompt_tokens"] == 5
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken < 500 * 1024  # kilobytes; it was 3 GiB
 
 
 def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):

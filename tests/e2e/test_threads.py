@@ -23,6 +23,7 @@ from patience import PATIENCE
 
 from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.engine.policy import RoundRobin
+from nanovllm.frontend import prompts
 from nanovllm.sampling_params import StructuredOutputsParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,6 +70,26 @@ def before_step(llm, monkeypatch, nth, function):
 
     monkeypatch.setattr(executor, "submit", noting)
     return steps
+
+
+def test_no_call_waits_while_another_prompt_is_tokenized(llm, monkeypatch):
+    begun, may_end, tokenize = threading.Event(), threading.Event(), prompts.tokenize
+
+    def slow(texts, *args, **options):
+        if texts == ["long"]:
+            begun.set()
+            assert may_end.wait(60)
+        return tokenize(texts, *args, **options)
+
+    monkeypatch.setattr(prompts, "tokenize", slow)
+    with ThreadPoolExecutor() as pool:
+        long = pool.submit(tokens, llm, "long")
+        assert begun.wait(60)
+        try:
+            assert pool.submit(tokens, llm).result(60) and not long.done()
+        finally:
+            may_end.set()
+        assert long.result(60)
 
 
 # Interrupts hit the caller

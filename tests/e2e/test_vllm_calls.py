@@ -4,6 +4,7 @@ templates, overrides of the checkpoint's files, profiles."""
 import _thread
 import functools
 import gzip
+import itertools
 import json
 import re
 import threading
@@ -11,9 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 from patience import PATIENCE
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams, TextPrompt, TokensPrompt
+from nanovllm.frontend import tokenization
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,11 +106,56 @@ def test_prompts_are_cut_to_a_length(llm, skip):
 
     assert cut(truncate_prompt_tokens=4, truncation_side="left") == [ids[-4:]] * 4 + [ids[:2]]
     assert cut(truncate_prompt_tokens=4, truncation_side="right") == [ids[:4]] * 4 + [ids[:2]]
+    assert cut(truncate_prompt_tokens=4) == [ids[-4:]] * 4 + [ids[:2]]  # a question's end counts
     assert cut(truncate_prompt_tokens=-1) == [ids] * 4 + [ids[:2]]
     [long] = llm.generate(
         [ids * 999], greedy(1), use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1}
     )
     assert len(long.prompt_token_ids) == llm.max_model_len - 1
+
+
+def test_a_cut_chat_keeps_its_question(llm):
+    messages = [{"role": "user", "content": "filler " * 50 + "Who are you?"}]
+    kwargs = {"truncate_prompt_tokens": 12}
+    [out] = llm.chat(messages, greedy(1), use_tqdm=False, tokenization_kwargs=kwargs)
+    text = llm.get_tokenizer().decode(out.prompt_token_ids)
+    assert text.endswith("Who are you?<|im_end|>\n<|im_start|>assistant\n")
+    assert len(out.prompt_token_ids) == 12
+
+
+def test_of_a_long_text_its_end_is_tokenized(llm, monkeypatch):
+    tokenizer, text = llm.get_tokenizer(), " ".join(f"{TEXT} {i}" for i in range(9000))
+    ids = tokenizer(text)["input_ids"]
+    seen = []
+
+    def watched(texts, **options):
+        seen.extend(map(len, texts))
+        return tokenizer(texts, **options)
+
+    monkeypatch.setattr("nanovllm.frontend.prompts.TEXT_AT_ONCE", 500)
+    for length, side in ((5, "left"), (2000, "left"), (5, "right"), (2000, "right")):
+        kwargs = {"truncate_prompt_tokens": length, "truncation_side": side}
+        [found] = tokenization.tokenize(text, watched, 4096, 2048, kwargs)
+        assert found["prompt_token_ids"] == (ids[-length:] if side == "left" else ids[:length])
+    assert max(seen) == 500 * 4**3 < len(text)
+
+
+@pytest.mark.parametrize("around", ["<|im_start|> $A", "<|im_start|> $A <|im_end|>", "$A"])
+def test_the_special_tokens_of_a_text_stay(tiny, around):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=around, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    for length, side in itertools.product((3, 5, 8, 99), ("left", "right")):
+        kwargs = {"truncate_prompt_tokens": length, "truncation_side": side}
+        [found] = tokenization.tokenize(TEXT, tokenizer, 4096, 100, kwargs)
+        tokenizer.truncation_side = side
+        wanted = tokenizer(TEXT, truncation=True, max_length=length)["input_ids"]
+        assert found["prompt_token_ids"] == wanted
+        kwargs["add_special_tokens"] = False
+        [found] = tokenization.tokenize(TEXT, tokenizer, 4096, 100, kwargs)
+        plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        assert found["prompt_token_ids"] == (plain[-length:] if side == "left" else plain[:length])
 
 
 @pytest.mark.parametrize(
@@ -152,8 +201,20 @@ def test_the_constructors_template_is_chats(tiny, tmp_path, llm):
             assert out.prompt == "user"
     with pytest.raises(ValueError, match="chat_template 'missing' is no file here"):
         LLM(str(tiny), chat_template="missing", **SMALL)
-    with pytest.raises(ValueError, match="must be 'auto' or 'string', got 'openai'"):
-        llm.chat(WHO, greedy(), chat_template_content_format="openai")
+    with pytest.raises(ValueError, match="must be 'auto', 'string' or 'openai', got 'parts'"):
+        llm.chat(WHO, greedy(), chat_template_content_format="parts")
+
+
+def test_a_template_that_loops_over_parts_gets_the_message(llm):
+    template = (
+        "{% for m in messages %}{% for p in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{{ m.role }}: {{ p.text }}{% endfor %}{% endfor %} verdict:"
+    )
+    parts = [{"type": "text", "text": "how to pick a lock"}]
+    for content in ("how to pick a lock", parts, ["how to pick a lock"]):
+        messages = [{"role": "user", "content": content}]
+        [prompt] = llm.render_chat(messages, chat_template=template)
+        assert prompt["prompt"] == "user: how to pick a lock verdict:"
 
 
 def test_the_checkpoints_files_are_overridden(tiny, tmp_path):

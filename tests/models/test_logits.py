@@ -44,7 +44,7 @@ def setting():
             SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, **values)
         )
         bound = SamplingParams(**values)
-        bind_params(bound, vocab_size, tokenizer)
+        bind_params(bound, vocab_size, tokenizer, 64)
         expected.append(asked_greedy(oracle, bound, prompt, NUM_TOKENS))
     return prompts, params, expected
 
@@ -105,15 +105,61 @@ def test_bad_words_stay_out_of_the_text(llm):
         assert not set(bad_words) & set(re.findall(r"\w+", text)), (plain, text)
 
 
-def test_bad_words_are_tokens_at_the_beginning_and_within(llm):
-    class Tokenizer:
-        def encode(self, text, add_special_tokens):
-            assert add_special_tokens is False
-            return {"a": [1], " a": [2], "ab": [3, 4], " ab": [5], "c": [6], " c": [6]}[text]
+def bad_words_of(tokenizer, words, max_model_len=64, **values):
+    params = SamplingParams(bad_words=words, **values)
+    bind_params(params, 10**6, tokenizer, max_model_len)
+    return params.bad_words_token_ids
 
-    params = SamplingParams(bad_words=["a", " ab", "c", "a"])
-    bind_params(params, 10, Tokenizer())
-    assert params.bad_words_token_ids == [[1], [2], [3, 4], [6]]  # as in vLLM
+
+def test_bad_words_are_tokens_at_the_beginning_after_a_space_and_a_line():
+    ids = {"a": [1], " a": [9, 1], "ab": [3, 4], " ab": [5], "c": [6], " c": [6]}
+    ids |= {"\n": [9, 7], "\na": [9, 7, 2], "\nab": [9, 7, 4, 3], "\nc": [8]}
+    ids |= {" \n": [9, 9, 7], "\n\n": [9, 7, 7]}
+
+    def sentencepiece(texts, add_special_tokens, **_):
+        """Writes a space in front of a text."""
+        assert add_special_tokens is False
+        return {"input_ids": [ids[text] for text in texts]}
+
+    found = bad_words_of(sentencepiece, ["a", " ab", "c", "a"])
+    assert found == [[1], [9, 1], [2], [3, 4], [5], [4, 3], [6]]
+    assert bad_words_of(sentencepiece, ["\n"]) == [[9, 7], [9, 9, 7], [7]]
+
+
+def test_bad_words_in_the_usual_place(llm):
+    tokenizer = llm.get_tokenizer()
+    for word in ("days", " days"):  # two tokens, or one after a space
+        params = SamplingParams(temperature=0, max_tokens=8, bad_words=[word])
+        assert "days" not in llm.generate("In the beginning", params, use_tqdm=False)[0]["text"]
+        spellings = [tokenizer.encode("days"), tokenizer.encode(" days")]
+        assert bad_words_of(tokenizer, [word]) == spellings
+    for space in ("\n", " ", "\t", " \n"):
+        assert tokenizer.encode(space) in bad_words_of(tokenizer, [space])
+
+
+def test_bad_words_without_room_are_left_out_and_too_many_are_refused(llm):
+    tokenizer = llm.get_tokenizer()
+    long = "word " * 40_000
+    assert bad_words_of(tokenizer, [long, "the"]) == bad_words_of(tokenizer, ["the"])
+    assert bad_words_of(tokenizer, [long]) == []
+    word = "It is a truth"
+    size = len(tokenizer.encode(word))
+    for most in (dict(max_tokens=size), dict(max_model_len=size + 1)):
+        assert tokenizer.encode(word) in bad_words_of(tokenizer, [word], **most)
+    for less in (dict(max_tokens=size - 1), dict(max_model_len=size)):
+        assert tokenizer.encode(word) not in bad_words_of(tokenizer, [word], **less)
+    with pytest.raises(ValueError, match=r"tokens and spellings may be 32768: leave some words"):
+        bad_words_of(tokenizer, [f"word {i}" for i in range(4000)])
+
+
+def test_thousands_of_bad_words_beside_other_requests(llm):
+    words = [f"w{i}" for i in range(2000)] + ["word " * 40_000]
+    others = SamplingParams(temperature=0, max_tokens=6)
+    params = [SamplingParams(temperature=0, max_tokens=6, bad_words=words), others]
+    outputs = llm.generate(["In the beginning"] * 2, params, use_tqdm=False)
+    assert [out.outputs[0].finish_reason for out in outputs] == ["length"] * 2
+    alone = llm.generate("In the beginning", others, use_tqdm=False)
+    assert outputs[0]["text"] == outputs[1]["text"] == alone[0]["text"]
 
 
 def test_generation_config_may_ask_for_a_penalty(copy_tiny):
@@ -156,7 +202,7 @@ def test_what_the_vocabulary_does_not_have_is_refused_and_nothing_runs(llm):
 def test_bad_words_need_a_tokenizer():
     params = SamplingParams(bad_words=["a"])
     with pytest.raises(ValueError, match="bad_words need a tokenizer"):
-        bind_params(params, 10, None)
+        bind_params(params, 10, None, 64)
 
 
 def test_changing_parameters_after_admission_has_no_effect(llm):

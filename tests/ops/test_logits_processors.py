@@ -135,7 +135,25 @@ def test_single_bad_words_need_no_history():
     logits = torch.randn(2, VOCAB)
     found = processed(sampling, logits, np.arange(2), np.array([6, 6]))
     torch.testing.assert_close(found[0], asked_logits(params, logits[0], PROMPT, OUTPUT[:2]))
-    assert not sampling.rows.history.data.numel()
+    assert not sampling.rows.history.used.any()
+
+
+def test_a_long_word_beside_many_takes_the_room_of_its_tokens():
+    sampling = RowSampling([], VOCAB, num_rows=2)
+    long, words = [5, 6] * 1000, [[i % VOCAB, (i + 1) % VOCAB] for i in range(2000)]
+    sampling.start([start(0, bad_words(*words, long)), start(1, SamplingParams())])
+    assert sampling.rows.bad_words.data.shape == (3, 8192)  # 2000 * 3 + 2001, doubled
+    output = torch.tensor([[5, 6] * 999 + [5], [5] * 1999])
+    logits = torch.randn(2, VOCAB)
+    for n in range(output.shape[1] + 1):
+        if n in (0, 3, 1999):
+            found = processed(sampling, logits, np.arange(2), np.full(2, len(PROMPT) + n))
+            banned = {0: [], 3: [6], 1999: [6]}[n]
+            expected = logits[0].index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf)
+            assert torch.equal(found[0], expected) and torch.equal(found[1], logits[1])
+        if n < output.shape[1]:
+            places = np.full(2, len(PROMPT) + n)
+            sampling.sampler.processors.keep(np.arange(2), places, output[:, n], sampling.record)
 
 
 def test_rows_say_whether_their_logits_are_changed():
