@@ -1,5 +1,7 @@
 """run-batch: files of requests in OpenAI's format, and what a killed run leaves behind."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -285,19 +287,80 @@ def test_files_that_will_not_do(files, llm, run):
     write(source, [line("a"), line("b")])
     with pytest.raises(BatchFileError, match="is both input and output"):
         run_batch(no_llm, source, source)
-    for other in (b"my diary\n", b"my diary", b'{"id": "batch_req_1"\n', b"\n"):
+    for other in (b"my diary\n", b"my diary", b'{"id": "batch_req_1"\n', b"\n", b"\0\0mp4\n",
+                  b'{"id": "batch_req_1", "custom_id": "a"}\n'):  # fmt: skip
         results.write_bytes(other)
         with pytest.raises(BatchFileError, match=r"something else than results|a broken line"):
             run_batch(no_llm, *files)
         assert results.read_bytes() == other
-    results.unlink()
-    run([line("a"), line("b")])
-    with pytest.raises(BatchFileError, match="another file: line 1 is 'c' now, and was 'a'"):
-        run([line("c"), line("b")])
+
+
+def test_files_that_are_no_regular_files(files, tmp_path):
+    source, results = files
+    write(source, [line("a")])
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for odd in (pipe, tmp_path, Path("/dev/null")):
+        for pair in ((source, odd), (odd, results)):
+            with pytest.raises(BatchFileError, match=f"{odd} is no regular file"):
+                run_batch(no_llm, *pair)
+    assert not results.exists()
 
 
 @pytest.mark.parametrize(
-    "rest", [b"", b'{"id": "ba', b'{"id": "batch_req_1", "custom_id": "a", "r']
+    ("change", "message"),
+    [
+        (lambda lines: [line("c"), *lines[1:]], "line 1 of .* is not the one that has a result"),
+        (lambda lines: [*lines[:2], line("c", top_k=3)], "line 3 of .* is not the one"),
+        (lambda lines: [*lines[:1], b"", *lines[1:]], "line 2 of .* is not the one"),
+        (lambda lines: [*lines[:1], b"[", *lines[2:]], "line 2 of .* is not the one"),
+        (lambda lines: lines[:2], "has a result of line 3, and .* has 2 lines"),
+        (lambda lines: lines[1:], "line 1 of .* is not the one"),
+    ],
+)
+def test_results_of_another_input_are_refused(files, run, change, message):
+    lines = [line("a", prompt="a"), b"{", line("c")]
+    before = run(lines)
+    write(files[0], change(lines))
+    with pytest.raises(BatchFileError, match=message):
+        run_batch(no_llm, *files)
+    assert read(files[1]) == before
+    more = run([*lines, line("d")])
+    assert more[:3] == before and body_of(more[3]), "lines may be added"
+
+
+def test_results_of_another_model_are_refused(files, run, tiny):
+    before = run([line("a"), b"{"])
+    write(files[0], [line("a"), b"{", line("b")])
+    other = str(tiny.parent / "." / ".." / tiny.parent.name / tiny.name)
+    with pytest.raises(BatchFileError, match=r"results of the model .*, and .* runs now: give"):
+        run_batch(lambda: LLM(other, max_model_len=64), *files, use_tqdm=False)
+    assert read(files[1]) == before
+
+
+def test_one_process_writes_results(files, run, monkeypatch):
+    write(files[0], [line("a")])
+    with files[1].open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BatchFileError, match="another process writes its results into"):
+            run_batch(no_llm, *files)
+    assert body_of(run([line("a")])[0])
+
+
+def test_a_disk_without_locks(files, run, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert body_of(run([line("a")])[0])
+    assert "start no second run" in caplog.text
+
+
+HALF = b'{"id": "batch_req_1", "custom_id": "a", "r'
+
+
+@pytest.mark.parametrize(
+    "rest", [b"", b'{"id": "ba', HALF, b"\0" * 5000, HALF + b"\0" * 50, b"\0\0 lost\n" + HALF]
 )
 def test_a_half_written_line_is_done_again(run, files, rest):
     first = run([line("a", prompt="a"), b"{", line("b"), line("c")])
@@ -309,6 +372,11 @@ def test_a_half_written_line_is_done_again(run, files, rest):
     for old, new in zip(first, again, strict=True):
         choices = [(record["response"]["body"] or {}).get("choices") for record in (old, new)]
         assert choices[0] == choices[1] and old["error"] == new["error"]
+
+
+def test_a_file_of_nuls_has_no_results(run, files):
+    files[1].write_bytes(b"\0" * 4096)
+    assert body_of(run([line("a")])[0])
 
 
 def test_a_window_of_requests_is_in_memory(run, llm, monkeypatch):
