@@ -63,12 +63,16 @@ class Request:
     echo: bool
 
 
-def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> Request:
+def read_request(
+    llm: LLM, url: Any, body: Any, model_names: Iterable[str], trusts_templates: bool = False
+) -> Request:
     """Check a body.
 
     Args:
         url: the endpoint, CHAT or COMPLETIONS.
         model_names: the values that the body's `model` may have.
+        trusts_templates: whether the body may bring a chat template, a program that can run for
+            ever.
 
     Raises:
         ValueError, TypeError: a field is missing or not supported, or its value is invalid.
@@ -90,7 +94,7 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     values["structured_outputs"] = _structured_outputs(left)
     if url == CHAT:
         echo = False
-        prompt_list = _chat_prompts(llm, left)
+        prompt_list = _chat_prompts(llm, left, trusts_templates)
         values["max_tokens"] = left.pop("max_tokens", None)
         values["max_tokens"] = left.pop("max_completion_tokens", values["max_tokens"])
         wanted, num_top = left.pop("logprobs", False), left.pop("top_logprobs", None)
@@ -123,7 +127,7 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     return Request(url, prompt_list, params, echo)
 
 
-def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
+def _chat_prompts(llm: LLM, left: dict[str, Any], trusts_templates: bool) -> list[Any]:
     messages = left.pop("messages", None)
     if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
         raise TypeError(f"messages must be a list of at least one message, got {messages!r:.80}")
@@ -134,6 +138,11 @@ def _chat_prompts(llm: LLM, left: dict[str, Any]) -> list[Any]:
     if not isinstance(kwargs := left.pop("chat_template_kwargs", {}), dict):
         raise TypeError(f"chat_template_kwargs must be a JSON object, got {kwargs!r:.80}")
     values |= kwargs
+    if not trusts_templates and "chat_template" in options | values:
+        raise ValueError(
+            "chat_template: a request's own template is a program, which runs only with "
+            "--trust-request-chat-template; --chat-template names one for all requests"
+        )
     return llm.render_chat(messages, chat_template_kwargs=values, **options)
 
 

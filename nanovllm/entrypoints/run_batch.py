@@ -54,6 +54,7 @@ def run_batch(
     results: Path,
     model_names: Iterable[str] = (),
     use_tqdm: bool = True,
+    trusts_templates: bool = False,
 ) -> str:
     """Answer all lines that have no result yet.
 
@@ -62,6 +63,7 @@ def run_batch(
         source: a request a line.
         results: where results are appended; made if it is missing.
         model_names: what requests may call the model, besides its own name.
+        trusts_templates: whether requests may bring chat templates; see read_request.
 
     Returns: how many were done, in words.
 
@@ -93,7 +95,7 @@ def run_batch(
                     f"{results} has results of the model {min(others)!r}, and {llm.config.model!r} "
                     f"runs now: give the model as before, or {OTHER_FILE}"
                 )
-            batch = Batch(llm, old.hashes.keys(), sink, model_names, bar)
+            batch = Batch(llm, old.hashes.keys(), sink, model_names, bar, trusts_templates)
             batch.run(enumerate(lines, 1))
     return (
         f"{batch.num_good} answers, {batch.num_errors} errors in {results}"
@@ -187,6 +189,7 @@ class Batch:
         sink: takes the results.
         model_names: what requests may call the model, besides its own name.
         bar: counts lines.
+        trusts_templates: as of run_batch.
     """
 
     def __init__(
@@ -196,11 +199,13 @@ class Batch:
         sink: IO[bytes],
         model_names: Iterable[str],
         bar: Any,
+        trusts_templates: bool,
     ):
         self.llm, self.done, self.sink, self.bar = llm, done, sink, bar
         self.tokenizer = llm.get_tokenizer()
         self.model = llm.config.model
         self.model_names = {self.model, *model_names}
+        self.trusts_templates = trusts_templates
         self.seen: dict[str, int] = {}  # the line of each custom_id
         self.running: dict[str, tuple[Line, int]] = {}  # request id -> its line, which prompt
         self.num_good = self.num_errors = 0
@@ -275,7 +280,8 @@ class Batch:
             raise ValueError(f"line {self.seen[line.custom_id]} has the same custom_id")
         if content.get("method", "POST") != "POST":
             raise ValueError(f"method must be POST, got {content['method']!r:.80}")
-        request = read_request(self.llm, content.get("url"), content.get("body"), self.model_names)
+        url, body = content.get("url"), content.get("body")
+        request = read_request(self.llm, url, body, self.model_names, self.trusts_templates)
         request_ids: list[str] = []
         try:
             for prompt in request.prompts:

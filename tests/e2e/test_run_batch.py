@@ -51,9 +51,9 @@ def read(path):
 def run(llm, files):
     """Runs lines on the one LLM, which is not closed."""
 
-    def run(lines, names=()):
+    def run(lines, names=(), **options):
         write(files[0], lines)
-        run_batch(lambda: nullcontext(llm), *files, names, use_tqdm=False)
+        run_batch(lambda: nullcontext(llm), *files, names, use_tqdm=False, **options)
         assert llm.is_finished()
         return read(files[1])
 
@@ -244,6 +244,10 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         (line("grammar", structured_outputs=5), "structured_outputs must be a JSON object, got 5"),
         (line("template", CHAT, messages=WHO, chat_template_kwargs=[5]),
          "chat_template_kwargs must be a JSON object, got [5]"),
+        (line("loop", CHAT, messages=WHO, chat_template="{% for i in range(10**9) %}a{% endfor %}"),
+         "chat_template: a request's own template is a program"),
+        (line("loop 2", CHAT, messages=WHO, chat_template_kwargs={"chat_template": "{{ 'a' }}"}),
+         "chat_template: a request's own template is a program"),
         (line("thought", thinking_token_budget=5), "not supported: thinking_token_budget"),
     ]  # fmt: skip
     records = run([line("good 0"), *(entry for entry, _ in bad), line("good 1")])
@@ -254,6 +258,13 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         assert record["response"]["status_code"] == 400 and record["response"]["body"] is None
         custom_id = entry.get("custom_id") if isinstance(entry, dict) else None
         assert record["custom_id"] == (custom_id if isinstance(custom_id, str) else None)
+
+
+def test_a_requests_own_template_runs_if_it_is_trusted(run, llm):
+    echo = {"chat_template": "{{ messages[0].content }}", "max_tokens": 8}
+    lines = [line("a", CHAT, messages=WHO, **echo), line("b", prompt=WHO[0]["content"])]
+    own, plain = map(body_of, run(lines, trusts_templates=True))
+    assert own["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
 
 
 def test_odd_files(run, files, llm):
