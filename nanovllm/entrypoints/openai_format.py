@@ -55,12 +55,18 @@ LOWEST = -9999.0  # JSON has no -inf
 
 @dataclass
 class Request:
-    """A checked body: what to generate, and the form of the answer."""
+    """A checked body: what to generate, and the form of the answer.
+
+    Attributes:
+        echo: whether the answer begins with the prompt.
+        only_echo: whether it ends there. The one token that the engine generates is left out.
+    """
 
     url: str
     prompts: list[Any]
     params: SamplingParams
-    echo: bool
+    echo: bool = False
+    only_echo: bool = False
 
 
 def read_request(
@@ -92,8 +98,8 @@ def read_request(
     values = {name: left.pop(name) for name in SAME & left.keys()}
     tokenize = {name: left.pop(name) for name in tokenization.KEYS & left.keys()}
     values["structured_outputs"] = _structured_outputs(left)
+    echo = only_echo = False
     if url == CHAT:
-        echo = False
         prompt_list = _chat_prompts(llm, left, trusts_templates)
         values["max_tokens"] = left.pop("max_tokens", None)
         values["max_tokens"] = left.pop("max_completion_tokens", values["max_tokens"])
@@ -107,6 +113,9 @@ def read_request(
         echo = bool(left.pop("echo", False))
         prompt_list = _plain_prompts(left)
         values["max_tokens"] = left.pop("max_tokens", 16)
+        only_echo = echo and type(values["max_tokens"]) is int and values["max_tokens"] == 0
+        if only_echo:
+            values["max_tokens"] = 1
         values["logprobs"] = left.pop("logprobs", None)
         if echo and values["logprobs"] is not None:
             values.setdefault("prompt_logprobs", values["logprobs"])
@@ -124,7 +133,7 @@ def read_request(
     default = llm.get_default_sampling_params()
     values = {name: getattr(default, name) for name in RECOMMENDED} | values
     params = SamplingParams.from_optional(**values, output_kind=RequestOutputKind.FINAL_ONLY)
-    return Request(url, prompt_list, params, echo)
+    return Request(url, prompt_list, params, echo, only_echo)
 
 
 def _chat_prompts(llm: LLM, left: dict[str, Any], trusts_templates: bool) -> list[Any]:
@@ -193,6 +202,9 @@ def make_response(
         outputs: one finished output for each prompt.
     """
     is_chat = request.url == CHAT
+    if request.only_echo:
+        for output in outputs:
+            output.outputs = [_without_tokens(completion) for completion in output.outputs]
     choices: list[dict[str, Any]] = []
     for output in outputs:
         for completion in output.outputs:
@@ -225,6 +237,11 @@ def make_response(
             "prompt_tokens_details": {"cached_tokens": sum(o.num_cached_tokens for o in outputs)},
         },
     }
+
+
+def _without_tokens(completion: CompletionOutput) -> CompletionOutput:
+    logprobs: list[dict[int, Logprob]] | None = None if completion.logprobs is None else []
+    return CompletionOutput(completion.index, "", [], logprobs=logprobs, finish_reason="length")
 
 
 def _as_json(entry: Logprob) -> dict[str, Any]:

@@ -145,6 +145,39 @@ def test_an_echo_has_the_prompts_logprobs(run, llm):
     assert choice["prompt_logprobs"][1][str(ids[1])].keys() == {"logprob", "rank", "decoded_token"}
 
 
+def test_an_echo_without_a_token_scores_the_prompt(run, llm):
+    ids = llm.get_tokenizer()(TEXT)["input_ids"]
+    only = dict(echo=True, max_tokens=0)
+    text, tokens, several, plain, one = map(
+        body_of,
+        run(
+            [
+                line("a", **only, logprobs=2),
+                line("b", **only, logprobs=0, prompt=ids),
+                line("c", **only, logprobs=1, prompt=[TEXT, "The king"], n=2, temperature=1),
+                line("d", **only, ignore_eos=True, stop="a"),
+                line("e", **only, logprobs=1, prompt=ids[:1]),
+            ]
+        ),
+    )
+    [want] = llm.loglikelihood([(ids[:1], ids[1:])], use_tqdm=False)
+    for body in (text, tokens):
+        [choice] = body["choices"]
+        logprobs = choice["logprobs"]
+        assert choice["text"] == "".join(logprobs["tokens"]) == TEXT
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        assert logprobs["token_logprobs"][1:] == pytest.approx(want.logprobs, abs=1e-4)
+        assert len(logprobs["text_offset"]) == len(logprobs["top_logprobs"]) == len(ids)
+        usage = (body["usage"]["completion_tokens"], body["usage"]["total_tokens"])
+        assert usage == (0, len(ids))
+    assert {len(top) for top in text["choices"][0]["logprobs"]["top_logprobs"][1:]} <= {2, 3}
+    assert [c["text"] for c in several["choices"]] == [TEXT, TEXT, "The king", "The king"]
+    assert [c["index"] for c in several["choices"]] == [0, 1, 2, 3]
+    assert (plain["choices"][0]["text"], plain["choices"][0]["logprobs"]) == (TEXT, None)
+    assert one["choices"][0]["logprobs"]["token_logprobs"] == [None]
+
+
 def test_several_samples_are_several_choices(run):
     [record] = run([line("a", n=2, prompt=[TEXT, "The king"], temperature=1, seed=1)])
     body = body_of(record)
@@ -219,6 +252,9 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         ({**line("url 2"), "url": ["a"]}, "url must be"),
         ({**line("body"), "body": [1]}, "body must be a JSON object"),
         (line("range", temperature=3), "temperature must be in [0, 2]"),
+        (line("nothing", max_tokens=0), "max_tokens must be"),
+        (line("nothing 2", CHAT, messages=WHO, max_tokens=0), "max_tokens must be"),
+        (line("nothing 3", max_tokens=False, echo=True), "max_tokens must be"),
         (line("type", max_tokens="9"), "max_tokens must be a whole number"),
         (line("bias", logit_bias={"a": 1}), "logit_bias must be token id -> bias"),
         (line("vocabulary", logit_bias={"999999": 1}), "logit_bias has the token id 999999"),
