@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nanovllm.config import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS, EngineConfig
-from nanovllm.core.model_config import ModelConfig, token_id_tuple
+from nanovllm.core.model_config import LARGEST, ModelConfig, token_id_tuple
+from nanovllm.models.qwen2 import Qwen2ForCausalLM
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 
 @pytest.fixture
@@ -182,10 +184,14 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.25}
     [
         ({"hidden_act": "gelu"}, "activation 'gelu' is not supported; supported: 'silu'"),
         ({"layer_types": ["sliding_attention"]}, "sliding-window attention is not supported"),
-        (
-            {"use_sliding_window": True, "sliding_window": 128},
-            "sliding-window attention is not supported",
-        ),
+        *[
+            (
+                {"use_sliding_window": True, "max_window_layers": 4, "layer_types": None, **window},
+                "sliding-window attention is not supported",
+            )
+            for window in ({"sliding_window": 128}, {"sliding_window": ...})
+        ],
+        ({"layer_types": ["linear_attention"]}, "layer_types has 'linear_attention', which is not"),
         ({"quantization_config": {"quant_method": "gptq"}}, "(quant_method 'gptq')"),
         ({"num_key_value_heads": 3}, "(4) must be a multiple of num_key_value_heads (3)"),
         ({"head_dim": 63}, "head_dim must be even for RoPE, got 63"),
@@ -197,7 +203,68 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.25}
 )
 def test_what_is_not_supported_is_refused_by_name(hf, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ModelConfig.from_hf(hf | change)
+        ModelConfig.from_hf({k: v for k, v in (hf | change).items() if v is not ...})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 128},  # all layers are in layer_types
+        {"sliding_window": 128, "layer_types": None},  # max_window_layers: 28 of 5
+        {"sliding_window": 128, "layer_types": None, "max_window_layers": 5},
+        {"sliding_window": None, "layer_types": None, "max_window_layers": 0},
+    ],
+)
+def test_windows_that_no_layer_has_are_no_windows(hf, change):
+    assert ModelConfig.from_hf(hf | {"use_sliding_window": True} | change).num_layers == 5
+
+
+NO_NUMBERS = [math.nan, math.inf, -math.inf, "1", [1], {}, True, -1.0]
+HUGE = [2**31, 10**18, 10**400]
+DEEP = []
+for _ in range(900):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in [*SIZES, "num_key_value_heads", "head_dim"] for value in HUGE]
+    + [("rms_norm_eps", value) for value in [*NO_NUMBERS, 2, 1e300]]
+    + [("rope_theta", value) for value in [*NO_NUMBERS, 0, 1e300, 10**400]]
+    + [(key, value) for key in LARGEST for value in ([], {}, DEEP, "x" * 999, math.nan)]
+    + [(key, value) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")
+       for value in ("false", 0, [], DEEP)]
+    + [(key, value) for key in ("rope_scaling", "rope_parameters", "quantization_config")
+       for value in ("yarn", 5, [1], DEEP)]
+    + [("layer_types", value) for value in ("full_attention", 5, {})]
+    + [(key, value) for key in ("hidden_act", "eos_token_id") for value in ({}, 1.5, DEEP)],
+)  # fmt: skip
+def test_an_absurd_value_is_a_short_error_that_names_its_key(hf, key, value):
+    if key == "rope_theta":
+        hf["rope_parameters"] = None
+    with pytest.raises(ValueError, match=key) as info:
+        ModelConfig.from_hf(hf | {key: value})
+    assert len(str(info.value)) < 300
+
+
+@pytest.mark.parametrize("key", ["factor", "low_freq_factor", "high_freq_factor", "rope_theta",
+                                 "original_max_position_embeddings"])  # fmt: skip
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "8", [], 10**400])
+def test_an_absurd_value_of_rope_is_named(hf, key, value):
+    with pytest.raises(ValueError, match=key):
+        ModelConfig.from_hf(hf | new_form(LLAMA3 | {key: value}))
+
+
+def test_llama3s_wave_lengths_are_in_order(hf):
+    with pytest.raises(ValueError, match=r"low_freq_factor \(4\) must be below high_freq_factor"):
+        ModelConfig.from_hf(hf | new_form(LLAMA3 | {"low_freq_factor": 4.0}))
+
+
+def test_a_head_has_128_elements_in_qwen3_and_its_share_elsewhere(hf):
+    del hf["head_dim"]
+    for found in (hf, hf | {"head_dim": None}):
+        assert Qwen3ForCausalLM.read_config(found).head_dim == 128
+        assert Qwen2ForCausalLM.read_config(found).head_dim == 256 // 4
 
 
 def new_form(rope):

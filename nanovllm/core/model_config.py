@@ -8,6 +8,20 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+# The largest sizes that are believed, each several times the largest of a known model: what a
+# broken config.json asks for beyond them would be built, or allocated, for hours.
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 24,
+}
+LARGEST_ROPE = 1e15  # of RoPE's numbers
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -64,7 +78,7 @@ class ModelConfig:
         """
         try:
             return cls._parse(hf, activations)
-        except (AttributeError, TypeError) as error:
+        except (AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"config.json has a value of the wrong type: {error}") from error
 
     @classmethod
@@ -80,7 +94,7 @@ class ModelConfig:
                 f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
                 f"num_key_value_heads ({num_kv_heads})"
             )
-        if not hf.get("head_dim") and hidden_size % num_heads:
+        if hf.get("head_dim") is None and hidden_size % num_heads:
             raise ValueError(
                 f"config.json: without head_dim, hidden_size ({hidden_size}) must be a multiple of "
                 f"num_attention_heads ({num_heads})"
@@ -96,11 +110,11 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            attention_bias=bool(hf.get("attention_bias", False)),
-            mlp_bias=bool(hf.get("mlp_bias", False)),
-            hidden_act=hf.get("hidden_act") or "silu",
+            rms_norm_eps=_number(hf, "rms_norm_eps", 0.0, 1.0, 1e-6),
+            tie_word_embeddings=_switch(hf, "tie_word_embeddings"),
+            attention_bias=_switch(hf, "attention_bias"),
+            mlp_bias=_switch(hf, "mlp_bias"),
+            hidden_act=hf.get("hidden_act", "silu"),
             max_position_embeddings=_positive(hf, "max_position_embeddings"),
             rope=_rope_config(hf),
             dtype=hf.get("dtype") or hf.get("torch_dtype"),
@@ -119,7 +133,8 @@ def architecture_of(hf: dict[str, Any]) -> str:
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(
-            f"config.json must name one architecture in 'architectures', got {architectures!r}"
+            f"config.json must name one architecture in 'architectures', got "
+            f"{architectures!r:.80} (model_type {hf.get('model_type')!r:.80})"
         )
     return str(architectures[0])
 
@@ -128,7 +143,7 @@ def token_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
     """Token ids from config.json or generation_config.json: one id or a list of ids."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id) is int for id in ids):
-        raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+        raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r:.80}")
     return tuple(ids)
 
 
@@ -137,22 +152,72 @@ def _positive(hf: dict[str, Any], key: str, default: int | None = None) -> int:
     if value is None and default is not None:
         return default
     if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {key!r} must be a positive whole number, got {value!r}")
+        raise ValueError(f"config.json: {key!r} must be a positive whole number, got {value!r:.80}")
+    if value > (largest := LARGEST.get(key, LARGEST["max_position_embeddings"])):
+        raise ValueError(f"config.json: {key!r} must be at most {largest}, got {value!r:.80}")
     return value
 
 
+def _number(
+    hf: dict[str, Any], key: str, smallest: float, largest: float, default: float | None = None
+) -> float:
+    given = hf.get(key)
+    value: Any = default if given is None else given
+    if type(value) not in (int, float) or not smallest <= value <= largest:  # NaN is not
+        raise ValueError(
+            f"config.json: {key!r} must be a number from {smallest:g} to {largest:g}, "
+            f"got {value!r:.80}"
+        )
+    return float(value)
+
+
+def _switch(hf: dict[str, Any], key: str) -> bool:
+    value = hf.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"config.json: {key!r} must be true or false, got {value!r:.80}")
+    return bool(value)
+
+
+def _object(hf: dict[str, Any], key: str) -> dict[str, Any]:
+    value = hf.get(key)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"config.json: {key!r} must be a JSON object, got {value!r:.80}")
+    return value or {}
+
+
 def _refuse_unsupported(hf: dict[str, Any], activations: Collection[str]) -> None:
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"quantized checkpoints are not supported yet (quant_method {method!r})")
-    if hf.get("hidden_act", "silu") not in activations:
+    if quantization := _object(hf, "quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        raise ValueError(
+            f"quantized checkpoints are not supported yet (quant_method {method!r:.80})"
+        )
+    activation = hf.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in activations:
         supported = ", ".join(map(repr, activations))
         raise ValueError(
-            f"activation {hf['hidden_act']!r} is not supported; supported: {supported}"
+            f"activation {activation!r:.80} is not supported; supported: {supported} (hidden_act)"
         )
-    sliding = "sliding_attention" in (hf.get("layer_types") or ())
-    if sliding or (hf.get("use_sliding_window") and hf.get("sliding_window")):
-        raise ValueError("sliding-window attention is not supported yet (config.json asks for it)")
+    for kind in _layer_types(hf):
+        if kind == "sliding_attention":
+            raise ValueError(
+                "sliding-window attention is not supported yet (config.json asks for it)"
+            )
+        if kind != "full_attention":
+            raise ValueError(f"config.json: layer_types has {kind!r:.80}, which is not supported")
+
+
+def _layer_types(hf: dict[str, Any]) -> list[Any]:
+    """Of all layers; if config.json has none, as transformers reads Qwen's older keys."""
+    types = hf.get("layer_types")
+    if not isinstance(types, list | None):
+        raise ValueError(f"config.json: 'layer_types' must be a list, got {types!r:.80}")
+    if types is not None or not _switch(hf, "use_sliding_window"):
+        return types or []
+    first = hf.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"config.json: 'max_window_layers' must be a number, got {first!r:.80}")
+    is_sliding = hf.get("sliding_window", 4096) is not None
+    return ["sliding_attention"] * (is_sliding and _positive(hf, "num_hidden_layers") > first)
 
 
 LLAMA3_ROPE_KEYS = (
@@ -166,14 +231,14 @@ ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3
 
 def _rope_config(hf: dict[str, Any]) -> RopeConfig:
     """RoPE from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = {**_object(hf, "rope_scaling"), **_object(hf, "rope_parameters")}
     rope = {key: value for key, value in rope.items() if value is not None}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(
-            f"RoPE type {rope_type!r} is not supported yet; supported: 'default', 'llama3'"
+            f"RoPE type {rope_type!r:.80} is not supported yet; supported: 'default', 'llama3'"
         )
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    theta = _number({**hf, **rope}, "rope_theta", 1.0, LARGEST_ROPE, 10000.0)
     unknown = set(rope) - ROPE_KEYS
     if unknown or hf.get("rope_interleaved"):
         raise ValueError(
@@ -183,12 +248,17 @@ def _rope_config(hf: dict[str, Any]) -> RopeConfig:
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(
-            f"RoPE on a part of the head (partial_rotary_factor {partial}) is not supported"
+            f"RoPE on a part of the head (partial_rotary_factor {partial!s:.80}) is not supported"
         )
     if rope_type == "default":
         return RopeConfig(theta)
     missing = [name for name in LLAMA3_ROPE_KEYS if name not in rope]
     if missing:
         raise ValueError(f"config.json: RoPE type 'llama3' needs {', '.join(missing)}")
-    factor, low, high, original = (rope[name] for name in LLAMA3_ROPE_KEYS)
-    return RopeConfig(theta, rope_type, float(factor), float(low), float(high), int(original))
+    factor, low, high = (_number(rope, name, 1e-3, LARGEST_ROPE) for name in LLAMA3_ROPE_KEYS[:3])
+    if low >= high:
+        raise ValueError(
+            f"config.json: low_freq_factor ({low:g}) must be below high_freq_factor ({high:g})"
+        )
+    original = _positive(rope, "original_max_position_embeddings")
+    return RopeConfig(theta, rope_type, factor, low, high, original)

@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--served-model-name", nargs="+", default=[], help="names of the model in requests"
     )
+    batch.add_argument(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="run chat templates that requests bring, without a limit on time and memory",
+    )
     batch.set_defaults(run=run_batch_file)
     for command in (generate, chat, batch):
         add_options(command, "engine", EngineConfig)
@@ -177,7 +182,10 @@ def run_batch_file(args: argparse.Namespace) -> int:
 
     try:
         source, names = args.file or args.input_file, args.served_model_name
-        done = run_batch(lambda: load(args), source, args.output_file, names)
+        trusts = args.trust_request_chat_template
+        done = run_batch(
+            lambda: load(args), source, args.output_file, names, trusts_templates=trusts
+        )
     except (BatchFileError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(done, file=sys.stderr)

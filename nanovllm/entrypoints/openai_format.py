@@ -56,20 +56,30 @@ LOWEST = -9999.0  # JSON has no -inf
 
 @dataclass
 class Request:
-    """A checked body: what to generate, and the form of the answer."""
+    """A checked body: what to generate, and the form of the answer.
+
+    Attributes:
+        echo: whether the answer begins with the prompt.
+        only_echo: whether it ends there. The one token that the engine generates is left out.
+    """
 
     url: str
     prompts: list[Any]
     params: SamplingParams
-    echo: bool
+    echo: bool = False
+    only_echo: bool = False
 
 
-def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> Request:
+def read_request(
+    llm: LLM, url: Any, body: Any, model_names: Iterable[str], trusts_templates: bool = False
+) -> Request:
     """Check a body.
 
     Args:
         url: the endpoint, CHAT or COMPLETIONS.
         model_names: the values that the body's `model` may have.
+        trusts_templates: whether the body may bring a chat template, a program that can run for
+            ever.
 
     Raises:
         ValueError, TypeError: a field is missing or not supported, or its value is invalid.
@@ -89,11 +99,11 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     values = {name: left.pop(name) for name in SAME & left.keys()}
     tokenize = {name: left.pop(name) for name in tokenization.KEYS & left.keys()}
     values["structured_outputs"] = _structured_outputs(left)
+    echo = only_echo = False
     if url == CHAT:
-        echo = False
         if tokenize.pop("add_special_tokens", False):
             raise ValueError("add_special_tokens: the chat template writes the special tokens")
-        prompt_list = _chat_prompts(llm, left, tokenize)
+        prompt_list = _chat_prompts(llm, left, tokenize, trusts_templates)
         values["max_tokens"] = left.pop("max_tokens", None)
         values["max_tokens"] = left.pop("max_completion_tokens", values["max_tokens"])
         wanted, num_top = left.pop("logprobs", False), left.pop("top_logprobs", None)
@@ -104,6 +114,9 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
         echo = bool(left.pop("echo", False))
         prompt_list = _plain_prompts(left)
         values["max_tokens"] = left.pop("max_tokens", 16)
+        only_echo = echo and type(values["max_tokens"]) is int and values["max_tokens"] == 0
+        if only_echo:
+            values["max_tokens"] = 1
         values["logprobs"] = left.pop("logprobs", None)
         if echo and values["logprobs"] is not None:
             values.setdefault("prompt_logprobs", values["logprobs"])
@@ -121,10 +134,12 @@ def read_request(llm: LLM, url: Any, body: Any, model_names: Iterable[str]) -> R
     default = llm.get_default_sampling_params()
     values = {name: getattr(default, name) for name in RECOMMENDED} | values
     params = SamplingParams.from_optional(**values, output_kind=RequestOutputKind.FINAL_ONLY)
-    return Request(url, prompt_list, params, echo)
+    return Request(url, prompt_list, params, echo, only_echo)
 
 
-def _chat_prompts(llm: LLM, left: dict[str, Any], tokenize: dict[str, Any]) -> list[Any]:
+def _chat_prompts(
+    llm: LLM, left: dict[str, Any], tokenize: dict[str, Any], trusts_templates: bool
+) -> list[Any]:
     messages = left.pop("messages", None)
     if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
         raise TypeError(f"messages must be a list of at least one message, got {messages!r:.80}")
@@ -135,6 +150,11 @@ def _chat_prompts(llm: LLM, left: dict[str, Any], tokenize: dict[str, Any]) -> l
     if not isinstance(kwargs := left.pop("chat_template_kwargs", {}), dict):
         raise TypeError(f"chat_template_kwargs must be a JSON object, got {kwargs!r:.80}")
     values |= kwargs
+    if not trusts_templates and "chat_template" in options | values:
+        raise ValueError(
+            "chat_template: a request's own template is a program, which runs only with "
+            "--trust-request-chat-template; --chat-template names one for all requests"
+        )
     return llm.render_chat(
         messages, chat_template_kwargs=values, tokenization_kwargs=tokenize, **options
     )
@@ -187,6 +207,9 @@ def make_response(
         outputs: one finished output for each prompt.
     """
     is_chat = request.url == CHAT
+    if request.only_echo:
+        for output in outputs:
+            output.outputs = [_without_tokens(completion) for completion in output.outputs]
     choices: list[dict[str, Any]] = []
     for output in outputs:
         for completion in output.outputs:
@@ -219,6 +242,11 @@ def make_response(
             "prompt_tokens_details": {"cached_tokens": sum(o.num_cached_tokens for o in outputs)},
         },
     }
+
+
+def _without_tokens(completion: CompletionOutput) -> CompletionOutput:
+    logprobs: list[dict[int, Logprob]] | None = None if completion.logprobs is None else []
+    return CompletionOutput(completion.index, "", [], logprobs=logprobs, finish_reason="length")
 
 
 def _as_json(entry: Logprob) -> dict[str, Any]:

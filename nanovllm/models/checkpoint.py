@@ -16,6 +16,7 @@ from nanovllm.sampling_params import SamplingParams
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+JSON_BYTES = 16 << 20  # largest config.json or generation_config.json
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*.json", "*.model", "vocab.json", "vocab.txt")
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # its packages
@@ -107,6 +108,7 @@ def resolve_folder(
         model, revision = model or config.model, config.tokenizer_revision
     folder = Path(model).expanduser()
     if model and folder.is_dir():
+        _check_files(folder)
         return folder
     if not model or folder.exists():
         raise ValueError(
@@ -135,21 +137,36 @@ def resolve_folder(
         ) from error
 
 
-def read_json(folder: Path, name: str, *, required: bool) -> dict[str, Any]:
+def _check_files(folder: Path) -> None:
+    """Refuse a folder, pipe or device in the place of a file: to read a pipe or device may never
+    end."""
+    for pattern in (*SMALL_FILES, *WEIGHT_FILES):
+        for file in folder.glob(pattern):
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file} is no regular file; fetch the checkpoint again")
+
+
+def read_json(
+    folder: Path, name: str, *, required: bool, max_bytes: int = JSON_BYTES
+) -> dict[str, Any]:
     """A JSON file of the checkpoint; {} if it is not required and missing.
 
     Raises:
-        ValueError: the file is required and missing, or broken.
+        ValueError: the file is required and missing, or too large, or broken.
     """
     file = folder / name
     if not file.exists() and not required:
         return {}
     try:
+        if (size := file.stat().st_size) > max_bytes:
+            raise ValueError(f"it has {size} bytes, more than {max_bytes}")
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {name}: it is not a checkpoint folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{file} can't be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return content

@@ -4,9 +4,10 @@ The worker calls it. The model itself says where each tensor goes (`sources`), t
 how it lies in memory.
 """
 
-import json
+import logging
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from torch import nn
 from nanovllm.core.model_config import ModelConfig
 from nanovllm.layers.linear import Linear
 from nanovllm.models import model_class
+from nanovllm.models.checkpoint import read_json
 from nanovllm.models.frame import CausalLM
 from nanovllm.quantization.weight_format import packs_weights
 
+logger = logging.getLogger(__name__)
+
+INDEX_BYTES = 256 << 20  # largest index of shards
 GPU_LOADERS = 8  # threads that copy weights to a GPU
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Uniform in +-0.035 has the standard deviation 0.02 that models start from.
@@ -105,13 +110,14 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
 
     Args:
         tensors: names in the checkpoint and tensors, on any device; all that `model.sources()`
-            names, each once.
+            names, each once. If the head is tied, one of embedding and head is enough.
 
     Raises:
         WeightError: a tensor is missing, surplus or misshapen; names it.
     """
     targets = model.sources()
     tied_head = None  # a tied head may be in the checkpoint too, as a copy of the embedding
+    embedding = next((name for name, to in targets.items() if to is model.lm_head.weight), "")
     # Reading and copying wait for the disk and the bus; a CPU's copies have threads of their own.
     num_threads = GPU_LOADERS if next(model.parameters()).is_cuda else 1
     copies: deque[Future[torch.Tensor]] = deque()
@@ -119,19 +125,10 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
         for name, tensor in tensors:
             if name in targets:
                 target = targets.pop(name)
-                if target.shape != tensor.shape:
-                    raise WeightError(
-                        f"{name} has shape {list(tensor.shape)}, config.json says "
-                        f"{list(target.shape)}"
-                    )
-                may_convert = tensor.dtype in WEIGHT_DTYPES and target.dtype in WEIGHT_DTYPES
-                if tensor.dtype != target.dtype and not may_convert:
-                    raise WeightError(
-                        f"{name} is in {tensor.dtype}: quantized weights are not supported yet "
-                        f"(this model's are in {target.dtype})"
-                    )
+                _check_fit(name, tensor, target)
                 copies.append(pool.submit(target.copy_, tensor))
             elif model.is_tied and name == "lm_head.weight":
+                _check_fit(name, tensor, model.lm_head.weight)
                 tied_head = tensor.to(model.lm_head.weight)
             elif not name.endswith(model.ignored):
                 raise WeightError(
@@ -141,15 +138,52 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
                 copies.popleft().result()
         for copy in copies:
             copy.result()
+    if tied_head is not None and embedding in targets:
+        targets.pop(embedding).copy_(tied_head)
     if targets:
-        some = ", ".join(list(targets)[:5]) + (", ..." if len(targets) > 5 else "")
         raise WeightError(
-            f"the checkpoint lacks {len(targets)} weights that config.json asks for: {some}"
+            f"the checkpoint lacks {len(targets)} weights that config.json asks for: "
+            f"{some_of(list(targets))}"
         )
     if tied_head is not None and not torch.equal(tied_head, model.lm_head.weight):
         raise WeightError(
             "lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"
         )
+    _warn_of_broken(model)
+
+
+def _check_fit(name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
+    """Raise WeightError for a tensor that does not fill its target."""
+    if target.shape != tensor.shape:
+        raise WeightError(
+            f"{name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
+        )
+    may_convert = tensor.dtype in WEIGHT_DTYPES and target.dtype in WEIGHT_DTYPES
+    if tensor.dtype != target.dtype and not may_convert:
+        raise WeightError(
+            f"{name} is in {tensor.dtype}: quantized weights are not supported yet "
+            f"(this model's are in {target.dtype})"
+        )
+
+
+def _warn_of_broken(model: CausalLM) -> None:
+    """Warn if weights are NaN or infinite: the model runs, and its texts are nonsense."""
+    weights = {n: w for n, w in model.sources().items() if w.dtype in WEIGHT_DTYPES and w.numel()}
+    if not weights:
+        return
+    # The extremes of a tensor with a NaN are NaN.
+    extremes = [torch.stack(weight.aminmax()).double() for weight in weights.values()]
+    is_good = torch.stack(extremes).isfinite().all(1).tolist()
+    if broken := [name for name, good in zip(weights, is_good, strict=True) if not good]:
+        logger.warning(
+            "%d weights have NaN or infinite values, and texts will be nonsense: %s",
+            len(broken),
+            some_of(broken),
+        )
+
+
+def some_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def fill_dummy_weights(model: CausalLM, seed: int) -> None:
@@ -165,27 +199,38 @@ def fill_dummy_weights(model: CausalLM, seed: int) -> None:
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [folder / name for name in names]
-            if not files:
-                raise ValueError("it names no shards")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a valid index of shards: {error!r}") from None
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ValueError(
-                f"{folder}: shards named in {index.name} are missing: {', '.join(missing)}; "
-                f"fetch the checkpoint again"
-            )
-        return files
-    single = folder / "model.safetensors"  # others beside it are another format's copy
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    """The files with weights: as in transformers a whole one counts more than an index, which may
+    be left from older shards."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    files = _shards(index) if index.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{folder} has no *.safetensors file (other weight formats are not read; "
             f"load_format='dummy' draws random weights)"
+        )
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    folder = index.parent
+    try:
+        content = read_json(folder, index.name, required=True, max_bytes=INDEX_BYTES)
+        names = sorted(set(content["weight_map"].values()))
+        files = [folder / name for name in names]
+        if not files:
+            raise ValueError("it names no shards")
+        paths = [Path(name) for name in names]
+        if outside := [str(path) for path in paths if path.is_absolute() or ".." in path.parts]:
+            raise ValueError(f"it names files outside of the folder: {some_of(outside)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a valid index of shards: {error!r}") from None
+    # os.path's is False too for a name that no file can have.
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
+        raise ValueError(
+            f"{folder}: shards named in {index.name} are missing: {some_of(missing)}; "
+            f"fetch the checkpoint again"
         )
     return files

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import math
+import os
 import re
 import shutil
 import sys
@@ -286,6 +288,49 @@ def test_what_config_json_asks_for_is_refused_before_weights_are_read(copy_tiny,
         load(folder)
 
 
+def test_an_architecture_is_named_before_anything_else(tmp_path):
+    for rest in ({}, {"hidden_size": math.nan}, {"text_config": 5}, {"rope_scaling": "x"}):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Gemma"], **rest}))
+        with says(ValueError, "architecture 'Gemma' is not supported"):
+            LLM(str(tmp_path))
+
+
+def test_json_that_is_too_large_or_too_deep(copy_tiny):
+    file = copy_tiny() / "config.json"
+    file.write_text("[" * 100_000)
+    with says(ValueError, f"{file} is not valid JSON: maximum recursion depth"):
+        load(file.parent)
+    with file.open("w") as sparse:
+        sparse.truncate(1 << 40)
+    with says(ValueError, f"{file} is not valid JSON: it has {1 << 40} bytes, more than"):
+        load(file.parent)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+     "chat_template.jinja", "model.safetensors", "model.safetensors.index.json"],
+)  # fmt: skip
+def test_what_is_no_regular_file_is_refused_at_once(copy_tiny, make, name):
+    file = copy_tiny() / name
+    file.unlink(missing_ok=True)
+    make(file)
+    with says(ValueError, f"{file} is no regular file"):
+        LLM(str(file.parent), **SMALL)
+
+
+def test_links_are_followed(copy_tiny, tmp_path, expected):
+    folder = copy_tiny()
+    blobs = tmp_path / "blobs"  # as in the hub's cache
+    folder.rename(blobs)
+    folder.mkdir()
+    for file in blobs.iterdir():
+        (folder / file.name).symlink_to(file)
+    with load(folder) as llm:
+        assert tokens(llm) == expected
+
+
 @pytest.fixture
 def without_tokenizer(copy_tiny):
     folder = copy_tiny()
@@ -439,8 +484,38 @@ def test_a_missing_shard(sharded):
         load(folder)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_whole_file_counts_more_than_an_index(copy_tiny, sharded, expected, tiny, there):
+    folder, names = sharded
+    shutil.copy(tiny / "model.safetensors", folder)
+    for name in names:
+        (folder / name).write_bytes(b"of older weights") if there else (folder / name).unlink()
+    with load(folder) as llm:
+        assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("where", ["../x.safetensors", "/etc/hosts", "a/../../x.safetensors", ".."])
+def test_an_index_stays_inside_its_folder(sharded, where):
+    folder, names = sharded
+    shutil.copy(folder / names[0], folder.parent / "x.safetensors")
+    index = {"weight_map": {"a": names[0], "b": where}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with says(ValueError, f"it names files outside of the folder: {where}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("where", ["a\0b", "x" * 5000, ".", "pipe"])
+def test_an_index_of_names_that_are_no_files(sharded, where):
+    folder, names = sharded
+    os.mkfifo(folder / "pipe")
+    index = {"weight_map": {"a": names[0], "b": where}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with says(ValueError, f"shards named in model.safetensors.index.json are missing: {where}"):
+        load(folder)
+
+
 BROKEN_INDEX = ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 5, "b": ""}}']
-BROKEN_INDEX += ['{"weight_map": {"a": 5}}', '{"weight_map": {}}']
+BROKEN_INDEX += ['{"weight_map": {"a": 5}}', '{"weight_map": {}}', "[" * 100_000]
 
 
 @pytest.mark.parametrize("text", BROKEN_INDEX)

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # which lm-eval's own model needs
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from nanovllm.entrypoints.lm_eval import NanoVLLM  # noqa: E402
@@ -147,6 +150,95 @@ def test_how_answers_are_generated(model):
         generate("In", max_gen_toks=5, num_beams=4)
 
 
+def with_special_tokens(folder):
+    """Some tokens that the model likes are special: they have no text in answers."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    content["added_tokens"] += [
+        {"id": vocab[text], "content": text, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False, "special": True}
+        for text in (";", ",")
+    ]  # fmt: skip
+    content["added_tokens"].sort(key=itemgetter("id"))
+    file.write_text(json.dumps(content))
+
+
+def with_sentencepiece(folder):
+    """Each word begins with a space, which the first one loses."""
+    words = ["<unk>", "<s>", "</s>", *(f"\u2581{word}" for word in ("the", "sea", "Emma", "was"))]
+    words += [f"\u2581{i}" if i % 3 else f"{i}" for i in range(len(words), 2560)]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(words[:3])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change", [with_special_tokens, with_sentencepiece])
+def test_answers_are_those_of_the_hf_model(copy_tiny, change):
+    folder = copy_tiny(generation_config={"repetition_penalty": 1.3})
+    change(folder)
+    ours = NanoVLLM(str(folder), dtype="float32", max_length=512)
+    theirs = HFLM(str(folder), dtype="float32", device="cpu", max_length=512, batch_size=1)
+
+    def answers(kwargs):
+        requests = [
+            ask("generate_until", text, {"max_gen_toks": 40, **kwargs})
+            for text in ("Emma was", "the sea ; was, in", "<s>Emma" * 300)
+        ]
+        return [m.generate_until(requests, disable_tqdm=True) for m in (ours, theirs)]
+
+    with ours.llm:
+        plain, expected = answers({})
+        assert plain == expected
+        token_ids = ours.tok_encode(plain[0], add_special_tokens=False)
+        inside = plain[0][len(plain[0]) // 3 :][:5]
+        for kwargs in (
+            *({"until": until} for until in (";", [","], [";", inside], [inside], ["<s>"])),
+            *({"until": [f";{plain[0][:2]}", inside[:2]]}, {"until": [", and"]}),
+            {"num_beams": 1, "do_sample": False, "early_stopping": False, "temperature": 0.7},
+            {"repetition_penalty": 1.0},
+            {"max_gen_toks": 1},
+            {"max_length": 480},
+        ):
+            got, expected = answers(kwargs)
+            assert got == expected, kwargs
+        for end in (token_ids[3], token_ids[-1], plain[0][4:8], 1):
+            ours.think_end_token = theirs.think_end_token = end
+            for kwargs in ({}, {"until": [";"]}):
+                got, expected = answers(kwargs)
+                assert got == expected, (end, kwargs)
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_texts_begin_with_bos_as_in_the_hf_model(tiny, copy_tiny, add_bos_token):
+    folder = copy_tiny(tokenizer_config={"bos_token": "<|im_start|>"})
+    options = dict(dtype="float32", device="cpu", max_length=64, add_bos_token=add_bos_token)
+    ours, theirs = NanoVLLM(str(folder), **options), HFLM(str(folder), **options)
+    ours.llm.close()
+    for text in ("Emma was", "", "<|im_start|>Emma"):
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special)
+        if text:
+            assert ours._encode_prompt(text) == theirs.tok_batch_encode([text])[0][0].tolist()
+    has_bos = ours.tok_encode("Emma was")[0] == ours.prefix_token_id
+    assert has_bos == bool(add_bos_token)
+
+
+def test_a_chat_template_of_the_users(tiny):
+    for template in ("<<{{ messages[0].content }}>>", "{{ tools }}{{ messages | length }}"):
+        model = NanoVLLM(str(tiny), dtype="float32", max_length=64, chat_template=template)
+        with model.llm:
+            messages = [{"role": "user", "content": "hi"}]
+            [prompt] = model.llm.render_chat(messages)
+            assert model.apply_chat_template(messages) == prompt["prompt"]
+            assert model.chat_template(True) == template
+
+
 def test_thoughts_are_left_out(model, monkeypatch):
     greedy = model.generate_until([ask("generate_until", "In the", {"max_gen_toks": 40})], True)[0]
     monkeypatch.setattr(model, "think_end_token", greedy[10:15])
@@ -154,6 +246,14 @@ def test_thoughts_are_left_out(model, monkeypatch):
         [ask("generate_until", "In the", {"max_gen_toks": 40, "until": [greedy[3:6], "\0"]})], True
     )
     assert found == greedy.split(greedy[10:15])[-1].lstrip().split(greedy[3:6])[0]
+
+
+def test_thoughts_may_end_at_a_token_id(tiny):
+    options = dict(skip_tokenizer_init=False, dtype="float32", max_length=64)
+    for given, meant in (("17", 17), (17, 17), ("</think>", "</think>"), (None, None)):
+        model = NanoVLLM(str(tiny), think_end_token=given, **options)
+        model.llm.close()
+        assert model.think_end_token == meant
 
 
 def test_prefix_and_bos(model, monkeypatch):

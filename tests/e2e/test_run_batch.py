@@ -1,5 +1,7 @@
 """run-batch: files of requests in OpenAI's format, and what a killed run leaves behind."""
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -52,9 +54,9 @@ def read(path):
 def run(llm, files):
     """Runs lines on the one LLM, which is not closed."""
 
-    def run(lines, names=()):
+    def run(lines, names=(), **options):
         write(files[0], lines)
-        run_batch(lambda: nullcontext(llm), *files, names, use_tqdm=False)
+        run_batch(lambda: nullcontext(llm), *files, names, use_tqdm=False, **options)
         assert llm.is_finished()
         return read(files[1])
 
@@ -164,6 +166,39 @@ def test_an_echo_has_the_prompts_logprobs(run, llm):
     assert choice["prompt_logprobs"][1][str(ids[1])].keys() == {"logprob", "rank", "decoded_token"}
 
 
+def test_an_echo_without_a_token_scores_the_prompt(run, llm):
+    ids = llm.get_tokenizer()(TEXT)["input_ids"]
+    only = dict(echo=True, max_tokens=0)
+    text, tokens, several, plain, one = map(
+        body_of,
+        run(
+            [
+                line("a", **only, logprobs=2),
+                line("b", **only, logprobs=0, prompt=ids),
+                line("c", **only, logprobs=1, prompt=[TEXT, "The king"], n=2, temperature=1),
+                line("d", **only, ignore_eos=True, stop="a"),
+                line("e", **only, logprobs=1, prompt=ids[:1]),
+            ]
+        ),
+    )
+    [want] = llm.loglikelihood([(ids[:1], ids[1:])], use_tqdm=False)
+    for body in (text, tokens):
+        [choice] = body["choices"]
+        logprobs = choice["logprobs"]
+        assert choice["text"] == "".join(logprobs["tokens"]) == TEXT
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        assert logprobs["token_logprobs"][1:] == pytest.approx(want.logprobs, abs=1e-4)
+        assert len(logprobs["text_offset"]) == len(logprobs["top_logprobs"]) == len(ids)
+        usage = (body["usage"]["completion_tokens"], body["usage"]["total_tokens"])
+        assert usage == (0, len(ids))
+    assert {len(top) for top in text["choices"][0]["logprobs"]["top_logprobs"][1:]} <= {2, 3}
+    assert [c["text"] for c in several["choices"]] == [TEXT, TEXT, "The king", "The king"]
+    assert [c["index"] for c in several["choices"]] == [0, 1, 2, 3]
+    assert (plain["choices"][0]["text"], plain["choices"][0]["logprobs"]) == (TEXT, None)
+    assert one["choices"][0]["logprobs"]["token_logprobs"] == [None]
+
+
 def test_several_samples_are_several_choices(run):
     [record] = run([line("a", n=2, prompt=[TEXT, "The king"], temperature=1, seed=1)])
     body = body_of(record)
@@ -268,6 +303,9 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         ({**line("url 2"), "url": ["a"]}, "url must be"),
         ({**line("body"), "body": [1]}, "body must be a JSON object"),
         (line("range", temperature=3), "temperature must be in [0, 2]"),
+        (line("nothing", max_tokens=0), "max_tokens must be"),
+        (line("nothing 2", CHAT, messages=WHO, max_tokens=0), "max_tokens must be"),
+        (line("nothing 3", max_tokens=False, echo=True), "max_tokens must be"),
         (line("type", max_tokens="9"), "max_tokens must be a whole number"),
         (line("bias", logit_bias={"a": 1}), "logit_bias must be token id -> bias"),
         (line("vocabulary", logit_bias={"999999": 1}), "logit_bias has the token id 999999"),
@@ -293,6 +331,10 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         (line("grammar", structured_outputs=5), "structured_outputs must be a JSON object, got 5"),
         (line("template", CHAT, messages=WHO, chat_template_kwargs=[5]),
          "chat_template_kwargs must be a JSON object, got [5]"),
+        (line("loop", CHAT, messages=WHO, chat_template="{% for i in range(10**9) %}a{% endfor %}"),
+         "chat_template: a request's own template is a program"),
+        (line("loop 2", CHAT, messages=WHO, chat_template_kwargs={"chat_template": "{{ 'a' }}"}),
+         "chat_template: a request's own template is a program"),
         (line("thought", thinking_token_budget=5), "not supported: thinking_token_budget"),
     ]  # fmt: skip
     records = run([line("good 0"), *(entry for entry, _ in bad), line("good 1")])
@@ -303,6 +345,13 @@ def test_a_bad_line_is_an_error_record_and_the_rest_goes_on(run):
         assert record["response"]["status_code"] == 400 and record["response"]["body"] is None
         custom_id = entry.get("custom_id") if isinstance(entry, dict) else None
         assert record["custom_id"] == (custom_id if isinstance(custom_id, str) else None)
+
+
+def test_a_requests_own_template_runs_if_it_is_trusted(run, llm):
+    echo = {"chat_template": "{{ messages[0].content }}", "max_tokens": 8}
+    lines = [line("a", CHAT, messages=WHO, **echo), line("b", prompt=WHO[0]["content"])]
+    own, plain = map(body_of, run(lines, trusts_templates=True))
+    assert own["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
 
 
 def test_odd_files(run, files, llm):
@@ -336,19 +385,80 @@ def test_files_that_will_not_do(files, llm, run):
     write(source, [line("a"), line("b")])
     with pytest.raises(BatchFileError, match="is both input and output"):
         run_batch(no_llm, source, source)
-    for other in (b"my diary\n", b"my diary", b'{"id": "batch_req_1"\n', b"\n"):
+    for other in (b"my diary\n", b"my diary", b'{"id": "batch_req_1"\n', b"\n", b"\0\0mp4\n",
+                  b'{"id": "batch_req_1", "custom_id": "a"}\n'):  # fmt: skip
         results.write_bytes(other)
         with pytest.raises(BatchFileError, match=r"something else than results|a broken line"):
             run_batch(no_llm, *files)
         assert results.read_bytes() == other
-    results.unlink()
-    run([line("a"), line("b")])
-    with pytest.raises(BatchFileError, match="another file: line 1 is 'c' now, and was 'a'"):
-        run([line("c"), line("b")])
+
+
+def test_files_that_are_no_regular_files(files, tmp_path):
+    source, results = files
+    write(source, [line("a")])
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for odd in (pipe, tmp_path, Path("/dev/null")):
+        for pair in ((source, odd), (odd, results)):
+            with pytest.raises(BatchFileError, match=f"{odd} is no regular file"):
+                run_batch(no_llm, *pair)
+    assert not results.exists()
 
 
 @pytest.mark.parametrize(
-    "rest", [b"", b'{"id": "ba', b'{"id": "batch_req_1", "custom_id": "a", "r']
+    ("change", "message"),
+    [
+        (lambda lines: [line("c"), *lines[1:]], "line 1 of .* is not the one that has a result"),
+        (lambda lines: [*lines[:2], line("c", top_k=3)], "line 3 of .* is not the one"),
+        (lambda lines: [*lines[:1], b"", *lines[1:]], "line 2 of .* is not the one"),
+        (lambda lines: [*lines[:1], b"[", *lines[2:]], "line 2 of .* is not the one"),
+        (lambda lines: lines[:2], "has a result of line 3, and .* has 2 lines"),
+        (lambda lines: lines[1:], "line 1 of .* is not the one"),
+    ],
+)
+def test_results_of_another_input_are_refused(files, run, change, message):
+    lines = [line("a", prompt="a"), b"{", line("c")]
+    before = run(lines)
+    write(files[0], change(lines))
+    with pytest.raises(BatchFileError, match=message):
+        run_batch(no_llm, *files)
+    assert read(files[1]) == before
+    more = run([*lines, line("d")])
+    assert more[:3] == before and body_of(more[3]), "lines may be added"
+
+
+def test_results_of_another_model_are_refused(files, run, tiny):
+    before = run([line("a"), b"{"])
+    write(files[0], [line("a"), b"{", line("b")])
+    other = str(tiny.parent / "." / ".." / tiny.parent.name / tiny.name)
+    with pytest.raises(BatchFileError, match=r"results of the model .*, and .* runs now: give"):
+        run_batch(lambda: LLM(other, max_model_len=64), *files, use_tqdm=False)
+    assert read(files[1]) == before
+
+
+def test_one_process_writes_results(files, run, monkeypatch):
+    write(files[0], [line("a")])
+    with files[1].open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BatchFileError, match="another process writes its results into"):
+            run_batch(no_llm, *files)
+    assert body_of(run([line("a")])[0])
+
+
+def test_a_disk_without_locks(files, run, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert body_of(run([line("a")])[0])
+    assert "start no second run" in caplog.text
+
+
+HALF = b'{"id": "batch_req_1", "custom_id": "a", "r'
+
+
+@pytest.mark.parametrize(
+    "rest", [b"", b'{"id": "ba', HALF, b"\0" * 5000, HALF + b"\0" * 50, b"\0\0 lost\n" + HALF]
 )
 def test_a_half_written_line_is_done_again(run, files, rest):
     first = run([line("a", prompt="a"), b"{", line("b"), line("c")])
@@ -360,6 +470,11 @@ def test_a_half_written_line_is_done_again(run, files, rest):
     for old, new in zip(first, again, strict=True):
         choices = [(record["response"]["body"] or {}).get("choices") for record in (old, new)]
         assert choices[0] == choices[1] and old["error"] == new["error"]
+
+
+def test_a_file_of_nuls_has_no_results(run, files):
+    files[1].write_bytes(b"\0" * 4096)
+    assert body_of(run([line("a")])[0])
 
 
 def test_a_window_of_requests_is_in_memory(run, llm, monkeypatch):

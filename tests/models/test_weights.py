@@ -170,3 +170,39 @@ def test_weights_that_do_not_fit_are_named(model, change, message):
     change(weights)
     with pytest.raises(WeightError, match=message):
         load_weights(model, weights.items())
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_a_tied_embedding_may_lie_under_the_heads_name(model):
+    weights = load_file(TINY / "model.safetensors")
+    weights[HEAD] = weights.pop(EMBEDDING)
+    load_weights(model, weights.items())
+    assert torch.equal(model.model.embed_tokens.weight, weights[HEAD].float())
+    with pytest.raises(WeightError, match=r"lm_head.weight has shape \[9, 256\], config.json says"):
+        load_weights(model, (weights | {HEAD: weights[HEAD][:9]}).items())
+    del weights[HEAD]
+    with pytest.raises(WeightError, match=f"lacks 1 weights .* asks for: {EMBEDDING}"):
+        load_weights(model, weights.items())
+
+
+def test_a_head_that_is_not_tied_must_be_there():
+    hf = read_json(TINY, "config.json", required=True) | {"tie_word_embeddings": False}
+    model = build_model(ModelConfig.from_hf(hf), 8, torch.float32)
+    allocate(model, torch.device("cpu"))
+    with pytest.raises(WeightError, match=f"lacks 1 weights that config.json asks for: {HEAD}"):
+        load_weights(model, load_file(TINY / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_broken_weights_are_a_warning(model, value, caplog):
+    weights = load_file(TINY / "model.safetensors")
+    load_weights(model, weights.items())
+    assert not caplog.records
+    for name in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
+        weights[name].view(-1)[-1] = value
+    load_weights(model, weights.items())
+    [record] = caplog.records
+    assert "2 weights have NaN or infinite values" in record.getMessage()
+    assert "k_proj" in record.getMessage() and "model.norm.weight" in record.getMessage()
