@@ -86,7 +86,9 @@ def test_defaults_are_vllms():
         except (ValueError, SyntaxError):
             continue
         if name in ours or name in VLLM_DEFAULTS:
-            assert ours.get(name, VLLM_DEFAULTS.get(name)) == value, name
+            default = ours.get(name, VLLM_DEFAULTS.get(name))
+            # vLLM's LLM says None where its EngineArgs has an object.
+            assert default == value or (isinstance(default, list | dict) and value is None), name
             compared += 1
     assert compared > 50
 

@@ -145,6 +145,13 @@ class Counter(Metric):
 
 
 @dataclass
+class Vector(Metric):
+    """Counts that only grow, in an order. There is none yet: vLLM has one for speculation."""
+
+    values: list[int]
+
+
+@dataclass
 class Gauge(Metric):
     """A current value."""
 

@@ -13,6 +13,9 @@ import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
+# Keys of vLLM's prompts that may be there, and ask for nothing.
+VLLMS_KEYS = {"multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "cache_salt"}
+
 
 class TextPrompt(TypedDict):
     """A text as a prompt; vLLM's name for such a dictionary, as the next one's."""
@@ -110,7 +113,8 @@ def _content(prompt: Any, name: str, vocab_size: int) -> str | TokenizedPrompt:
     if isinstance(prompt, Mapping):
         text, token_ids = prompt.get("prompt"), plain(prompt.get("prompt_token_ids"))
         good = isinstance(text, str | None) and not isinstance(token_ids, str)
-        if not set(prompt) <= {"prompt", "prompt_token_ids"} or not good or text is token_ids:
+        asking = {k for k, v in prompt.items() if not (k in VLLMS_KEYS and v in (None, {}, ""))}
+        if not asking <= {"prompt", "prompt_token_ids"} or not good or text is token_ids:
             raise TypeError(
                 f"{name}: a dict prompt is {{'prompt': text}} or {{'prompt_token_ids': list of "
                 f"token ids}}, got {prompt!r:.80}"

@@ -70,12 +70,26 @@ def test_an_interrupted_wait_loses_nothing(llm, monkeypatch):
 
 def test_refusals_queue_nothing(llm):
     for call in (llm.enqueue, llm.generate):
-        for options in ({"priority": [1]}, {"lora_request": "a"}, {"mm_processor_kwargs": {}}):
+        for options in (
+            {"priority": [1]},
+            {"lora_request": "a"},
+            {"mm_processor_kwargs": {"a": 1}},
+        ):
             with pytest.raises(ValueError, match=f"{next(iter(options))} is not supported"):
                 call(TEXT, greedy(), **options)
     with pytest.raises(ValueError, match="output_type must be RequestOutput"):
         llm.wait_for_completion(str)
     assert llm.is_finished()
+
+
+def test_arguments_that_ask_for_nothing_run(llm):
+    prompts = [TEXT, {"prompt": "The king"}]
+    nothing = {"lora_request": [None, None], "priority": [0, 0], "mm_processor_kwargs": {}}
+    nothing["tokenization_kwargs"] = {}
+    want = texts(llm.generate(prompts, greedy(), use_tqdm=False))
+    assert texts(llm.generate(prompts, greedy(), use_tqdm=False, **nothing)) == want
+    llm.enqueue(prompts, greedy(), **nothing)
+    assert texts(llm.wait_for_completion(use_tqdm=False)) == want
 
 
 # Tokenization
