@@ -151,8 +151,11 @@ class AsyncLLM:
         request_id: str | None,
         priority: int,
     ) -> list[Sequence]:
-        self._llm._refuse(priority=priority or None)
+        self._llm._refuse(priority=priority)
         return self._llm._make_one(make_prompt(), sampling_params, request_id, priority)
+
+
+AsyncLLMEngine = AsyncLLM  # vLLM's older name
 
 
 class _Consumer:

@@ -4,19 +4,21 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 # vLLM 0.26's options and methods without an implementation here: options with vLLM's defaults (in a
-# table of their own if they only tune speed), other values with the same effect, and methods.
+# table of their own if they only tune speed), for some a list of other values with the same effect,
+# and methods. tools/vllm_defaults.py reads the defaults from vLLM.
 _VLLM = json.loads((Path(__file__).parent / "core" / "vllm_options.json").read_text())
 SPEED_ONLY = frozenset(_VLLM["speed_only"])
 VLLM_DEFAULTS: dict[str, Any] = _VLLM["speed_only"] | _VLLM["supported_at_default"]
-ALSO_FINE: dict[str, Any] = _VLLM["also_fine"]
+ALSO_FINE: dict[str, list[Any]] = _VLLM["also_fine"]
 UNSUPPORTED_METHODS: dict[str, str] = _VLLM["unsupported_methods"]
 
 DTYPES = {
@@ -30,7 +32,22 @@ DTYPES = {
 # On a CPU torch's attention; on a GPU our kernels, or the flash-attn package.
 ATTENTION_BACKENDS = ("TORCH_SDPA", "TRITON_ATTN", "FLASH_ATTN")
 PATHS = ("tokenizer", "chat_template", "download_dir", "generation_config")
-PROFILER_KEYS = {"profiler", "torch_profiler_dir"}
+
+
+@dataclass
+class ProfilerConfig:
+    """Where LLM.start_profile writes: vLLM's class, with the two of its fields that count here.
+
+    Args:
+        profiler: "torch", or None for no profiles.
+        torch_profiler_dir: the folder.
+    """
+
+    profiler: str | None = None
+    torch_profiler_dir: str | os.PathLike = ""
+
+
+PROFILER_KEYS = {f.name for f in fields(ProfilerConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +66,13 @@ class EngineConfig:
         generation_config: "auto" (the checkpoint's), a folder whose generation_config.json counts,
             or "vllm" for none.
         override_generation_config: keys that replace keys of generation_config.json.
-        profiler_config: {"profiler": "torch", "torch_profiler_dir": FOLDER}, for start_profile.
+        profiler_config: a ProfilerConfig, or {"profiler": "torch", "torch_profiler_dir": FOLDER},
+            for start_profile.
         dtype: "auto" (the checkpoint's; on a CPU what it computes fast), "float32", "bfloat16" or
             "float16".
         device: "auto" (a GPU if the machine has one), "cpu", "cuda" or "cuda:N".
-        max_model_len: largest number of prompt and output tokens of a sequence; None: the
-            checkpoint's limit.
+        max_model_len: largest number of prompt and output tokens of a sequence; None, -1 or
+            "auto": the checkpoint's limit, lowered with a warning to what the KV cache holds.
         max_num_seqs: largest number of requests that run at a time.
         max_num_batched_tokens: the token budget of a step.
         block_size: tokens in a block of the KV cache.
@@ -71,11 +89,12 @@ class EngineConfig:
             generate and add_request first).
         attention_backend: "auto", on a GPU "TRITON_ATTN" or "FLASH_ATTN", on a CPU "TORCH_SDPA"; or
             a callable that makes a backend from ops.make_attention's other arguments.
-        load_format: "auto" (safetensors) or "dummy" (random weights from config.json alone).
+        load_format: "auto", "safetensors" or "hf" (safetensors files), or "dummy" (random weights
+            from config.json alone).
         seed: seeds of requests without a seed of their own are made from it.
         tensor_parallel_size: 1.
         skip_tokenizer_init: prompts are token ids and outputs have no text.
-        trust_remote_code: False; code from a checkpoint never runs.
+        trust_remote_code: no effect: code from a checkpoint never runs.
     """
 
     model: str
@@ -122,6 +141,15 @@ class EngineConfig:
             _check_foreign_option(name, options.pop(name), known)
         if "dtype" in options:  # a torch.dtype prints as "torch.float32"
             options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+        if options.get("max_model_len") in (-1, "auto"):
+            options["max_model_len"] = None
+        if isinstance(options.get("attention_backend"), Enum):
+            options["attention_backend"] = plain(options["attention_backend"])
+        if options.get("profiler_config") is not None:
+            config, default = plain(options["profiler_config"]), _VLLM["config_objects"]
+            if isinstance(config, dict):
+                config = beyond(config, default["profiler_config"])
+            options["profiler_config"] = config
         for name in PATHS:
             if isinstance(options.get(name), os.PathLike):
                 options[name] = os.fspath(options[name])
@@ -177,10 +205,10 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")
-        if self.load_format not in ("auto", "safetensors", "dummy"):
+        if self.load_format not in ("auto", "safetensors", "hf", "dummy"):
             raise ValueError(
-                f"load_format must be 'auto' (safetensors files) or 'dummy' (random weights), "
-                f"got {self.load_format!r}"
+                f"load_format must be 'auto', 'safetensors' or 'hf' (safetensors files), or "
+                f"'dummy' (random weights); got {self.load_format!r}"
             )
         profiler = self.profiler_config or {}
         folder = profiler.get("torch_profiler_dir", "")
@@ -207,11 +235,6 @@ class EngineConfig:
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} is not supported yet; use 1"
             )
-        if self.trust_remote_code:
-            raise ValueError(
-                "trust_remote_code=True is refused: nanovllm never runs code from a checkpoint; "
-                "supported architectures are built in"
-            )
         if (
             None not in (self.max_num_seqs, self.max_num_batched_tokens)
             and self.max_num_batched_tokens < self.max_num_seqs  # type: ignore[operator]
@@ -222,6 +245,11 @@ class EngineConfig:
             )
 
 
+def options_of(engine_args: Any) -> dict[str, Any]:
+    """The options that an object holds as attributes: an EngineArgs, ours or vLLM's, or another."""
+    return {name: v for name, v in vars(engine_args).items() if not name.startswith("_")}
+
+
 def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
     """Check an option of vLLM's without an implementation here: accepted at vLLM's default, else an
     error, or a warning if it only tunes speed."""
@@ -229,11 +257,50 @@ def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
         close = difflib.get_close_matches(name, [*known, *VLLM_DEFAULTS], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"unknown option {name!r}{hint}")
-    default = VLLM_DEFAULTS[name]
-    if value is None or value in (default, ALSO_FINE.get(name)):
+    value, default = plain(value), VLLM_DEFAULTS[name]
+    for other in ALSO_FINE.get(name, []):
+        if asks_for_nothing(value, default | other if isinstance(other, dict) else other):
+            return
+    if asks_for_nothing(value, default):
         return
+    value = beyond(value, default)
     if name not in SPEED_ONLY:
+        if isinstance(value, dict) and isinstance(default, dict):
+            default = {key: default[key] for key in value.keys() & default.keys()}
         raise ValueError(
             f"{name}={value!r} is not supported yet; leave it out (vLLM's default is {default!r})"
         )
     logger.warning("%s=%r has no effect here, and is not needed", name, value)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: an EngineArgs object of vLLM's own also holds config objects, enums
+    and sets."""
+    if isinstance(value, Enum):
+        return value.value if isinstance(value, str | int) else value.name
+    if isinstance(value, set | frozenset | tuple | list):
+        return [plain(element) for element in value]
+    if hasattr(value, "__dict__") and not (callable(value) or isinstance(value, str)):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items() if not str(k).startswith("_")}
+    return value
+
+
+def asks_for_nothing(value: Any, default: Any) -> bool:
+    """Whether a plain value is vLLM's default, None or empty; a dict: each of its entries."""
+    if isinstance(value, dict):
+        return not beyond(value, default)
+    return value is None or value == default or value in ([], "")
+
+
+def beyond(value: Any, default: Any) -> Any:
+    """What a plain value asks for beyond vLLM's default: of a dict the entries that differ."""
+    if not isinstance(value, dict):
+        return value
+    known = default if isinstance(default, dict) else {}
+    return {
+        k: beyond(v, known.get(k))
+        for k, v in value.items()
+        if not (k in known and asks_for_nothing(v, known[k]))
+    }

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
 from queue import SimpleQueue
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from nanovllm.config import UNSUPPORTED_METHODS, EngineConfig
+from nanovllm.config import UNSUPPORTED_METHODS, EngineConfig, options_of
 from nanovllm.core.metrics import Metric
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.engine import Engine
@@ -45,6 +46,7 @@ from nanovllm.worker.worker import PARTS
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | Mapping[str, Any]  # TextPrompt or TokensPrompt
+PromptType = Prompt  # vLLM's name
 Prompts = Prompt | SequenceOf[Prompt]
 Message = dict[str, Any]
 Conversations = SequenceOf[Message] | SequenceOf[SequenceOf[Message]]
@@ -109,6 +111,7 @@ class LLM:
                 detokenizer=detokenizer,
             )
             self.max_model_len = executor.max_model_len
+            self.model_config = replace(self.model_config, max_model_len=executor.max_model_len)
             self._requests = Requests(
                 self._checkpoint, detokenizer, executor.max_model_len, config.seed
             )
@@ -128,8 +131,8 @@ class LLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> "LLM":
-        """From an object whose attributes are options, as of vLLM's EngineArgs."""
-        return cls(**{k: v for k, v in vars(engine_args).items() if not k.startswith("_")})
+        """From an EngineArgs, ours or vLLM's, or any object whose attributes are options."""
+        return cls(**options_of(engine_args))
 
     # Whole batches
 
@@ -460,17 +463,20 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         priority: int = 0,
+        *,
+        lora_request: None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
     ) -> str:
         """Queue one request; step() runs it.
 
         Args:
-            prompt, sampling_params, priority: as for generate.
+            prompt, sampling_params, priority, tokenization_kwargs, lora_request: as for generate.
             request_id: of your own choice, not one that is unfinished; None: a number.
 
         Returns: the request's id.
         """
-        self._refuse(priority=priority or None)
-        seqs = self._make_one(prompt, sampling_params, request_id, priority)
+        self._refuse(lora_request, priority)
+        seqs = self._make_one(prompt, sampling_params, request_id, priority, tokenization_kwargs)
         self._add_by_hand(seqs, lambda: None, own_id=request_id is not None)
         return seqs[0].request_id
 
@@ -480,6 +486,7 @@ class LLM:
         sampling_params: SamplingParams | None,
         request_id: str | None,
         priority: int = 0,
+        tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[Sequence]:
         if request_id is not None and not (isinstance(request_id, str) and request_id):
             raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
@@ -488,6 +495,8 @@ class LLM:
             raise TypeError(f"add_request takes one prompt, generate lists; got {prompt!r:.80}")
         if not isinstance(sampling_params, SamplingParams | None):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r:.80}")
+        if tokenization_kwargs:
+            [prompt] = self._tokenized([prompt], tokenization_kwargs)
         return self._requests.make([prompt], sampling_params, [priority], request_id)
 
     def _add_by_hand(
@@ -687,15 +696,21 @@ class LLM:
     def _refuse(
         self, lora_request: Any = None, priority: Any = None, mm_processor_kwargs: Any = None
     ) -> None:
-        """Refuse vLLM's arguments without an implementation, or without the option they need."""
-        if lora_request is not None:
+        """Refuse vLLM's arguments without an implementation, or without the option they need, where
+        they ask for something."""
+        if _asks(lora_request):
             raise ValueError("lora_request is not supported yet: leave it out")
-        if priority is not None and not self._takes_priority:
+        if _asks(priority) and not self._takes_priority:
             raise ValueError(
                 "priority is not supported by the policy 'fcfs': give scheduling_policy='priority'"
             )
-        if mm_processor_kwargs is not None:
+        if _asks(mm_processor_kwargs):
             raise ValueError("mm_processor_kwargs is not supported: prompts are text alone")
+
+
+def _asks(value: Any) -> bool:
+    """Whether an argument asks for something: not None or 0, nor a list of these."""
+    return any(value) if isinstance(value, list | tuple) else bool(value)
 
 
 def _ids(seqs: list[Sequence]) -> list[str]:

@@ -4,12 +4,24 @@ import json
 import logging
 import math
 import re
+from dataclasses import make_dataclass
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nanovllm.config import ALSO_FINE, SPEED_ONLY, VLLM_DEFAULTS, EngineConfig
+from nanovllm.config import (
+    _VLLM,
+    ALSO_FINE,
+    SPEED_ONLY,
+    VLLM_DEFAULTS,
+    EngineConfig,
+    ProfilerConfig,
+    options_of,
+    plain,
+)
 from nanovllm.core.model_config import LARGEST, ModelConfig, token_id_tuple
 from nanovllm.models.qwen2 import Qwen2ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -59,6 +71,7 @@ COUNT = "{name} must be a whole number of at least 1, got {value!r}"
 STRING = "{name} must be a string, got {value!r}"
 SWITCH = "{name} must be True or False, got {value!r}"
 SWITCHES = ["enforce_eager", "enable_prefix_caching", "async_scheduling", "skip_tokenizer_init"]
+SWITCHES += ["trust_remote_code"]
 REFUSED = [
     ("dtype", ["int8", "float64", None, torch.int8], "dtype must be one of auto, float32, float,"),
     ("max_model_len", [0, "9"], COUNT),
@@ -70,9 +83,12 @@ REFUSED = [
     ("tensor_parallel_size", [0], COUNT),
     ("tensor_parallel_size", [2], "tensor_parallel_size=2 is not supported yet; use 1"),
     ("gpu_memory_utilization", [0, 1.1, math.nan, "x", None], "{name} must be a number in (0, 1]"),
-    ("load_format", ["gguf"], "must be 'auto' (safetensors files) or 'dummy' (random weigh"),
+    (
+        "load_format",
+        ["gguf"],
+        "must be 'auto', 'safetensors' or 'hf' (safetensors files), or 'dumm",
+    ),
     ("attention_backend", ["XFORMERS"], "must be one of 'auto', 'TORCH_SDPA', 'TRITON_ATTN'"),
-    ("trust_remote_code", [True], "{name}=True is refused: nanovllm never runs code from a check"),
     ("seed", [1.0, "0", True, 2**63, -(2**63) - 1], "{name} must be a whole number of 64 bits"),
     *[(name, [0, None], STRING) for name in ("device", "load_format")],
     *[(name, [5], STRING) for name in ("tokenizer", "revision", "attention_backend")],
@@ -101,8 +117,94 @@ def test_vllms_defaults_spelled_out_are_silent(caplog):
     assert set(VLLM_DEFAULTS) >= SPEED_ONLY and not ours & set(VLLM_DEFAULTS)
     EngineConfig.from_options("folder", **VLLM_DEFAULTS)
     EngineConfig.from_options("folder", **dict.fromkeys(VLLM_DEFAULTS))
-    EngineConfig.from_options("folder", **ALSO_FINE)
+    for name, values in ALSO_FINE.items():
+        for value in values:
+            EngineConfig.from_options("folder", **{name: value})
     assert not caplog.records
+
+
+def as_object(name, value):
+    """A value of vLLM's EngineArgs as its own classes have it: config objects, enums, sets."""
+    if name == "mamba_backend":
+        return Enum(name, {value: "vllm.some.Class"})[value]
+    if isinstance(value, dict) and value:
+        values = {k: as_object(k, v) for k, v in value.items()}
+        return make_dataclass(name, values)(**values)
+    return set(value) if name.endswith("offload_params") else value
+
+
+def vllms_engine_args():
+    """vLLM's EngineArgs at its defaults, with our options as vLLM has them."""
+    args = {name: as_object(name, value) for name, value in VLLM_DEFAULTS.items()}
+    args |= {"model": "folder", "hf_overrides": {}, "override_generation_config": {}}
+    args |= {"_api_process_count": 1, "max_model_len": None, "attention_backend": None}
+    profiler = _VLLM["config_objects"]["profiler_config"]
+    return SimpleNamespace(**args, profiler_config=as_object("Profiler", profiler))
+
+
+def test_vllms_own_engine_args_ask_for_nothing(caplog):
+    args = vllms_engine_args()
+    assert args.structured_outputs_config.backend == "auto" and args.offload_params == set()
+    assert args.kernel_config.ir_op_priority.rms_norm == []
+    config = EngineConfig.from_options(**options_of(args))
+    assert config == EngineConfig(model="folder", profiler_config={}, hf_overrides={},
+                                  override_generation_config={})  # fmt: skip
+    assert not caplog.records
+
+
+def test_a_changed_entry_of_vllms_objects_is_named(caplog):
+    args = vllms_engine_args()
+    args.structured_outputs_config.backend = "outlines"
+    with pytest.raises(ValueError, match=r"config={'backend': 'outlines'} is not supported yet"):
+        EngineConfig.from_options(**options_of(args))
+    args.structured_outputs_config.backend = "guidance"
+    args.compilation_config.pass_config.enable_sp = True
+    args.profiler_config.profiler, args.profiler_config.torch_profiler_dir = "torch", "here"
+    args.attention_backend = Enum("Backend", {"TRITON_ATTN": "vllm.some.Class"}).TRITON_ATTN
+    config = EngineConfig.from_options(**options_of(args))
+    assert config.profiler_config == {"profiler": "torch", "torch_profiler_dir": "here"}
+    assert config.attention_backend == "TRITON_ATTN"
+    assert "compilation_config={'pass_config': {'enable_sp': True}}" in caplog.text
+
+
+def test_the_table_is_vllms():
+    arg_utils = pytest.importorskip("vllm.engine.arg_utils")
+    defaults = {name: plain(value) for name, value in vars(arg_utils.EngineArgs()).items()}
+    assert {name: v for name, v in VLLM_DEFAULTS.items() if name in defaults} == {
+        name: v for name, v in defaults.items() if name in VLLM_DEFAULTS
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("distributed_executor_backend", "mp"),
+        ("limit_mm_per_prompt", {}),
+        ("logits_processors", []),
+        ("compilation_config", {}),
+        ("ignore_patterns", ["original/**/*"]),
+        ("quantization", None),
+        ("structured_outputs_config", {"backend": "auto"}),
+        ("load_format", "hf"),
+        ("trust_remote_code", True),
+    ],
+)
+def test_a_value_that_asks_for_nothing_is_fine(name, value, caplog):
+    EngineConfig.from_options("folder", **{name: value})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [None, -1, "auto"])
+def test_the_length_may_be_left_to_the_engine(value):
+    assert EngineConfig.from_options("folder", max_model_len=value).max_model_len is None
+
+
+def test_a_profiler_config_is_an_object_or_a_dict():
+    for config in (ProfilerConfig("torch", "here"), vars(ProfilerConfig("torch", "here"))):
+        options = EngineConfig.from_options("folder", profiler_config=config)
+        assert options.profiler_config == {"profiler": "torch", "torch_profiler_dir": "here"}
+    with pytest.raises(ValueError, match="profiler_config must be"):
+        EngineConfig.from_options("folder", profiler_config={"torch_profiler_with_flops": True})
 
 
 @pytest.mark.parametrize(
@@ -125,7 +227,7 @@ def test_an_option_that_only_tunes_speed_warns(name, value, caplog):
         ("pipeline_parallel_size", 2, 1),
         ("cpu_offload_gb", 4, 0),
         ("enable_lora", True, False),
-        ("limit_mm_per_prompt", {"image": 1}, None),
+        ("limit_mm_per_prompt", {"image": 1}, {}),
         ("speculative_config", {"method": "ngram"}, None),
     ],
 )

@@ -39,6 +39,7 @@ IDS = TokenizedPrompt(array("I", [1, 2]))
         ([(1, 2), "a"], [IDS, A]),
         ({"prompt": "a"}, [A]),
         ({"prompt_token_ids": [1, 2]}, [IDS]),
+        ({"prompt": "a", "multi_modal_data": None, "mm_processor_kwargs": {}}, [A]),
         *[(make([1, 2]), [IDS]) for make in (np.array, torch.tensor)],
         *[(make([[1, 2], [1, 2]]), [IDS, IDS]) for make in (np.array, torch.tensor)],
         ([np.array([1, 2]), {"prompt_token_ids": torch.tensor([1, 2])}], [IDS, IDS]),

@@ -15,11 +15,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanovllm"
 # Files at the root that are drawn together with others.
 FACE = {"__init__": "nanovllm", "__main__": "entrypoints"}
-ROOTS = {"config": "options", "sampling_params": "options", "outputs": "options"}
+OPTIONS = ("arguments", "config", "engine_args", "outputs", "sampling_params")
+ROOTS = dict.fromkeys(OPTIONS, "options")
 ABOUT = {
     "entrypoints": "the command line, batch files, lm-eval, the view of each step",
     "nanovllm": "the names that `import nanovllm` has",
     "async_llm": "`AsyncLLM`: the client for asyncio",
+    "llm_engine": "`LLMEngine`: an `LLM` that is stepped by hand, by vLLM's names",
     "llm": "`LLM`: the client for scripts, and the one place that makes engine and worker",
     "frontend": "text and requests: prompts, chat, grammars, scoring, beams",
     "engine": "scheduler, block manager, sequences, detokenizer; no torch",
@@ -31,7 +33,7 @@ ABOUT = {
     "ops": "operations: torch as reference and CPU path, choice of the kernel, the batch",
     "ops.triton": "Triton kernels, and what launches them",
     "core": "what crosses rooms: a step, the model's config, metrics; no torch",
-    "options": "config.py, sampling_params.py, outputs.py: options, parameters, results",
+    "options": "options and how they are given, parameters, results",
 }
 
 

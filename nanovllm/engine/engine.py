@@ -4,7 +4,7 @@ thread.py drives it; what runs in a step is the scheduler's choice, how it runs 
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -174,11 +174,16 @@ class Engine:
             self.scheduler.logprobs.put(step.input, step.sampled, output.logprobs)
         if output.scores is not None:
             _keep_scores(step, output.scores)
+        going_on = (s for s in step.sampled if len(s.token_ids) > s.num_prompt_tokens)
+        times = Counter(s.metrics.last_token_time for s in going_on if s.finish_reason is None)
+        for last_time, number in times.items():
+            self.metrics.between_tokens.add(now - (last_time or now), number)
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
             advanced.append(seq)
             seq.token_ids.append(token_id)
+            seq.metrics.last_token_time = now
             if token_id in seq.stops or len(seq.token_ids) >= seq.check_from:
                 self._check_stop(seq)
                 if seq.finished:

@@ -6,13 +6,14 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import __version__
-from nanovllm.config import EngineConfig
-from nanovllm.entrypoints.options import add_options, given_options
+from nanovllm.arguments import FlexibleArgumentParser, add_options, given_options
+from nanovllm.config import VLLM_DEFAULTS
+from nanovllm.engine_args import EngineArgs
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # importing torch takes seconds, and --help has no use for it
@@ -22,6 +23,8 @@ SAMPLING = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+# run-batch has vLLM's served_model_name for itself.
+OPTIONS = {option.name for option in fields(EngineArgs)} - {"served_model_name"}
 CHAT_HELP = "/clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends"
 
 
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nanovllm", description="Offline LLM inference")
+    parser = FlexibleArgumentParser(prog="python -m nanovllm", description="Offline LLM inference")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     batch.set_defaults(run=run_batch_file)
     for command in (generate, chat, batch):
-        add_options(command, "engine", EngineConfig)
+        add_options(command, "engine", EngineArgs, OPTIONS, VLLM_DEFAULTS, ["model"])
     return parser
 
 
@@ -86,7 +89,7 @@ def load(args: argparse.Namespace) -> "LLM":
     from nanovllm.llm import LLM
 
     try:
-        return LLM(**given_options(args, EngineConfig))
+        return LLM(**given_options(args, EngineArgs))
     except (ValueError, TypeError) as error:
         raise SystemExit(f"error: {error}") from None
 

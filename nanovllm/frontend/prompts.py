@@ -15,10 +15,11 @@ import numpy as np
 from nanovllm.frontend.tokens import has_more_tokens
 from nanovllm.sampling_params import SamplingParams
 
-TEXT_AT_ONCE = (
-    2**20
-)  # characters that are tokenized at a time: a tokenizer takes 200 bytes for each
+# Characters that are tokenized at a time: a tokenizer takes 200 bytes for each.
+TEXT_AT_ONCE = 2**20
 MAX_BAD_WORDS = 2**15  # numbers of a request's bad words on the device: tokens, and one for each
+# Keys of vLLM's prompts that may be there, and ask for nothing.
+VLLMS_KEYS = {"multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "cache_salt"}
 
 
 class TextPrompt(TypedDict):
@@ -139,7 +140,8 @@ def _content(prompt: Any, name: str, vocab_size: int) -> str | TokenizedPrompt:
     if isinstance(prompt, Mapping):
         text, token_ids = prompt.get("prompt"), plain(prompt.get("prompt_token_ids"))
         good = isinstance(text, str | None) and not isinstance(token_ids, str)
-        if not set(prompt) <= {"prompt", "prompt_token_ids"} or not good or text is token_ids:
+        asking = {k for k, v in prompt.items() if not (k in VLLMS_KEYS and v in (None, {}, ""))}
+        if not asking <= {"prompt", "prompt_token_ids"} or not good or text is token_ids:
             raise TypeError(
                 f"{name}: a dict prompt is {{'prompt': text}} or {{'prompt_token_ids': list of "
                 f"token ids}}, got {prompt!r:.80}"

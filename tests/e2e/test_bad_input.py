@@ -82,7 +82,7 @@ BAD_PROMPTS = [  # each stands behind a good prompt
     ({"prompt_token_ids": [1.0]}, TypeError, f"prompt 1 {FORM} [1.0]"),
     *[(p, TypeError, f"{DICT} {p}")
       for p in ({}, {"text": "a"}, {"prompt": None}, {"prompt": [1, 2]}, {"prompt_token_ids": "ab"},
-                {"prompt": "a", "multi_modal_data": None})],
+                {"prompt": "a", "cache_salt": "b"})],
     *[(p, TypeError, f"a prompt {FORM} {p}") for p in (b"abc", bytearray(b"abc"))],
 ]  # fmt: skip
 MANY_OR_NONE = [[True], [[5]], ["a"], [b"abc"], None, 5, 0, 1.5, {5}, object,
