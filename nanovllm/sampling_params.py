@@ -7,7 +7,8 @@ Users construct it; frontend/requests.py copies it; the sampler and the stop che
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from numbers import Integral, Real
@@ -31,6 +32,16 @@ _KINDS: dict[str, Any] = {  # of structured outputs
     "structural_tag": str,
 }
 GREEDY_TEMPERATURE = 1e-5  # below it the softmax is one-hot in float32: treated as greedy
+
+
+@contextmanager
+def refuses_deep_nesting(name: str) -> Iterator[None]:
+    """What reads a value by recursion, or shows it in an error, raises a ValueError where the value
+    is nested more deeply than Python recurses. A decorator too."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{name}: a value is nested too deeply") from None
 
 
 class RequestOutputKind(Enum):
@@ -75,6 +86,7 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     structural_tag: str | None = None
 
+    @refuses_deep_nesting("structured_outputs")
     def __post_init__(self) -> None:
         given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) != 1:
@@ -224,6 +236,7 @@ class SamplingParams:
     )
     grammar: Any = field(default=None, init=False, repr=False, compare=False)
 
+    @refuses_deep_nesting("sampling_params")
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:  # as in vLLM

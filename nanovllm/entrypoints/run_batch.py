@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from nanovllm.entrypoints.openai_format import Request, make_response, read_request
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import refuses_deep_nesting
 
 PREFIX = b'{"id": "batch_req_'  # what all results begin with; the line's number follows
 
@@ -186,6 +187,7 @@ class Batch:
         except (ValueError, TypeError) as error:
             self._write(number, custom_id, None, error)
 
+    @refuses_deep_nesting("the line")
     def _start(self, number: int, custom_id: str | None, line: Any) -> None:
         if not isinstance(line, dict):
             raise TypeError(f"a line must be a JSON object, got {line!r:.80}")

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovllm.frontend.prompts import check_unicode
+from nanovllm.sampling_params import refuses_deep_nesting
 
 
+@refuses_deep_nesting("messages")
 def render(messages: Any, tokenizer: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A prompt for each conversation: its text, and that text's tokens.
 

@@ -24,7 +24,7 @@ from nanovllm.frontend.scoring import Scored
 from nanovllm.frontend.structured_outputs import GrammarCompiler
 from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, refuses_deep_nesting
 
 
 class Requests:
@@ -55,9 +55,15 @@ class Requests:
             checkpoint.tokenizer, checkpoint.model_config.vocab_size, checkpoint.eos_token_ids
         )
         self.num_made = 0
-        # Tokenizers and compilers have one user at a time; a signal's handler may come in between.
+        # Tokenizers have one user at a time; a signal's handler may come in between.
         self.lock = threading.RLock()
 
+    def after_fork(self) -> None:
+        """In a forked process, where another thread may have held a lock."""
+        self.lock = threading.RLock()
+        self.grammars.start_anew()
+
+    @refuses_deep_nesting("prompts and parameters")
     def make(
         self,
         prompt_list: Any,
@@ -82,20 +88,22 @@ class Requests:
             tokenized = prompts.normalize(
                 prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
             )
-            params = prompts.match_params(sampling_params, len(tokenized))
-            for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
-                try:
+        params = prompts.match_params(sampling_params, len(tokenized))
+        for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
+            try:
+                with self.lock:
                     prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
-                    if p.structured_outputs is not None:
-                        p.grammar = self.grammars.compile(p.structured_outputs)
-                except ValueError as error:
-                    if isinstance(sampling_params, SamplingParams):  # one for all prompts
-                        raise
-                    raise ValueError(f"sampling_params {i}: {error}") from error
-                p.output_kind = output_kind or p.output_kind
-            priorities = [0] * len(tokenized)
-            if priority is not None:
-                priorities = prompts.match_priorities(priority, len(tokenized))
+                if p.structured_outputs is not None:  # may take seconds, and delays no other caller
+                    p.grammar = self.grammars.compile(p.structured_outputs)
+            except ValueError as error:
+                if isinstance(sampling_params, SamplingParams):  # one for all prompts
+                    raise
+                raise ValueError(f"sampling_params {i}: {error}") from error
+            p.output_kind = output_kind or p.output_kind
+        priorities = [0] * len(tokenized)
+        if priority is not None:
+            priorities = prompts.match_priorities(priority, len(tokenized))
+        with self.lock:
             first = self.num_made
             self.num_made += len(tokenized)
         now, seqs = time.monotonic(), []
