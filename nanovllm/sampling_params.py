@@ -8,7 +8,8 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
@@ -36,6 +37,16 @@ _KINDS: dict[str, Any] = {  # of structured outputs
 }
 MIN_TEMPERATURE = 0.01  # vLLM's; 0 is greedy
 GREEDY_TEMPERATURE = 1e-5  # below it the softmax is one-hot in float32: treated as greedy
+
+
+@contextmanager
+def refuses_deep_nesting(name: str) -> Iterator[None]:
+    """What reads a value by recursion, or shows it in an error, raises a ValueError where the value
+    is nested more deeply than Python recurses. A decorator too."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{name}: a value is nested too deeply") from None
 
 
 class RequestOutputKind(Enum):
@@ -80,6 +91,7 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     structural_tag: str | None = None
 
+    @refuses_deep_nesting("structured_outputs")
     def __post_init__(self) -> None:
         given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) != 1:
@@ -232,6 +244,7 @@ class SamplingParams:
     )
     grammar: Any = field(default=None, init=False, repr=False, compare=False)
 
+    @refuses_deep_nesting("sampling_params")
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:  # as in vLLM

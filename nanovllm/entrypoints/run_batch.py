@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from nanovllm.entrypoints.openai_format import Request, make_response, read_request
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import refuses_deep_nesting
 
 try:
     import fcntl
@@ -271,6 +272,7 @@ class Batch:
         except (ValueError, TypeError) as error:
             self._write(line, None, error)
 
+    @refuses_deep_nesting("the line")
     def _start(self, line: Line, content: Any) -> None:
         if not isinstance(content, dict):
             raise TypeError(f"a line must be a JSON object, got {content!r:.80}")

@@ -13,6 +13,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from nanovllm.frontend.prompts import check_characters, check_unicode, tokenize
+from nanovllm.sampling_params import refuses_deep_nesting
 
 CONTENT_FORMATS = ("auto", "string", "openai")
 # The types of a content's parts that are text, and where it stands.
@@ -25,6 +26,7 @@ TEXT_KEYS = {
 }
 
 
+@refuses_deep_nesting("messages")
 def render(
     messages: Any,
     tokenizer: Any,

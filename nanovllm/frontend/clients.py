@@ -1,7 +1,6 @@
 """Callers of the engine's thread, and what each gets of its requests: a whole batch at its end, a
 stream as it is read, or what a step by hand has brought. llm.py and async_llm.py make them."""
 
-import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -186,7 +185,7 @@ class ByHand(Client):
         )
 
     def after_fork(self) -> None:
-        self.requests.lock = threading.RLock()  # another thread may have held it
+        self.requests.after_fork()
         self.waits = {}
 
     def take(self) -> list[RequestOutput]:

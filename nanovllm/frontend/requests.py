@@ -25,7 +25,7 @@ from nanovllm.frontend.scoring import Scored
 from nanovllm.frontend.structured_outputs import GrammarCompiler
 from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, refuses_deep_nesting
 
 
 class Requests:
@@ -56,9 +56,15 @@ class Requests:
             checkpoint.tokenizer, checkpoint.model_config.vocab_size, checkpoint.eos_token_ids
         )
         self.num_made = 0
-        # Compilers of grammars have one user at a time; a signal's handler may come in between.
+        # Requests are numbered one after another; a signal's handler may come in between.
         self.lock = threading.RLock()
 
+    def after_fork(self) -> None:
+        """In a forked process, where another thread may have held a lock."""
+        self.lock = threading.RLock()
+        self.grammars.start_anew()
+
+    @refuses_deep_nesting("prompts and parameters")
     def make(
         self,
         prompt_list: Any,
@@ -79,25 +85,25 @@ class Requests:
         vocab_size = checkpoint.model_config.vocab_size
         if sampling_params is None:
             sampling_params = checkpoint.default_sampling_params
-        # Without the lock: no call waits for another's long prompt. Encoding changes no tokenizer.
+        # No call waits for another's long prompt: encoding changes no tokenizer.
         tokenized = prompts.normalize(
             prompt_list, checkpoint.tokenizer, vocab_size, self.max_model_len, request_id
         )
+        params = prompts.match_params(sampling_params, len(tokenized))
+        for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
+            try:
+                prompts.bind_params(p, vocab_size, checkpoint.tokenizer, self.max_model_len)
+                if p.structured_outputs is not None:  # may take seconds, and delays no other caller
+                    p.grammar = self.grammars.compile(p.structured_outputs)
+            except ValueError as error:
+                if isinstance(sampling_params, SamplingParams):  # one for all prompts
+                    raise
+                raise ValueError(f"sampling_params {i}: {error}") from error
+            p.output_kind = output_kind or p.output_kind
+        priorities = [0] * len(tokenized)
+        if priority is not None:
+            priorities = prompts.match_priorities(priority, len(tokenized))
         with self.lock:
-            params = prompts.match_params(sampling_params, len(tokenized))
-            for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
-                try:
-                    prompts.bind_params(p, vocab_size, checkpoint.tokenizer, self.max_model_len)
-                    if p.structured_outputs is not None:
-                        p.grammar = self.grammars.compile(p.structured_outputs)
-                except ValueError as error:
-                    if isinstance(sampling_params, SamplingParams):  # one for all prompts
-                        raise
-                    raise ValueError(f"sampling_params {i}: {error}") from error
-                p.output_kind = output_kind or p.output_kind
-            priorities = [0] * len(tokenized)
-            if priority is not None:
-                priorities = prompts.match_priorities(priority, len(tokenized))
             first = self.num_made
             self.num_made += len(tokenized)
         now, seqs = time.monotonic(), []

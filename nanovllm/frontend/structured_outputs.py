@@ -1,16 +1,31 @@
 """StructuredOutputsParams -> compiled grammars, which say what tokens may come next, by llguidance.
 
-requests.py compiles them before requests are posted; the worker gives each row a matcher of its own
-and advances it (worker/host_processors.py).
+requests.py compiles them before requests are posted, in the caller's thread; the worker gives each
+row a matcher of its own and advances it (worker/host_processors.py).
 """
 
 import json
+import os
+import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from nanovllm.sampling_params import StructuredOutputsParams
+from nanovllm.sampling_params import StructuredOutputsParams, refuses_deep_nesting
 
 NUM_KEPT = 1024  # compiled grammars, for later requests with the same one
+# llguidance follows rules and $refs by recursion, 9 kB of stack for each. A rule takes some bytes
+# of the source, so a stack in proportion to it suffices; the system gives only what is touched.
+MAX_SOURCE = 2**21  # bytes
+STACK, STACK_PER_BYTE = 2**24, 512
+Result = TypeVar("Result")
+# In front of a special token's name no text has it (a noncharacter of Unicode).
+HIDDEN = "\uffff"
+# What may hold <...> in a Lark grammar, and special tokens.
+LARK = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*|<[^<>\s]+>')
+# Of a GBNF grammar its literals and classes; and the white space and comments before a bar, or not.
+GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|(?:\s|#[^\n]*(?:\n|$))+(?P<bar>\|)?')
 # JSON Schema's keywords for named schemas, and keywords for plain values.
 NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 VALUES = ("const", "enum", "default", "examples")
@@ -31,17 +46,31 @@ class Grammar:
     matcher: Any = None
 
     def bind(self, vocabulary: Any) -> "Grammar":
-        """With a matcher over an llguidance.LLTokenizer."""
+        """With a matcher over an llguidance.LLTokenizer.
+
+        Raises:
+            ValueError: the grammar is wrong or too large, or has what llguidance lacks.
+        """
         from llguidance import LLMatcher
 
-        return replace(self, matcher=LLMatcher(vocabulary, self.source, log_level=0))
+        num_bytes = len(self.source.encode())
+        if num_bytes > MAX_SOURCE:
+            raise ValueError(f"it has {num_bytes} bytes, and may have {MAX_SOURCE}")
+        # Other threads run meanwhile: it gives up the interpreter's lock.
+        matcher = _with_stack(
+            STACK + STACK_PER_BYTE * num_bytes,
+            lambda: LLMatcher(vocabulary, self.source, log_level=0),
+        )
+        if matcher.is_error():
+            raise ValueError(matcher.get_error().replace(HIDDEN, ""))
+        return replace(self, matcher=matcher)
 
     def __reduce__(self) -> Any:
         return Grammar, (self.source, self.num_words)
 
 
 class GrammarCompiler:
-    """Compiles each grammar once.
+    """Compiles each grammar once. Several threads may use it.
 
     Args:
         tokenizer: transformers' tokenizer, or None.
@@ -53,49 +82,69 @@ class GrammarCompiler:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.eos_token_ids = eos_token_ids
         self.vocabulary: Any = None  # llguidance's, made for the first grammar
+        self.special: dict[str, int] = {}  # the special tokens, which a Lark grammar may name
         self.compiled: dict[str, Grammar] = {}
+        self.start_anew()
 
+    def start_anew(self) -> None:
+        """In a forked process, where another thread may have held a lock."""
+        # Of the vocabulary and what is compiled; a signal's handler may come in between.
+        self.lock = threading.RLock()
+
+    @refuses_deep_nesting("structured_outputs")
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """Raises:
         ValueError: the grammar is wrong, or has what llguidance lacks; there is no tokenizer or
             no EOS token; or no llguidance.
         """
         key = repr(params)
-        if key not in self.compiled:
+        grammar = self.compiled.get(key)
+        if grammar is None:
             grammar = self._compile(params)
-            if len(self.compiled) >= NUM_KEPT:
-                del self.compiled[next(iter(self.compiled))]
-            self.compiled[key] = grammar
-        return self.compiled[key]
+            with self.lock:
+                if len(self.compiled) >= NUM_KEPT:
+                    self.compiled.pop(next(iter(self.compiled)), None)
+                self.compiled[key] = grammar
+        return grammar
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         try:
-            from llguidance import LLMatcher
+            import llguidance  # noqa: F401
         except ImportError:
             raise ValueError(
                 "structured_outputs need the llguidance package: pip install 'nanovllm[structured]'"
             ) from None
-        self._read_vocabulary()
+        with self.lock:
+            self._read_vocabulary()
         try:
             source = self._source(params)
-            error = LLMatcher.validate_grammar(source, self.vocabulary)
+            return Grammar(source, -(-self.vocabulary.vocab_size // 32)).bind(self.vocabulary)
         except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as wrong:
             error = str(wrong) if isinstance(wrong, ValueError) else repr(wrong)
-        if error:
-            raise ValueError(f"structured_outputs: {params.kind} won't do: {error.strip()}")
-        return Grammar(source, -(-self.vocabulary.vocab_size // 32)).bind(self.vocabulary)
+        raise ValueError(f"structured_outputs: {params.kind} won't do: {error.strip()}")
 
     def _read_vocabulary(self) -> None:
+        """As llguidance has it: tokens are their bytes, and text becomes tokens as it stands."""
         if self.vocabulary is not None:
             return
         if self.tokenizer is None:
             raise ValueError("structured_outputs need a tokenizer, and skip_tokenizer_init=True")
         if not self.eos_token_ids:
             raise ValueError("structured_outputs need an EOS token; the checkpoint names none")
-        from llguidance.hf import from_tokenizer
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"structured_outputs need a tokenizer of the tokenizers package (a tokenizer.json),"
+                f" not {type(self.tokenizer).__name__}"
+            )
+        from llguidance import LLTokenizer
 
+        form = json.loads(backend.to_str())
+        self.special = {token["content"]: token["id"] for token in form["added_tokens"]}
         size = max(self.vocab_size, len(self.tokenizer))
-        self.vocabulary = from_tokenizer(self.tokenizer, size, eos_token=list(self.eos_token_ids))
+        self.vocabulary = LLTokenizer(
+            json.dumps(_verbatim(form)), n_vocab=size, eos_token=list(self.eos_token_ids)
+        )
 
     def _source(self, params: StructuredOutputsParams) -> str:
         """The grammar as llguidance takes it; it may still be wrong."""
@@ -111,12 +160,25 @@ class GrammarCompiler:
                 raise ValueError("it has a NUL character")
             return LLMatcher.grammar_from_regex(params.regex)
         if params.choice is not None:
-            return grammar_from("choice", json.dumps(params.choice))
+            # A terminal: a rule has at most 2,000 alternatives.
+            choices = " | ".join(map(json.dumps, dict.fromkeys(params.choice)))
+            return f"start: CHOICE\nCHOICE: {choices}"
         if params.grammar is not None:
             # As in vLLM: Lark's syntax has no "::=".
-            return grammar_from("gbnf" if "::=" in params.grammar else "lark", params.grammar)
+            if "::=" in params.grammar:
+                return grammar_from("gbnf", _joined_alternatives(params.grammar))
+            return self._by_number(params.grammar)
         assert params.structural_tag is not None
-        return self._tag_grammar(json.loads(params.structural_tag), params)
+        return self._by_number(self._tag_grammar(json.loads(params.structural_tag), params))
+
+    def _by_number(self, lark: str) -> str:
+        """A Lark grammar that names special tokens by number: their names are hidden."""
+
+        def by_number(found: re.Match) -> str:
+            token_id = self.special.get(found[0])
+            return found[0] if token_id is None else f"<[{token_id}]>"
+
+        return LARK.sub(by_number, lark)
 
     def _tag_grammar(self, content: dict[str, Any], params: StructuredOutputsParams) -> str:
         from llguidance import StructTag
@@ -137,9 +199,87 @@ class GrammarCompiler:
         return StructTag.to_grammar(tags, assume_special=any(t.trigger in special for t in tags))
 
 
+_starting = threading.RLock()  # threading.stack_size is that of all threads that start
+
+
+def _start_anew() -> None:
+    """In a forked process, where another thread may have held the lock."""
+    global _starting
+    _starting = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
+
+
+def _with_stack(size: int, function: Callable[[], Result]) -> Result:
+    """The function's result, or its error, from a thread with a stack of this size."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="nanovllm grammar", daemon=True)
+    with _starting:
+        before = threading.stack_size(-(-size // 2**20) * 2**20)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise ValueError(f"its compiler needs {size} bytes of stack: {error}") from None
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _verbatim(form: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json whose text becomes tokens of the same text. A normalizer would make other
+    text of some; and special tokens that a text spells are text, so their names become names that
+    no text has."""
+    hidden = {token["content"] for token in form["added_tokens"]}
+    tokens = [{**token, "content": HIDDEN + token["content"]} for token in form["added_tokens"]]
+    model, vocab = form["model"], form["model"]["vocab"]
+    if isinstance(vocab, dict):
+        vocab = {HIDDEN * (name in hidden) + name: token_id for name, token_id in vocab.items()}
+    return {
+        **form,
+        "added_tokens": tokens,
+        "normalizer": _spaces_alone(form["normalizer"]),
+        "model": {**model, "vocab": vocab},
+        **dict.fromkeys(("truncation", "padding", "post_processor")),
+    }
+
+
+def _spaces_alone(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a tokenizer.json's normalizer what writes spaces as the vocabulary does (sentencepiece's
+    do)."""
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return normalizer
+    if normalizer["type"] == "Sequence":
+        parts = [_spaces_alone(part) for part in normalizer["normalizers"]]
+        return {"type": "Sequence", "normalizers": [part for part in parts if part is not None]}
+    is_space = normalizer["type"] == "Replace" and normalizer["pattern"] == {"String": " "}
+    return normalizer if is_space else None
+
+
+def _joined_alternatives(gbnf: str) -> str:
+    """GBNF without lines that begin with a bar, which llguidance does not take."""
+    return GBNF.sub(lambda found: " |" if found["bar"] else found[0], gbnf)
+
+
 def _json_grammar(schema: Any, params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
+    if schema is False:
+        raise ValueError("no text satisfies the schema false")
+    if schema is True:  # any value
+        schema = {}
     if params.disable_additional_properties:
         schema = _closed(schema)
     return LLMatcher.grammar_from_json_schema(
