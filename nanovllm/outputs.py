@@ -161,7 +161,7 @@ class SampleLogprobs(Lines[dict[int, Logprob]]):
         token_ids, num_lines = lines.token_ids, len(lines.data)
         ranks = np.empty_like(token_ids)
         ranks[:, 0], ranks[:, 1:] = lines.ranks, range(1, self.width)
-        dicts = [self[start + i] for i in range(num_lines)] if self.decode else []
+        dicts = [self[start + i] for i in range(num_lines)] if self.token_text else []
         texts: list[str | None] = [None] * token_ids.size
         if dicts:
             pairs = zip(dicts, token_ids.tolist(), strict=True)
