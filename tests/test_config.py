@@ -254,7 +254,7 @@ def test_eos_is_one_id_or_several(value, ids):
     assert token_id_tuple(value) == ids
 
 
-@pytest.mark.parametrize("value", [None, [], "Qwen3ForCausalLM", ["A", "B"]])
+@pytest.mark.parametrize("value", [None, [], "Qwen3ForCausalLM", ["A", "B"], [5], [["A"]]])
 def test_config_without_one_architecture_is_refused(hf, value):
     with pytest.raises(ValueError, match="must name one architecture in 'architectures', got"):
         ModelConfig.from_hf(hf | {"architectures": value})
@@ -294,6 +294,7 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.25}
             for window in ({"sliding_window": 128}, {"sliding_window": ...})
         ],
         ({"layer_types": ["linear_attention"]}, "layer_types has 'linear_attention', which is not"),
+        ({"num_hidden_layers": 6}, "layer_types has 5 entries, num_hidden_layers is 6"),
         ({"quantization_config": {"quant_method": "gptq"}}, "(quant_method 'gptq')"),
         ({"num_key_value_heads": 3}, "(4) must be a multiple of num_key_value_heads (3)"),
         ({"head_dim": 63}, "head_dim must be even for RoPE, got 63"),

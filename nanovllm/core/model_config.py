@@ -141,13 +141,14 @@ class ModelConfig:
 
 def architecture_of(hf: dict[str, Any]) -> str:
     """The name in `architectures`. Raises ValueError if config.json does not name exactly one."""
-    architectures = hf.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise ValueError(
-            f"config.json must name one architecture in 'architectures', got "
-            f"{architectures!r:.80} (model_type {hf.get('model_type')!r:.80})"
-        )
-    return str(architectures[0])
+    match hf.get("architectures"):
+        case [str(architecture)]:
+            return architecture
+        case other:
+            raise ValueError(
+                f"config.json must name one architecture in 'architectures', got {other!r:.80} "
+                f"(model_type {hf.get('model_type')!r:.80})"
+            )
 
 
 def token_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
@@ -215,6 +216,11 @@ def _refuse_unsupported(hf: dict[str, Any], activations: Collection[str]) -> Non
             )
         if kind != "full_attention":
             raise ValueError(f"config.json: layer_types has {kind!r:.80}, which is not supported")
+    given, num_layers = hf.get("layer_types"), _positive(hf, "num_hidden_layers")
+    if given is not None and len(given) != num_layers:
+        raise ValueError(
+            f"config.json: layer_types has {len(given)} entries, num_hidden_layers is {num_layers}"
+        )
 
 
 def _layer_types(hf: dict[str, Any]) -> list[Any]:

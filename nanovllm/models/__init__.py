@@ -38,7 +38,7 @@ def model_class(architecture: str) -> "type[CausalLM]":
     model = REGISTRY.get(architecture)
     if model is None:
         raise ValueError(
-            f"architecture {architecture!r} is not supported; supported: {', '.join(REGISTRY)} "
+            f"architecture {architecture!r:.80} is not supported; supported: {', '.join(REGISTRY)} "
             f"(nanovllm.models.register adds others)"
         )
     if isinstance(model, str):

@@ -17,6 +17,7 @@ from nanovllm.sampling_params import SamplingParams
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 JSON_BYTES = 16 << 20  # largest config.json or generation_config.json
+JSON_DEPTH = 64  # objects and lists inside each other, far from where Python's recursion ends
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.*.json", "*.model", "vocab.json", "vocab.txt")
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # its packages
@@ -152,7 +153,7 @@ def read_json(
     """A JSON file of the checkpoint; {} if it is not required and missing.
 
     Raises:
-        ValueError: the file is required and missing, or too large, or broken.
+        ValueError: the file is required and missing, or too large or deep, or broken.
     """
     file = folder / name
     if not file.exists() and not required:
@@ -169,7 +170,16 @@ def read_json(
         raise ValueError(f"{file} can't be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object")
+    if deep := [key for key, value in content.items() if _is_deeper(value, JSON_DEPTH)]:
+        raise ValueError(f"{file}: {deep[0]!r:.80} nests more than {JSON_DEPTH} levels deep")
     return content
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(one, depth - 1) for one in inner)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -300,6 +300,12 @@ def test_json_that_is_too_large_or_too_deep(copy_tiny):
     file.write_text("[" * 100_000)
     with says(ValueError, f"{file} is not valid JSON: maximum recursion depth"):
         load(file.parent)
+    for depth in (64, 900):
+        file.write_text(json.dumps({"architectures": ["A"]})[:-1] + ', "x": ' + "[" * depth)
+        with file.open("a") as end:
+            end.write('{"y": 1}' + "]" * depth + "}")
+        with says(ValueError, f"{file}: 'x' nests more than 64 levels deep"):
+            load(file.parent)
     with file.open("w") as sparse:
         sparse.truncate(1 << 40)
     with says(ValueError, f"{file} is not valid JSON: it has {1 << 40} bytes, more than"):
