@@ -118,11 +118,15 @@ def tokenize(texts: list[str], tokenizer: Any, **options: Any) -> Iterator[list[
         yield from tokenizer(batch_texts, **options)["input_ids"]
 
 
-def check_characters(text: str, name: str, tokenizer: Any, max_model_len: int) -> None:
-    """Raises ValueError for a text whose length shows that it has too many tokens."""
-    if has_more_tokens(text, tokenizer, max_model_len - 1):
+def check_characters(
+    text: str, name: str, tokenizer: Any, max_model_len: int, num_more: int = -1
+) -> None:
+    """Raises ValueError for a text whose length shows that it has more tokens than max_model_len +
+    num_more: a prompt needs room for one token."""
+    num_tokens = max_model_len + num_more
+    if has_more_tokens(text, tokenizer, num_tokens):
         raise ValueError(
-            f"{name} has {len(text)} characters, too many for the {max_model_len - 1} tokens that "
+            f"{name} has {len(text)} characters, too many for the {num_tokens} tokens that "
             f"max_model_len={max_model_len} allows: shorten it or raise max_model_len"
         )
 

@@ -41,6 +41,8 @@ def from_pairs(pairs: Any, tokenizer: Any, vocab_size: int, max_model_len: int) 
     for i, pair in enumerate(pairs):
         context, continuation = _two_alike(pair, i)
         whole = context + continuation
+        if isinstance(whole, str) and len(whole) > max_model_len:
+            prompts.check_characters(whole, f"pair {i}", tokenizer, max_model_len, num_more=1)
         heads.append(context.rstrip() if isinstance(context, str) else context)
         if not heads[-1]:
             heads[-1] = [first_token(tokenizer)]

@@ -181,6 +181,11 @@ def test_bad_input_is_refused_before_anything_runs(llm):
         ([good, ("a", "")], ValueError, "pair 1 has nothing to score"),
         ([good, ("", "")], ValueError, "pair 1 is empty"),
         ([([5] * 60, [6] * 6)], ValueError, "pair 0 has 66 tokens; max_model_len=64 allows 65"),
+        (
+            [("word " * 999, "a")],
+            ValueError,
+            "pair 0 has 4996 characters, too many for the 65 tokens that max_model_len=64 allows",
+        ),
     ):
         with pytest.raises(error, match=text):
             llm.loglikelihood(pairs)
