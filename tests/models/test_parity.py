@@ -100,6 +100,20 @@ def test_rope_in_the_form_of_older_configs(tmp_path):
     assert_greedy_equal(small_llm(folder), oracle, random_prompts(3, 128))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_types": None, "use_sliding_window": True, "sliding_window": 4,
+         "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": 4},
+    ],
+)  # fmt: skip
+def test_qwen3_without_head_dim_and_with_a_window_of_no_layer(tmp_path, change):
+    folder = make_checkpoint(tmp_path, "qwen3", head_dim=128)
+    edit_config(folder, head_dim=None, **change)
+    assert_greedy_equal(small_llm(folder), load_oracle(folder), random_prompts(3, 128))
+
+
 def test_sharded_checkpoint(tmp_path):
     folder = make_checkpoint(tmp_path, "qwen3", max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
