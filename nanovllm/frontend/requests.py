@@ -193,7 +193,12 @@ class Requests:
         )
 
     def _completion(self, seq: Sequence, delta: bool) -> CompletionOutput:
-        text = self.detokenizer.text(seq) if self.detokenizer else ""
+        try:
+            text = self.detokenizer.text(seq) if self.detokenizer else ""
+        except Exception as error:  # a tokenizer may raise anything
+            if not seq.request_finished:
+                raise
+            return _without_text(seq, error)
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
         cumulative = None
@@ -219,6 +224,17 @@ class Requests:
     def _token_text(self, seq: Sequence) -> Callable[[list[int]], str] | None:
         tokenizer = self.checkpoint.tokenizer
         return tokenizer.decode if tokenizer is not None and seq.params.detokenize else None
+
+
+def _without_text(seq: Sequence, error: Exception) -> CompletionOutput:
+    """Of an ended sequence whose tokens the tokenizer can't decode."""
+    return CompletionOutput(
+        index=seq.index,
+        text="",
+        token_ids=seq.output_token_ids,
+        finish_reason="error",
+        error=f"request {seq.request_id!r} has no text, as the tokenizer fails: {error!r}",
+    )
 
 
 def batch_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:
