@@ -93,7 +93,9 @@ class Requests:
             try:
                 with self.lock:
                     prompts.bind_params(p, vocab_size, checkpoint.tokenizer)
-                if p.structured_outputs is not None:  # may take seconds, and delays no other caller
+                if (
+                    p.structured_outputs is not None and p.grammar is None
+                ):  # may take seconds, and delays no other caller
                     p.grammar = self.grammars.compile(p.structured_outputs)
             except ValueError as error:
                 if isinstance(sampling_params, SamplingParams):  # one for all prompts

@@ -1,5 +1,5 @@
-"""Every way in which a request can fail while it runs: it ends with a reason, and the requests beside
-it have the tokens that they have alone."""
+"""Every way in which a request can fail while it runs: it ends with a reason, and the requests
+beside it have the tokens that they have alone."""
 
 import logging
 
