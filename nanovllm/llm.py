@@ -268,8 +268,8 @@ class LLM:
         """
         self._refuse(lora_request)
 
-        def run(beams: list[list[int]], one_token: SamplingParams) -> list[SampleLogprobs]:
-            seqs = self._run(lambda: self._requests.make(beams, one_token), itemgetter(0), False)
+        def run(beams: list[list[int]], own: Params) -> list[SampleLogprobs]:
+            seqs = self._run(lambda: self._requests.make(beams, own), itemgetter(0), False)
             _raise_errors(seqs)
             return [seq.logprobs for seq in seqs]
 

@@ -300,8 +300,9 @@ class CompletionOutput:
         stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after
             "length" or the tokenizer's EOS. Another EOS of generation_config is named, as in vLLM.
         routed_experts, lora_request: vLLM's, always None.
-        error: what has ended it after the finish_reason "error": an error of its logits processors
-            or its grammar, or of the two steps that failed while it ran; else None. vLLM has none.
+        error: what has ended it after the finish_reason "error": an error of its logits processors,
+            its grammar or its text, options that leave no token to sample, or of the two steps that
+            failed while it ran; else None. vLLM has none.
     """
 
     index: int

@@ -428,6 +428,8 @@ class BeamSearchParams:
         length_penalty: a sum of log-probabilities is divided by the number of tokens, prompt
             included, to this power; in [-16, 16]. Above 0 it favours long texts.
         include_stop_str_in_output: the text shows the EOS token that ended it.
+        structured_outputs: the form that the generated texts must have. A beam ends where its text
+            can't go on, also with ignore_eos.
 
     Raises:
         ValueError: a value is outside its range.
@@ -440,7 +442,9 @@ class BeamSearchParams:
     temperature: float = 0.0
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
+    @refuses_deep_nesting("params")
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
             setattr(self, name, _as_number(name, getattr(self, name), int))
@@ -453,12 +457,14 @@ class BeamSearchParams:
             )
         if not -16 <= self.length_penalty <= 16:  # its powers stay in a float's range
             raise ValueError(f"length_penalty must be in [-16, 16], got {self.length_penalty}")
-        SamplingParams(  # checks these values
+        checked = SamplingParams(
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             ignore_eos=self.ignore_eos,
             include_stop_str_in_output=self.include_stop_str_in_output,
+            structured_outputs=self.structured_outputs,
         )
+        self.structured_outputs = checked.structured_outputs
 
 
 def takes_prompt(processor: Callable) -> bool:

@@ -7,8 +7,10 @@ log-probabilities give the candidates; the prefix cache shares the blocks of com
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 
 from nanovllm.frontend import prompts
 from nanovllm.frontend.requests import Requests
+from nanovllm.frontend.structured_outputs import Grammar
 from nanovllm.frontend.tokens import token_text
 from nanovllm.outputs import Logprob, SampleLogprobs
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
@@ -44,13 +47,15 @@ class BeamSearchSequence:
 
 @dataclass
 class BeamSearchOutput:
-    """The answer to one prompt: `beam_width` sequences, the best first."""
+    """The answer to one prompt: `beam_width` sequences, the best first; fewer if structured_outputs
+    leave fewer."""
 
     sequences: list[BeamSearchSequence]
 
 
-# Runs prompts with the same parameters; returns the log-probabilities of each prompt's tokens.
-Run = Callable[[list[list[int]], SamplingParams], list[SampleLogprobs]]
+Params = SamplingParams | list[SamplingParams]  # the same for all prompts, or each one's
+# Runs prompts; returns the log-probabilities of each prompt's tokens.
+Run = Callable[[list[list[int]], Params], list[SampleLogprobs]]
 
 
 class Beam(NamedTuple):
@@ -59,6 +64,7 @@ class Beam(NamedTuple):
     cum_logprob: float = 0.0
     score: float = 0.0
     ended: bool = False
+    grammar: Grammar | None = None  # of what may follow
 
 
 class Search:
@@ -69,6 +75,7 @@ class Search:
         params: the user's parameters.
         eos_token_ids: tokens that end a beam, unless they are ignored.
         max_model_len: largest number of tokens in a beam.
+        grammar: of the generated text; None: any text.
     """
 
     def __init__(
@@ -77,11 +84,12 @@ class Search:
         params: BeamSearchParams,
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
+        grammar: Grammar | None = None,
     ):
         self.params = params
         self.eos_token_ids = eos_token_ids
         self.max_len = min(max_model_len, len(prompt) + params.max_tokens)
-        self.beams = [Beam(prompt, [])]
+        self.beams = [Beam(prompt, [], grammar=grammar)]
         self.ended: list[Beam] = []  # the best of them
 
     def extend(self, lines: list[SampleLogprobs]) -> None:
@@ -96,11 +104,16 @@ class Search:
         found: list[tuple[float, float, int, int, bool]] = []
         for i, (beam, line) in enumerate(zip(self.beams, lines, strict=True)):
             [token_ids], [logprobs] = line.lines.token_ids.tolist(), line.lines.logprobs.tolist()
-            for token, logprob in dict(zip(token_ids, logprobs, strict=True)).items():
+            candidates = dict(zip(token_ids, logprobs, strict=True))
+            if beam.grammar is not None:  # the most likely tokens are of all tokens
+                allowed = beam.grammar.allows(list(candidates))
+                candidates = dict(compress(candidates.items(), allowed))
+            for token, logprob in candidates.items():
                 cum_logprob = beam.cum_logprob + logprob
                 is_eos = token in self.eos_token_ids
                 score = cum_logprob / (eos_weight if is_eos else weight)
-                found.append((score, cum_logprob, i, token, is_eos and not params.ignore_eos))
+                ends = is_eos and (not params.ignore_eos or beam.grammar is not None)
+                found.append((score, cum_logprob, i, token, ends))
         found.sort(key=lambda candidate: candidate[0], reverse=True)  # stable, as in vLLM
         beams: list[Beam] = []
         ended = self.ended
@@ -108,7 +121,8 @@ class Search:
             beam, into = self.beams[i], ended if ends else beams
             if ends or len(beams) < params.beam_width:
                 tokens, kept = [*beam.tokens, token], [*beam.lines, lines[i]]
-                into.append(Beam(tokens, kept, cum_logprob, score, ends))
+                grammar = beam.grammar.after(token) if beam.grammar and not ends else None
+                into.append(Beam(tokens, kept, cum_logprob, score, ends, grammar))
         self.beams, self.ended = beams, self._best(ended)
 
     def _best(self, beams: list[Beam]) -> list[Beam]:
@@ -130,7 +144,7 @@ class Search:
     def output(self, tokenizer: Any) -> BeamSearchOutput:
         text = None if tokenizer is None else partial(token_text, tokenizer)
         sequences = []
-        for tokens, lines, cum_logprob, _, ended in self._best(self.ended + self.beams):
+        for tokens, lines, cum_logprob, _, ended, _ in self._best(self.ended + self.beams):
             start = len(tokens) - len(lines)
             shown = len(tokens) - (ended and not self.params.include_stop_str_in_output)
             sequences.append(
@@ -170,8 +184,11 @@ def beam_search(
     checkpoint, max_model_len = requests.checkpoint, requests.max_model_len
     vocab_size = checkpoint.model_config.vocab_size
     tokenized = prompts.normalize(prompt_list, checkpoint.tokenizer, vocab_size, max_model_len)
+    grammar = None
+    if params.structured_outputs is not None:
+        grammar = requests.grammars.compile(params.structured_outputs)
     searches = [
-        Search(prompt.token_ids.tolist(), params, checkpoint.eos_token_ids, max_model_len)
+        Search(prompt.token_ids.tolist(), params, checkpoint.eos_token_ids, max_model_len, grammar)
         for prompt in tokenized
     ]
     width = concurrency_limit or max(1, len(searches))
@@ -188,12 +205,23 @@ def _run(run: Run, searches: list[Search], params: BeamSearchParams, use_tqdm: b
         max_tokens=1,
         ignore_eos=True,
         detokenize=False,
+        structured_outputs=params.structured_outputs,
     )
     for _ in tqdm(range(params.max_tokens), "Beam search", unit="token", disable=not use_tqdm):
         searches = [search for search in searches if not search.is_done]
         if not searches:
             break
-        beams = [beam.tokens for search in searches for beam in search.beams]
-        lines = iter(run(beams, one_token))
+        beams = [beam for search in searches for beam in search.beams]
+        lines = iter(run([beam.tokens for beam in beams], _each(one_token, beams)))
         for search in searches:
             search.extend([next(lines) for _ in search.beams])
+
+
+def _each(one_token: SamplingParams, beams: list[Beam]) -> Params:
+    """The parameters of beams, with what each one's grammar allows next."""
+    if one_token.structured_outputs is None:
+        return one_token
+    params = [copy(one_token) for _ in beams]
+    for own, beam in zip(params, beams, strict=True):
+        own.grammar = beam.grammar
+    return params

@@ -93,7 +93,8 @@ class Requests:
         for i, p in {id(p): (i, p) for i, p in enumerate(params)}.values():
             try:
                 prompts.bind_params(p, vocab_size, checkpoint.tokenizer, self.max_model_len)
-                if p.structured_outputs is not None:  # may take seconds, and delays no other caller
+                # Compiling may take seconds, and delays no other caller.
+                if p.structured_outputs is not None and p.grammar is None:
                     p.grammar = self.grammars.compile(p.structured_outputs)
             except ValueError as error:
                 if isinstance(sampling_params, SamplingParams):  # one for all prompts
@@ -196,7 +197,12 @@ class Requests:
         )
 
     def _completion(self, seq: Sequence, delta: bool) -> CompletionOutput:
-        text = self.detokenizer.text(seq) if self.detokenizer else ""
+        try:
+            text = self.detokenizer.text(seq) if self.detokenizer else ""
+        except Exception as error:  # a tokenizer may raise anything
+            if not seq.request_finished:
+                raise
+            return _without_text(seq, error)
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
         cumulative, start = None, 0
@@ -226,6 +232,17 @@ class Requests:
         if tokenizer is None or not seq.params.detokenize:
             return None
         return partial(tokens.token_text, tokenizer)
+
+
+def _without_text(seq: Sequence, error: Exception) -> CompletionOutput:
+    """Of an ended sequence whose tokens the tokenizer can't decode."""
+    return CompletionOutput(
+        index=seq.index,
+        text="",
+        token_ids=seq.output_token_ids,
+        finish_reason="error",
+        error=f"request {seq.request_id!r} has no text, as the tokenizer fails: {error!r}",
+    )
 
 
 def batch_order(seqs: list[Sequence], scheduler: Scheduler) -> list[Sequence]:

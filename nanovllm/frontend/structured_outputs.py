@@ -65,6 +65,17 @@ class Grammar:
             raise ValueError(matcher.get_error().replace(HIDDEN, ""))
         return replace(self, matcher=matcher)
 
+    def allows(self, token_ids: list[int]) -> list[bool]:
+        """Whether each token may come first."""
+        bits = self.matcher.compute_bitmask()
+        return [bool(bits[token // 8] >> token % 8 & 1) for token in token_ids]
+
+    def after(self, token_id: int) -> "Grammar":
+        """What may come after this token, which may come first."""
+        matcher = self.matcher.deep_copy()
+        matcher.consume_token(token_id)
+        return replace(self, matcher=matcher)
+
     def __reduce__(self) -> Any:
         return Grammar, (self.source, self.num_words)
 

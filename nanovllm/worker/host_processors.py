@@ -7,6 +7,7 @@ draws for such a row waits for them, while its forward runs; other steps don't
 (docs/decisions/0017).
 """
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ from nanovllm.worker.record import StepRecord
 if TYPE_CHECKING:
     from nanovllm.worker.rows import Rows
 
+logger = logging.getLogger(__name__)
+
+NO_WAY_ON = "NoExtension"  # llguidance's error where a grammar can neither go on nor end
 BANNED = -1e30  # finite, also when divided by a temperature
 
 
@@ -30,6 +34,7 @@ class HostRow:
     Attributes:
         processors: its callables, and whether they take the prompt.
         matcher: where its text stands in its grammar; None: it has none.
+        has_ended: whether its grammar was found to have no way on.
         drawn: the step that sampled its last token, and the token's index there; None: the row was
             told.
     """
@@ -41,6 +46,7 @@ class HostRow:
         self.stop_token_ids = params.stop_token_ids or ()
         self.matcher: Any = None
         self.num_words = 0  # of a mask
+        self.has_ended = False
         self.drawn: tuple[StepRecord, int] | None = None
         if params.grammar is not None:
             self.num_words = params.grammar.num_words
@@ -121,7 +127,16 @@ class HostProcessors:
         bits = self.bits.view(np.uint32)
         for number, row in rows.items():
             if row.matcher.is_error():
-                self.errors[number] = ValueError(row.matcher.get_error().split("\n")[0])
+                error = row.matcher.get_error().split("\n")[0]
+                if not error.startswith(NO_WAY_ON):
+                    self.errors[number] = ValueError(error)
+                elif not row.has_ended:
+                    # As in vLLM. The mask has EOS alone.
+                    row.has_ended = True
+                    logger.warning(
+                        "a grammar has no way on after %d tokens: its request ends there",
+                        len(row.output),
+                    )
             elif row.stop_token_ids and row.matcher.is_accepting():
                 for token in row.stop_token_ids:
                     bits[number, token // 32] |= np.uint32(1 << token % 32)

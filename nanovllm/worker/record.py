@@ -12,6 +12,10 @@ from nanovllm.outputs import LogprobLines
 
 NUM_RECORDS = 4  # more than the engine has steps in flight
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers of this alignment
+NOTHING_ALLOWED = (
+    "no token is allowed next: allowed_token_ids, bad_words, logit_bias, min_tokens or "
+    "logits_processors forbid all"
+)
 ROOM = 2**20  # bytes of an upload buffer at first: growing takes long, and may wait for the device
 
 
@@ -22,6 +26,7 @@ class StepRecord:
         slot: the record's number.
         columns: memory for the host's columns, pinned for a GPU.
         token_ids: [max_num_seqs] int64, where the step's sampled tokens will be.
+        is_blocked: [max_num_seqs] bool, pinned for a GPU; see `block`.
         device: where the step runs.
 
     Attributes:
@@ -33,8 +38,14 @@ class StepRecord:
     """
 
     def __init__(
-        self, slot: int, columns: StepColumns, token_ids: np.ndarray, device: torch.device
+        self,
+        slot: int,
+        columns: StepColumns,
+        token_ids: np.ndarray,
+        is_blocked: torch.Tensor,
+        device: torch.device,
     ):
+        self.is_blocked = is_blocked
         self.slot, self.columns, self.token_ids, self.device = slot, columns, token_ids, device
         self.arrays = StepColumns(*(column.numpy() for column in columns))
         self.logprob_memory = torch.empty(0)
@@ -49,6 +60,7 @@ class StepRecord:
         self.logprobs: LogprobLines | None = None
         self.scores: LogprobLines | None = None
         self.errors: dict[int, BaseException] = {}
+        self.may_be_blocked: list[int] = []
         self.graph_size: int | None = None
         del self.buffers[:-1]  # the last one is the largest
 
@@ -62,8 +74,23 @@ class StepRecord:
         if self.event is not None:
             self.event.synchronize()  # does not wait if the event was never recorded
 
+    def block(self, indices: np.ndarray, is_blocked: torch.Tensor) -> None:
+        """Of these sampled tokens some may be worth nothing, as all tokens were forbidden: [n] bool
+        on the device, which the host reads with the tokens."""
+        first = len(self.may_be_blocked)
+        self.may_be_blocked += indices.tolist()
+        end = len(self.may_be_blocked)
+        self.is_blocked[first:end].copy_(is_blocked, non_blocking=True)
+
+    def _read_blocked(self) -> None:
+        for i, is_blocked in zip(self.may_be_blocked, self.is_blocked.tolist(), strict=False):
+            if is_blocked:
+                self.errors.setdefault(i, ValueError(NOTHING_ALLOWED))
+
     def result(self) -> StepOutput:
         self.wait()
+        if self.may_be_blocked:
+            self._read_blocked()
         token_ids = self.token_ids[: self.num_sampled].tolist()
         return StepOutput(token_ids, self.logprobs, self.scores, self.errors)
 
@@ -112,13 +139,15 @@ def make_records(
     pin = device.type == "cuda"
     width = -(-max_tokens // 4) * 4  # all columns aligned
     token_ids = torch.zeros(NUM_RECORDS, max_num_seqs, dtype=torch.int64, pin_memory=pin)
+    is_blocked = torch.zeros(NUM_RECORDS, max_num_seqs, dtype=torch.bool, pin_memory=pin)
     records = []
     for slot in range(NUM_RECORDS):
         memory = torch.zeros(5 + num_groups, width, dtype=torch.int32, pin_memory=pin)
         counts = torch.zeros(6, dtype=torch.int32, pin_memory=pin)
         row, position, token, sampled, stored, *_ = memory
         columns = StepColumns(counts, row, position, token, sampled, stored, memory[5:])
-        records.append(StepRecord(slot, columns, token_ids[slot].numpy(), device))
+        own = columns, token_ids[slot].numpy(), is_blocked[slot]
+        records.append(StepRecord(slot, *own, device))
     return records, token_ids
 
 

@@ -63,6 +63,9 @@ class Sampler:
             of_part = {name: column[part] for name, column in columns.items()}
             own = self.processors.apply(own, rows[part], positions[part], of_part)
             self.host.apply(own, rows[part], record)
+            is_blocked = ~(own.amax(1) > -torch.inf)  # NaN too, of a Python processor
+            record.block(changed[part], is_blocked)
+            own.masked_fill_(is_blocked[:, None], 0)  # the draw gives a token all the same
             # Copies, not slices: kernels would be compiled once more for unaligned ones.
             token_ids[at] = ops.sample(own, *(x[at] for x in tensors))
         self.processors.keep(rows, positions, token_ids[index], record)

@@ -7,13 +7,15 @@ keeps every EOS among a beam's candidates, and goes on. Where no EOS ends a beam
 divided by (vLLM doesn't count a last EOS even where it is ignored), the two are the same.
 """
 
+import re
+
 import pytest
 import torch
 from conftest import TINY
 from fake_worker import logprob_lines
 from tiny_models import load_oracle, make_checkpoint, oracle_logits
 
-from nanovllm import LLM, BeamSearchParams, Logprob, SamplingParams
+from nanovllm import LLM, BeamSearchParams, Logprob, SamplingParams, StructuredOutputsParams
 from nanovllm.frontend.beam_search import Search
 from nanovllm.outputs import SampleLogprobs
 
@@ -331,3 +333,60 @@ def test_bad_calls_run_nothing(llm):
         with pytest.raises(error, match=text):
             llm.beam_search(prompts, given, **options)
     assert llm.llm_engine.metrics.steps == steps
+
+
+CHOICES = ["the king", "the kingdom", "a man", "cafe\u0301"]
+
+
+def structured(llm, prompts, width=4, max_tokens=16, ignore_eos=False, **values):
+    params = BeamSearchParams(
+        beam_width=width, max_tokens=max_tokens, ignore_eos=ignore_eos,
+        structured_outputs=StructuredOutputsParams(**values),
+    )  # fmt: skip
+    outputs = llm.beam_search(prompts, params)
+    decode = llm.get_tokenizer().decode
+    lengths = [len(llm.get_tokenizer().encode(prompt)) for prompt in prompts]
+    return [
+        [
+            (decode(beam.tokens[n:], skip_special_tokens=True), beam.finish_reason)
+            for beam in output.sequences
+        ]
+        for output, n in zip(outputs, lengths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_beams_of_a_grammar(llm, ignore_eos):
+    pytest.importorskip("llguidance")
+    prompts = [TEXT, "And it came to pass that"]
+    for beams in structured(llm, prompts, ignore_eos=ignore_eos, choice=CHOICES):
+        assert 1 <= len(beams) <= 4
+        assert all(text in CHOICES and reason == "stop" for text, reason in beams)
+    pattern = "[a-z]{2,5}( [a-z]{1,4})?"
+    found = structured(llm, prompts, ignore_eos=ignore_eos, regex=pattern)
+    assert max(map(len, found)) == 4
+    for beams in found:
+        assert len({text for text, _ in beams}) == len(beams)
+        assert all(re.fullmatch(pattern, text) and reason == "stop" for text, reason in beams)
+    for beams in structured(llm, prompts, max_tokens=3, regex="[a-z]{2} [a-z]{30}"):
+        assert beams and all(
+            re.fullmatch("[a-z]{2} [a-z]*", text) and reason == "length" for text, reason in beams
+        )
+
+
+def test_one_beam_of_a_grammar_is_greedy(llm):
+    """Its only candidate beside the most likely tokens is the most likely one that may come."""
+    pytest.importorskip("llguidance")
+    grammar = StructuredOutputsParams(regex="[A-Z]{3}[0-9]{4}")
+    greedy = SamplingParams(temperature=0, max_tokens=16, structured_outputs=grammar)
+    [output] = llm.generate(TEXT, greedy, use_tqdm=False)
+    [[(text, _)]] = structured(llm, [TEXT], width=1, regex="[A-Z]{3}[0-9]{4}")
+    assert text == output.outputs[0].text
+
+
+def test_bad_grammars_of_beams(llm):
+    pytest.importorskip("llguidance")
+    with pytest.raises(ValueError, match=r"regex won't do: .*invalid regex"):
+        structured(llm, [TEXT], regex="a(")
+    with pytest.raises(TypeError, match="structured_outputs must be StructuredOutputsParams"):
+        BeamSearchParams(2, 2, structured_outputs={"regex": "a"})
