@@ -18,7 +18,7 @@ from nanovllm.sampling_params import SamplingParams
 TEXT_AT_ONCE = (
     2**20
 )  # characters that are tokenized at a time: a tokenizer takes 200 bytes for each
-MAX_BAD_WORDS = 2**15  # numbers of a request's bad words on the device: tokens, and one for each
+MAX_BAD_WORDS = 2**16  # numbers of a request's bad words on the device: tokens, and one for each
 
 
 class TextPrompt(TypedDict):
