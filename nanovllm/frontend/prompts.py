@@ -17,7 +17,7 @@ from nanovllm.sampling_params import SamplingParams
 
 # Characters that are tokenized at a time: a tokenizer takes 200 bytes for each.
 TEXT_AT_ONCE = 2**20
-MAX_BAD_WORDS = 2**15  # numbers of a request's bad words on the device: tokens, and one for each
+MAX_BAD_WORDS = 2**16  # numbers of a request's bad words on the device: tokens, and one for each
 # Keys of vLLM's prompts that may be there, and ask for nothing.
 VLLMS_KEYS = {"multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "cache_salt"}
 
