@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from nanovllm.frontend.prompts import TextPrompt, TokensPrompt
     from nanovllm.llm import LLM, PromptType
     from nanovllm.llm_engine import LLMEngine, cleanup_dist_env_and_memory, init_logger
-    from nanovllm.outputs import CompletionOutput, Loglikelihood, Logprob, RequestOutput
+    from nanovllm.outputs import (
+        CompletionOutput,
+        FlatLogprobs,
+        Loglikelihood,
+        Logprob,
+        RequestOutput,
+    )
     from nanovllm.sampling_params import (
         BeamSearchParams,
         RequestOutputKind,
@@ -31,6 +37,7 @@ _MODULES = {
     "CompletionOutput": "nanovllm.outputs",
     "Counter": "nanovllm.core.metrics",
     "EngineArgs": "nanovllm.engine_args",
+    "FlatLogprobs": "nanovllm.outputs",
     "FlexibleArgumentParser": "nanovllm.arguments",
     "Gauge": "nanovllm.core.metrics",
     "Histogram": "nanovllm.core.metrics",
@@ -62,6 +69,7 @@ __all__ = [
     "CompletionOutput",
     "Counter",
     "EngineArgs",
+    "FlatLogprobs",
     "FlexibleArgumentParser",
     "Gauge",
     "Histogram",

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
 from queue import SimpleQueue
@@ -110,6 +111,7 @@ class LLM:
                 detokenizer=detokenizer,
             )
             self.max_model_len = executor.max_model_len
+            self.model_config = replace(self.model_config, max_model_len=executor.max_model_len)
             self._requests = Requests(
                 self._checkpoint, detokenizer, executor.max_model_len, config.seed
             )

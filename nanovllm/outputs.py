@@ -5,8 +5,9 @@ import math
 import struct
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -47,7 +48,34 @@ class LogprobLines:
         return self.data[:, 0]
 
 
-class SampleLogprobs(Sequence[dict[int, Logprob]]):
+Line = TypeVar("Line", bound=dict[int, Logprob] | None)
+
+
+class Lines(Sequence[Line]):
+    """A list that makes its elements when they are read. As lists do, it equals a list of equal
+    elements, and `+` joins two of them to a list."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, list | Lines):
+            return NotImplemented
+        return list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Any) -> Any:
+        return [*self, *other] if isinstance(other, list | Lines) else NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return [*other, *self] if isinstance(other, list | Lines) else NotImplemented
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> Any:  # as a list: a tokenizer stays where it is
+        return list, (list(self),)
+
+
+class SampleLogprobs(Lines[dict[int, Logprob]]):
     """Log-probabilities of generated (or prompt) tokens: for each token a dict of token id ->
     Logprob, the token itself first, then the most likely tokens. They lie in arrays; a dict is made
     when it is read.
@@ -110,14 +138,25 @@ class SampleLogprobs(Sequence[dict[int, Logprob]]):
             for token_id, logprob, rank in zip(line[1::2], line[2::2], ranks, strict=True)
         }
 
-    def __repr__(self) -> str:
-        return repr(list(self))
+    def flat(self, start: int = 0) -> "FlatLogprobs":
+        """The lines from `start` on, each number in a list of its own."""
+        lines = LogprobLines(self.lines.data[start:])
+        token_ids, num_lines = lines.token_ids, len(lines.data)
+        ranks = np.empty_like(token_ids)
+        ranks[:, 0], ranks[:, 1:] = lines.ranks, range(1, self.width)
+        dicts = [self[start + i] for i in range(num_lines)] if self.decode else []
+        texts: list[str | None] = [None] * token_ids.size
+        if dicts:
+            pairs = zip(dicts, token_ids.tolist(), strict=True)
+            texts = [line[token].decoded_token for line, tokens in pairs for token in tokens]
+        ends = range(self.width, token_ids.size + 1, self.width)
+        return FlatLogprobs(
+            [end - self.width for end in ends], [*ends][:num_lines], token_ids.ravel().tolist(),
+            lines.logprobs.ravel().tolist(), ranks.ravel().tolist(), texts,
+        )  # fmt: skip
 
-    def __reduce__(self) -> Any:  # as a list: a tokenizer stays where it is
-        return list, (list(self),)
 
-
-class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
+class PromptLogprobs(Lines[dict[int, Logprob] | None]):
     """Log-probabilities of a prompt's tokens: None for the first token, then a line for each."""
 
     def __init__(self, lines: SampleLogprobs):
@@ -136,11 +175,70 @@ class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
         index = range(len(self))[index]
         return self.lines[index - 1] if index else None
 
-    def __repr__(self) -> str:
-        return repr(list(self))
+    def flat(self) -> "FlatLogprobs":
+        return FlatLogprobs([0], [0]) + self.lines.flat()
+
+
+@dataclass(eq=False, repr=False)
+class FlatLogprobs(Lines[dict[int, Logprob]]):
+    """Log-probabilities with flat_logprobs=True, vLLM's class: the numbers of all tokens in one
+    list each. As a sequence it has a dict for each token; a prompt's first one is empty.
+
+    Attributes:
+        start_indices, end_indices: for each generated (or prompt) token the range of its entries:
+            the token itself, then the most likely tokens.
+        token_ids, logprobs, ranks, decoded_tokens: the entries.
+    """
+
+    start_indices: list[int] = field(default_factory=list)
+    end_indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)
+    decoded_tokens: list[str | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[int, Logprob]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "FlatLogprobs": ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            ranges = list(zip(self.start_indices[index], self.end_indices[index], strict=True))
+            ends = list(accumulate(end - start for start, end in ranges))
+            chosen = [i for start, end in ranges for i in range(start, end)]
+            return FlatLogprobs(
+                [0, *ends][: len(ends)],
+                ends,
+                [self.token_ids[i] for i in chosen],
+                [self.logprobs[i] for i in chosen],
+                [self.ranks[i] for i in chosen],
+                [self.decoded_tokens[i] for i in chosen],
+            )
+        entries = range(self.start_indices[index], self.end_indices[index])
+        # As in SampleLogprobs: the last entry of a token counts, in the place of the first.
+        return {
+            self.token_ids[i]: Logprob(self.logprobs[i], self.ranks[i], self.decoded_tokens[i])
+            for i in entries
+        }
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, FlatLogprobs):
+            return super().__add__(other)
+        shift = len(self.token_ids)
+        return FlatLogprobs(
+            self.start_indices + [start + shift for start in other.start_indices],
+            self.end_indices + [end + shift for end in other.end_indices],
+            self.token_ids + other.token_ids,
+            self.logprobs + other.logprobs,
+            self.ranks + other.ranks,
+            self.decoded_tokens + other.decoded_tokens,
+        )
 
     def __reduce__(self) -> Any:
-        return list, (list(self),)
+        return FlatLogprobs, tuple(vars(self).values())
 
 
 @dataclass
@@ -184,6 +282,7 @@ class CompletionOutput:
             aborted requests have no output), None while it runs.
         stop_reason: the member of stop_token_ids, or the stop string, that ended it; None after
             "length" or the tokenizer's EOS. Another EOS of generation_config is named, as in vLLM.
+        routed_experts, lora_request: vLLM's, always None.
         error: what has ended it after the finish_reason "error": an error of its logits processors
             or its grammar, or of the two steps that failed while it ran; else None. vLLM has none.
     """
@@ -193,8 +292,10 @@ class CompletionOutput:
     token_ids: Sequence[int]
     cumulative_logprob: float | None = None
     logprobs: Sequence[dict[int, Logprob]] | None = None
+    routed_experts: None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    lora_request: None = None
     error: str | None = None
 
     def finished(self) -> bool:
@@ -204,11 +305,43 @@ class CompletionOutput:
 @dataclass
 class RequestMetrics:
     """Times in seconds on time.monotonic's clock; None: not reached yet. The first token of a
-    request with several samples is the first of any sample, its end the end of the last sample."""
+    request with several samples is the first of any sample, its end the end of the last sample.
+
+    Attributes:
+        scheduled_time: when its first chunk was scheduled.
+        last_token_time: of the newest token of any sample.
+        num_generation_tokens: of all samples.
+    """
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    scheduled_time: float | None = None
+    last_token_time: float | None = None
+    num_generation_tokens: int = 0
+
+    # vLLM's names, and its 0.0 for what was not reached yet.
+
+    @property
+    def queued_ts(self) -> float:
+        return self.arrival_time
+
+    @property
+    def scheduled_ts(self) -> float:
+        return self.scheduled_time or 0.0
+
+    @property
+    def first_token_ts(self) -> float:
+        return self.first_token_time or 0.0
+
+    @property
+    def last_token_ts(self) -> float:
+        return self.last_token_time or 0.0
+
+    @property
+    def first_token_latency(self) -> float:
+        """From the arrival to the first token."""
+        return self.first_token_time - self.arrival_time if self.first_token_time else 0.0
 
 
 class TokenIds:
@@ -232,7 +365,7 @@ class TokenIds:
         setattr(output, self.name, token_ids)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class RequestOutput:
     """The answer to one request; `out["text"]` and `out["token_ids"]` read its first completion, as
     in nano-vllm.
@@ -247,7 +380,8 @@ class RequestOutput:
         outputs: a completion for each sample, in order of index; with RequestOutputKind.DELTA only
             the samples with new tokens.
         finished: whether all samples have ended.
-        metrics: times of arrival, first token and end.
+        metrics: RequestMetrics.
+        lora_request, encoder_prompt, encoder_prompt_token_ids: vLLM's, always None.
         num_cached_tokens: prefix hits of the first sample, in tokens. (The other samples hit its
             blocks as well.)
         index: in LLM.stream, the number of the prompt.
@@ -256,12 +390,15 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: TokenIds = TokenIds()
-    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: RequestMetrics
-    num_cached_tokens: int
-    index: int = 0
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None  # type: ignore[misc]
+    outputs: list[CompletionOutput]  # type: ignore[misc]
+    finished: bool  # type: ignore[misc]
+    metrics: RequestMetrics | None = None
+    lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+    num_cached_tokens: int | None = None
+    index: int = field(default=0, kw_only=True)
 
     def add(self, later: "RequestOutput", aggregate: bool) -> None:
         """Take over a later output of the same request.
@@ -279,7 +416,7 @@ class RequestOutput:
                 new.text = old.text + new.text
                 new.token_ids = [*old.token_ids, *new.token_ids]
                 if old.logprobs is not None and new.logprobs is not None:
-                    new.logprobs = [*old.logprobs, *new.logprobs]
+                    new.logprobs = old.logprobs + new.logprobs  # type: ignore[operator]
             mine[new.index] = new
         self.outputs = [mine[index] for index in sorted(mine)]
 

@@ -6,12 +6,15 @@ Users construct it; frontend/requests.py copies it; the sampler and the stop che
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 UNSUPPORTED = (
     "extra_args",
@@ -30,6 +33,7 @@ _KINDS: dict[str, Any] = {  # of structured outputs
     "json_object": bool,
     "structural_tag": str,
 }
+MIN_TEMPERATURE = 0.01  # vLLM's; 0 is greedy
 GREEDY_TEMPERATURE = 1e-5  # below it the softmax is one-hot in float32: treated as greedy
 
 
@@ -133,13 +137,14 @@ _TYPES: dict[str, tuple[Any, str]] = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass
 class SamplingParams:
     """Sampling parameters of a request.
 
     Args:
         n: samples of the prompt, each a CompletionOutput; greedy requests have one.
         temperature: divides the logits, in [0, 2]; 0 is greedy (the token with the highest logit).
+            Above 0 it is at least 0.01: less is raised to that, with a warning, as in vLLM.
         top_p: keeps the smallest set of most likely tokens whose probabilities reach top_p, in (0,
             1].
         top_k: keeps the top_k most likely tokens; 0 or -1 keeps all.
@@ -175,7 +180,7 @@ class SamplingParams:
         structured_outputs: the form that the text must have; StructuredOutputsParams.
         seed: the same seed draws the same tokens whatever else is in the batch, other tokens for
             each sample; None or -1: a seed made from the engine's.
-        flat_logprobs: no effect: log-probabilities always lie in arrays.
+        flat_logprobs: log-probabilities are FlatLogprobs: numbers of all tokens in one list each.
         skip_reading_prefix_cache: compute the whole prompt, without prefix hits.
         extra_args, logprob_token_ids, repetition_detection, routed_experts_prompt_start,
             thinking_token_budget: vLLM's, not supported: only the default is accepted.
@@ -185,36 +190,38 @@ class SamplingParams:
         TypeError: a value has the wrong type.
     """
 
+    # In vLLM's order: scripts give the first ones by position.
     n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: list[int] | None = None
-    stop: str | list[str] | None = None
-    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = field(default=None, repr=False)
+    flat_logprobs: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    _: KW_ONLY
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
     logits_processors: list[Callable] | None = None
     structured_outputs: StructuredOutputsParams | None = None
-    seed: int | None = None
-    flat_logprobs: bool = False
     skip_reading_prefix_cache: bool | None = None
     extra_args: dict[str, Any] | None = field(default=None, repr=False)
-    logprob_token_ids: list[int] | None = field(default=None, repr=False)
     repetition_detection: Any = field(default=None, repr=False)
     routed_experts_prompt_start: int = field(default=0, repr=False)
     thinking_token_budget: int | None = field(default=None, repr=False)
@@ -234,6 +241,11 @@ class SamplingParams:
                 setattr(self, name, _checked(name, value))
         if self.seed == -1:  # as in vLLM
             self.seed = None
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            logger.warning(
+                "temperature=%s is raised to %s: 0 is greedy", self.temperature, MIN_TEMPERATURE
+            )
+            self.temperature = MIN_TEMPERATURE
         if self.n > 1 and self.is_greedy:
             raise ValueError(
                 f"n must be 1 when sampling is greedy (temperature 0), got {self.n}: all samples "

@@ -104,3 +104,23 @@ def test_methods_take_vllms_arguments(name, note):
     assert shared == [a for a in vllms if a in shared]
     if all(a.kind is not a.VAR_KEYWORD for a in arguments.values()):
         assert all(a in arguments or f"`{a}`" in note for a in vllms)
+
+
+def test_params_are_given_by_position_as_in_vllm():
+    given = [f.name for f in fields(SamplingParams) if f.init and not f.kw_only]
+    assert given == list(NAMES["SamplingParams"])[: len(given)] and len(given) == 23
+    params = SamplingParams(1, 0.5, 0.25, 1.5, 0.75)
+    assert (params.n, params.presence_penalty, params.frequency_penalty) == (1, 0.5, 0.25)
+    assert (params.repetition_penalty, params.temperature) == (1.5, 0.75)
+
+
+@pytest.mark.parametrize("cls", [RequestOutput, CompletionOutput])
+def test_outputs_are_made_by_position_as_in_vllm(cls):
+    given = [f.name for f in fields(cls) if not f.kw_only]
+    ours = {"error"}  # behind vLLM's
+    assert [name for name in given if name not in ours] == NAMES[cls.__name__][
+        : len(given) - len(ours & set(given))
+    ]
+    values = list(range(len(given)))
+    output = cls(*values)
+    assert [getattr(output, name) for name in given] == values

@@ -18,6 +18,21 @@ TO_THE_END = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
     480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
+BETWEEN_TOKENS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+)  # fmt: skip
+# Upper limits of numbers of tokens.
+TOKENS = tuple(float(n * 10**power) for power in range(6) for n in (1, 2, 5))
+# Histograms of requests that have ended and were not aborted, by vLLM's names: from when to when.
+INTERVALS = {
+    "vllm:e2e_request_latency_seconds": ("arrival_time", "finished_time"),
+    "vllm:time_to_first_token_seconds": ("arrival_time", "first_token_time"),
+    "vllm:request_queue_time_seconds": ("arrival_time", "scheduled_time"),
+    "vllm:request_prefill_time_seconds": ("scheduled_time", "first_token_time"),
+    "vllm:request_decode_time_seconds": ("first_token_time", "last_token_time"),
+    "vllm:request_inference_time_seconds": ("scheduled_time", "last_token_time"),
+}
 
 
 @dataclass
@@ -69,7 +84,9 @@ class EngineMetrics(Counts):
         prompt_tokens: prompt tokens of requests that have ended and had a token.
         generation_tokens: generated tokens of requests that have ended.
         finish_reasons: finish reason -> number of requests.
-        time_to_first_token, latency: seconds, of requests that have ended and were not aborted.
+        num_generated: tokens of requests that have ended.
+        between_tokens: seconds from a token of a sequence to its next one.
+        intervals: seconds, by the names of INTERVALS.
     """
 
     steps: int = 0
@@ -77,10 +94,14 @@ class EngineMetrics(Counts):
     prompt_tokens: int = 0
     generation_tokens: int = 0
     finish_reasons: Tally[str] = field(default_factory=Tally)
-    time_to_first_token: "Observations" = field(
-        default_factory=lambda: Observations(TO_FIRST_TOKEN)
+    num_generated: "Observations" = field(default_factory=lambda: Observations(TOKENS))
+    between_tokens: "Observations" = field(default_factory=lambda: Observations(BETWEEN_TOKENS))
+    intervals: "dict[str, Observations]" = field(
+        default_factory=lambda: {
+            name: Observations(TO_FIRST_TOKEN if "to_first_token" in name else TO_THE_END)
+            for name in INTERVALS
+        }
     )
-    latency: "Observations" = field(default_factory=lambda: Observations(TO_THE_END))
 
     @property
     def kv_cache_waste(self) -> float:
@@ -100,9 +121,10 @@ class EngineMetrics(Counts):
         self.prompt_tokens += num_prompt if num_generated else 0
         self.generation_tokens += num_generated
         self.finish_reasons[finish_reason] += 1
-        if times.finished_time is not None and times.first_token_time is not None:
-            self.time_to_first_token.add(times.first_token_time - times.arrival_time)
-            self.latency.add(times.finished_time - times.arrival_time)
+        self.num_generated.add(num_generated)
+        if finish_reason != "abort" and times.last_token_time is not None:
+            for name, (start, end) in INTERVALS.items():
+                self.intervals[name].add(getattr(times, end) - getattr(times, start))
 
 
 class Observations:
@@ -117,9 +139,9 @@ class Observations:
         self.counts = [0] * (len(limits) + 1)
         self.sum = 0.0
 
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.limits, value)] += 1
-        self.sum += value
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.limits, value)] += times
+        self.sum += value * times
 
     @property
     def buckets(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ models/checkpoint.py makes a ModelConfig; models, cache and kernels read their s
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -28,6 +29,7 @@ class ModelConfig:
     Attributes:
         hidden_act: the activation's name.
         hf: all of config.json, for keys that only one family reads.
+        max_model_len: largest number of tokens in a sequence, which the engine decides.
     """
 
     architecture: str
@@ -48,6 +50,15 @@ class ModelConfig:
     dtype: str | None
     eos_token_ids: tuple[int, ...]
     hf: dict[str, Any] = field(repr=False, compare=False)
+    max_model_len: int = 0
+
+    @property
+    def hf_config(self) -> SimpleNamespace:
+        """config.json with its keys as attributes, as transformers and vLLM have it."""
+        return SimpleNamespace(**self.hf)
+
+    def get_vocab_size(self) -> int:
+        return self.vocab_size
 
     @classmethod
     def from_hf(

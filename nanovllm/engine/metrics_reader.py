@@ -31,8 +31,9 @@ def read_metrics(engine: Engine, labels: dict[str, str]) -> list[Metric]:
         "nanovllm:kv_cache_waste_perc": metrics.kv_cache_waste,
     }
     histograms = {
-        "vllm:time_to_first_token_seconds": metrics.time_to_first_token,
-        "vllm:e2e_request_latency_seconds": metrics.latency,
+        **metrics.intervals,
+        "vllm:inter_token_latency_seconds": metrics.between_tokens,
+        "vllm:request_generation_tokens": metrics.num_generated,
     }
     return [
         *(Gauge(name, {**labels}, float(value)) for name, value in gauges.items()),

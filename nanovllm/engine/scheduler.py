@@ -10,6 +10,7 @@ step lies in columns, arrays indexed by row, and only a sequence that begins, en
 is looked at by itself.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -290,6 +291,7 @@ class Scheduler:
         num_cached = min(num_cached_tokens, seq.prefill_end - 1)
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = num_cached
+            seq.metrics.scheduled_time = seq.metrics.scheduled_time or time.monotonic()
         step.metrics.cached_tokens += num_cached
         self.seqs[row], self.max_len[row] = seq, seq.max_len
         self.num_prompt_tokens[row], self.may_stop[row] = seq.num_prompt_tokens, seq.may_stop

@@ -166,9 +166,11 @@ class Requests:
         if first.scores is not None:
             prompt_logprobs = []
             if not (delta and first.delivered[0]):  # else they were in the first
-                prompt_logprobs = PromptLogprobs(first.scores.copy(self._token_text(seq)))
+                lines = PromptLogprobs(first.scores.copy(self._token_text(seq)))
+                prompt_logprobs = lines.flat() if seq.params.flat_logprobs else lines
         finished = seq.request_finished
-        metrics = replace(seq.metrics)
+        num_tokens = sum(len(s.token_ids) - s.num_prompt_tokens for s in seq.samples)
+        metrics = replace(seq.metrics, num_generation_tokens=num_tokens)
         if not finished:  # some samples may have
             metrics.finished_time = None
         if len(samples) > 1:
@@ -188,15 +190,17 @@ class Requests:
         text = self.detokenizer.text(seq) if self.detokenizer else ""
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
-        cumulative = None
-        if seq.logprobs is not None:
-            logprobs = seq.logprobs.copy(self._token_text(seq))
-            cumulative = seq.logprobs.cumulative
+        cumulative, start = None, 0
         if delta:
-            num_tokens, num_characters = seq.delivered
+            start, num_characters = seq.delivered
             seq.delivered = len(token_ids), len(text)
-            text, token_ids = text[num_characters:], token_ids[num_tokens:]
-            logprobs = logprobs and logprobs[num_tokens:]
+            text, token_ids = text[num_characters:], token_ids[start:]
+        if seq.logprobs is not None:
+            lines = seq.logprobs.copy(self._token_text(seq))
+            logprobs = lines[start:] if delta else lines
+            if seq.params.flat_logprobs:
+                logprobs = lines.flat(start)
+            cumulative = seq.logprobs.cumulative
         return CompletionOutput(
             index=seq.index,
             text=text,

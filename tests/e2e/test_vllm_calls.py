@@ -5,19 +5,30 @@ import _thread
 import functools
 import gzip
 import json
+import pickle
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
 
-from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams, TextPrompt, TokensPrompt
+from nanovllm import (
+    LLM,
+    FlatLogprobs,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    TextPrompt,
+    TokensPrompt,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "It is a truth universally acknowledged, that"
 WHO = [{"role": "user", "content": "Who are you?"}]
+DELTA = RequestOutputKind.DELTA
 SMALL = {"dtype": "float32", "kv_cache_memory_bytes": 4 << 20, "max_model_len": 256}
 
 
@@ -288,3 +299,151 @@ def test_params_from_json():
     for bias in ({"a": 1}, {"1": None}):
         with pytest.raises(ValueError, match="logit_bias must be token id -> bias"):
             SamplingParams.from_optional(logit_bias=bias)
+
+
+# What outputs and the model say
+
+
+def test_logprobs_are_lists(llm):
+    params = greedy(6, logprobs=2, prompt_logprobs=1)
+    first, again = (llm.generate(TEXT, params, use_tqdm=False)[0] for _ in range(2))
+    got, same = first.outputs[0].logprobs, again.outputs[0].logprobs
+    assert [set(line) for line in got] == [set(line) for line in list(same)]
+    assert got == list(got) and list(got) == got and got == got[:] and got != got[1:]
+    assert got != [] and got != "text" and got != 5
+    for joined in (got + got, got + list(got), list(got) + got):
+        assert type(joined) is list and joined == list(got) * 2
+    prompt = first.prompt_logprobs
+    assert prompt == list(prompt) and prompt + prompt == list(prompt) * 2
+    with pytest.raises(TypeError):
+        got + 5
+    assert pickle.loads(pickle.dumps(got)) == got
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_flat_logprobs_are_the_same_numbers(llm, num):
+    params = dict(logprobs=num, prompt_logprobs=num)
+    [want], [out] = (
+        llm.generate(TEXT, greedy(6, **params, flat_logprobs=flat), use_tqdm=False)
+        for flat in (False, True)
+    )
+    for flat, lines in [
+        (out.outputs[0].logprobs, want.outputs[0].logprobs),
+        (out.prompt_logprobs, want.prompt_logprobs),
+    ]:
+        assert isinstance(flat, FlatLogprobs) and len(flat) == len(lines)
+        assert [line or {} for line in lines] == list(flat) == flat
+        width = num + 1
+        num_entries = width * sum(line is not None for line in lines)
+        for entries in (flat.token_ids, flat.logprobs, flat.ranks, flat.decoded_tokens):
+            assert len(entries) == num_entries
+        assert flat[2:] == flat[2:4] + flat[4:] == list(flat)[2:]
+        assert type(flat[1:]) is type(flat + flat) is FlatLogprobs and flat[:0] == []
+        assert pickle.loads(pickle.dumps(flat)) == flat
+        for i, start in enumerate(flat.start_indices):
+            if lines[i] is not None:
+                assert flat.token_ids[start] == next(iter(lines[i]))
+    assert out.prompt_logprobs[0] == {} and out.prompt_logprobs.end_indices[0] == 0
+    assert out.outputs[0].logprobs.token_ids[::width] == out.outputs[0].token_ids
+
+
+def test_flat_logprobs_come_in_parts(llm):
+    params = greedy(6, logprobs=2, flat_logprobs=True)
+    [want] = llm.generate(TEXT, params, use_tqdm=False)
+    parts = [out.outputs[0].logprobs for out in llm.stream(TEXT, params)]
+    assert all(isinstance(part, FlatLogprobs) for part in parts)
+    token_ids = [token for part in parts for token in part.token_ids]
+    assert token_ids == want.outputs[0].logprobs.token_ids
+    llm.add_request(TEXT, greedy(6, logprobs=2, flat_logprobs=True, output_kind=DELTA))
+    whole = None
+    while not llm.is_finished():
+        for out in llm.step():
+            if whole is None:
+                whole = out
+            else:
+                whole.add(out, aggregate=True)
+    assert whole.outputs[0].logprobs.token_ids == want.outputs[0].logprobs.token_ids
+
+
+def test_small_temperatures_are_raised_as_in_vllm(llm, caplog):
+    for temperature in (1e-6, 0.0099):
+        params = SamplingParams(temperature=temperature)
+        assert params.temperature == 0.01 and not params.is_greedy
+    assert "temperature=1e-06 is raised to 0.01" in caplog.text
+    caplog.clear()
+    assert SamplingParams(temperature=0).is_greedy and SamplingParams(temperature=0.01)
+    assert SamplingParams(n=2, temperature=1e-6).n == 2 and len(caplog.records) == 1
+    [out] = llm.generate(TEXT, SamplingParams(temperature=1e-9, max_tokens=4), use_tqdm=False)
+    assert out.finished
+
+
+def test_metrics_have_vllms_names(llm):
+    outputs = llm.generate([TEXT, "a"], [greedy(6, ignore_eos=True), greedy(1)], use_tqdm=False)
+    for out, num in zip(outputs, (6, 1), strict=True):
+        times = out.metrics
+        assert times.num_generation_tokens == num == len(out.outputs[0].token_ids)
+        assert times.queued_ts == times.arrival_time <= times.scheduled_ts < times.first_token_ts
+        assert times.first_token_ts <= times.last_token_ts <= times.finished_time
+        assert times.first_token_latency == times.first_token_ts - times.arrival_time > 0
+        assert (times.first_token_ts == times.last_token_ts) == (num == 1)
+    params = SamplingParams(n=3, seed=1, max_tokens=5, ignore_eos=True)
+    assert llm.generate(TEXT, params, use_tqdm=False)[0].metrics.num_generation_tokens == 15
+    llm.add_request(TEXT, greedy(3, ignore_eos=True))
+    numbers = [out.metrics.num_generation_tokens for _ in range(3) for out in llm.step()]
+    assert numbers == [1, 2, 3] and llm.is_finished()
+
+
+def test_histograms_count_each_request(tiny):
+    with LLM(str(tiny), **SMALL) as llm:
+        nums = [1, 4, 9]
+        params = [greedy(n, ignore_eos=True) for n in nums]
+        outputs = llm.generate([TEXT] * 3, params, use_tqdm=False)
+        seen = {metric.name: metric for metric in llm.get_metrics()}
+
+    def total(name):
+        metric = seen[f"vllm:{name}"]
+        assert metric.buckets["+Inf"] == metric.count
+        return metric.count, metric.sum
+
+    assert total("request_generation_tokens") == (3, sum(nums))
+    assert seen["vllm:request_generation_tokens"].buckets["5.0"] == 2
+    times = [out.metrics for out in outputs]
+    for name, seconds in [
+        ("request_queue_time_seconds", [t.scheduled_ts - t.queued_ts for t in times]),
+        ("request_prefill_time_seconds", [t.first_token_ts - t.scheduled_ts for t in times]),
+        ("request_decode_time_seconds", [t.last_token_ts - t.first_token_ts for t in times]),
+        ("request_inference_time_seconds", [t.last_token_ts - t.scheduled_ts for t in times]),
+        ("time_to_first_token_seconds", [t.first_token_latency for t in times]),
+        ("e2e_request_latency_seconds", [t.finished_time - t.arrival_time for t in times]),
+        # A time between tokens for each token but the first: together the time of decoding.
+        ("inter_token_latency_seconds", [t.last_token_ts - t.first_token_ts for t in times]),
+    ]:
+        num = sum(nums) - 3 if name == "inter_token_latency_seconds" else 3
+        assert total(name) == (num, pytest.approx(sum(seconds)))
+
+
+def test_time_between_tokens_counts_a_new_start(tiny):
+    """Sequences that compute their tokens again go on: the pause is a time between two tokens."""
+    with LLM(str(tiny), **SMALL) as llm:
+        for prompt, num in ((TEXT, 9), ("a", 5), ("b", 12)):
+            llm.add_request(prompt, greedy(num, ignore_eos=True))
+        outputs = []
+        for i in range(40):
+            if i == 3:
+                time.sleep(0.2)
+                assert llm.reset_prefix_cache(reset_running_requests=True)
+            outputs += [out for out in llm.step() if out.finished]
+        seen = {metric.name: metric for metric in llm.get_metrics()}
+    between, times = seen["vllm:inter_token_latency_seconds"], [out.metrics for out in outputs]
+    assert len(outputs) == 3 and between.count == 9 + 5 + 12 - 3
+    assert between.sum == pytest.approx(sum(t.last_token_ts - t.first_token_ts for t in times))
+    assert between.buckets["0.15"] <= between.count - 3
+
+
+def test_the_models_config_has_vllms_names(llm, tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    assert llm.model_config.max_model_len == llm.max_model_len == 2048
+    assert llm.model_config.get_vocab_size() == config["vocab_size"]
+    assert llm.model_config.hf_config.num_hidden_layers == config["num_hidden_layers"]
+    with LLM(str(tiny), **SMALL) as other:
+        assert other.model_config.max_model_len == 256
