@@ -20,6 +20,14 @@ SPEED_ONLY = frozenset(_VLLM["speed_only"])
 VLLM_DEFAULTS: dict[str, Any] = _VLLM["speed_only"] | _VLLM["supported_at_default"]
 ALSO_FINE: dict[str, list[Any]] = _VLLM["also_fine"]
 UNSUPPORTED_METHODS: dict[str, str] = _VLLM["unsupported_methods"]
+INSTEAD = {
+    "logits_processors": (
+        "leave it out: a request has its own, SamplingParams(logits_processors=[f]); a function "
+        "f(output_token_ids, logits) returns logits, and holds what vLLM's classes read of "
+        "extra_args"
+    ),
+    "served_model_name": "leave it out: run-batch has it as --served-model-name",
+}
 
 DTYPES = {
     "auto": "auto",
@@ -267,9 +275,8 @@ def _check_foreign_option(name: str, value: Any, known: set[str]) -> None:
     if name not in SPEED_ONLY:
         if isinstance(value, dict) and isinstance(default, dict):
             default = {key: default[key] for key in value.keys() & default.keys()}
-        raise ValueError(
-            f"{name}={value!r} is not supported yet; leave it out (vLLM's default is {default!r})"
-        )
+        instead = INSTEAD.get(name, f"leave it out (vLLM's default is {default!r})")
+        raise ValueError(f"{name}={value!r} is not supported yet; {instead}")
     logger.warning("%s=%r has no effect here, and is not needed", name, value)
 
 

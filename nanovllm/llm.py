@@ -581,6 +581,16 @@ class LLM:
         labels = {"model_name": self.config.model}
         return self._thread.call(lambda engine: read_metrics(engine, labels))
 
+    def do_log_stats(self) -> None:
+        """Log what runs and waits, at the level INFO."""
+        values = {metric.name: getattr(metric, "value", 0) for metric in self.get_metrics()}
+        logger.info(
+            "running: %d requests, waiting: %d requests, KV cache: %.1f%% used, generated so far: "
+            "%d tokens",
+            values["vllm:num_requests_running"], values["vllm:num_requests_waiting"],
+            100 * values["vllm:kv_cache_usage_perc"], values["vllm:generation_tokens"],
+        )  # fmt: skip
+
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forget the prefix cache. Returns whether that was done: not while blocks are in use,
         unless running requests may compute all of their tokens again."""

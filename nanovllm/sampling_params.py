@@ -23,6 +23,7 @@ UNSUPPORTED = (
     "routed_experts_prompt_start",
     "thinking_token_budget",
 )
+INSTEAD = {"extra_args": "; a function in logits_processors may hold them"}
 MAX_LOGPROBS = 20  # vLLM's default of max_logprobs
 MAX_SAMPLES = 16384  # of a request, as in vLLM
 _KINDS: dict[str, Any] = {  # of structured outputs
@@ -377,7 +378,7 @@ _DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.init}
 def _checked(name: str, value: Any) -> Any:
     """A field's value, checked by itself; numbers become Python's own types."""
     if name in UNSUPPORTED and value != _DEFAULTS[name]:
-        raise ValueError(f"{name} is not supported: leave it out")
+        raise ValueError(f"{name} is not supported: leave it out{INSTEAD.get(name, '')}")
     if name in _TYPES:
         types, wanted = _TYPES[name]
         if not isinstance(value, types):

@@ -235,6 +235,15 @@ def test_an_option_that_would_change_results_or_memory_is_refused(name, value, d
         EngineConfig.from_options("folder", **{name: value})
 
 
+def test_a_class_of_logits_processors_is_told_of_functions():
+    class Processor:
+        pass
+
+    for given in ([Processor], ["module:Processor"]):
+        with pytest.raises(ValueError, match=r"SamplingParams\(logits_processors=\[f\]\)"):
+            EngineConfig.from_options("folder", logits_processors=given)
+
+
 # config.json
 
 

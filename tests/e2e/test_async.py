@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams
+from nanovllm import LLM, AsyncEngineArgs, AsyncLLM, RequestOutputKind, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,8 +216,8 @@ def test_the_event_loop_never_waits(llm, monkeypatch):
     monkeypatch.setattr(
         llm._llm.llm_engine.executor, "submit", lambda step: time.sleep(0.2) or submit(step)
     )
-    make = llm._make
-    monkeypatch.setattr(llm, "_make", lambda *args: time.sleep(0.3) or make(*args))
+    make = llm._llm._make_one
+    monkeypatch.setattr(llm._llm, "_make_one", lambda *args: time.sleep(0.3) or make(*args))
 
     async def run():
         task = asyncio.create_task(collect(llm, TEXT, greedy(3)))
@@ -454,3 +454,163 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
     assert "Error" not in done.stderr
+
+
+# vLLM's names
+
+
+def test_an_engine_is_made_of_engine_args(tiny, sync):
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(tiny), **SMALL, enforce_eager=True))
+    try:
+        assert llm.tokenizer is llm.get_tokenizer()
+        assert llm.model_config.max_model_len == 256 and llm.is_running and not llm.errored
+        ids = llm.tokenizer.encode(TEXT)
+
+        async def run():
+            await llm.check_health()
+            options = {"lora_request": None, "trace_headers": {}, "priority": 0}
+            options["tokenization_kwargs"] = {
+                "truncate_prompt_tokens": 2,
+                "truncation_side": "left",
+            }
+            generator = llm.generate(
+                request_id="1", prompt=ids, sampling_params=greedy(3), prompt_text="a", **options
+            )
+            return [out async for out in generator][-1]
+
+        out = asyncio.run(run())
+        assert (out.request_id, out.prompt, out.prompt_token_ids) == ("1", "a", ids[-2:])
+        [want] = sync.generate([ids[-2:]], greedy(3), use_tqdm=False)
+        assert out.outputs[0].text == want.outputs[0].text
+        with pytest.raises(ValueError, match="lora_request is not supported"):
+            asyncio.run(anext(llm.generate(TEXT, greedy(), lora_request="adapter")))
+        with pytest.raises(ValueError, match="priority is not supported by the policy 'fcfs'"):
+            asyncio.run(anext(llm.generate(TEXT, greedy(), priority=1)))
+    finally:
+        llm.shutdown()
+    assert llm.errored and llm.is_stopped and not llm.is_running
+    with pytest.raises(RuntimeError, match="is shut down"):
+        asyncio.run(llm.check_health())
+    with pytest.raises(ValueError, match="stat_loggers are not supported"):
+        AsyncLLM.from_engine_args(AsyncEngineArgs(str(tiny)), stat_loggers=[object])
+
+
+def test_the_lowest_priority_runs_first(tiny):
+    llm = AsyncLLM(str(tiny), **SMALL, scheduling_policy="priority", max_num_seqs=1)
+    ended = []
+
+    async def request(priority):
+        async for _ in llm.generate(TEXT, greedy(8), str(priority), priority=priority):
+            pass
+        ended.append(priority)
+
+    async def run():
+        await llm.pause_generation(mode="keep")
+        tasks = [asyncio.create_task(request(priority)) for priority in (3, 1, 2)]
+        while len(llm._client.held) < 3:
+            await asyncio.sleep(0.01)
+        await llm.resume_generation()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    llm.shutdown()
+    assert ended == [1, 2, 3]
+
+
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_a_pause_keeps_requests(llm, sync, clear_cache):
+    [want] = expected(sync, TEXT, greedy(40))
+
+    async def run():
+        seen, begun = [], asyncio.Event()
+
+        async def request():
+            async for out in llm.generate(TEXT, greedy(40)):
+                seen.append(out)
+                if len(seen) > 3:
+                    begun.set()
+
+        task = asyncio.create_task(request())
+        await begun.wait()
+        await llm.pause_generation(mode="keep", clear_cache=clear_cache)
+        assert await llm.is_paused()
+        await asyncio.sleep(0.05)
+        num = len(seen)
+        steps = llm._llm.llm_engine.metrics.steps
+        late = asyncio.create_task(collect(llm, TEXT, greedy(40)))
+        cancelled = asyncio.create_task(collect(llm, TEXT, greedy(40), "cancelled"))
+        await asyncio.sleep(0.1)
+        cancelled.cancel()
+        assert len(seen) == num < 40 and not late.done()
+        assert llm._llm.llm_engine.metrics.steps == steps
+        await llm.resume_generation()
+        assert not await llm.is_paused()
+        await task
+        assert (await llm_ends(cancelled)) and seen[-1].outputs[0].token_ids == want.token_ids
+        assert (await late)[-1].outputs[0].token_ids == want.token_ids
+
+    async def llm_ends(task):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return True
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait"])
+def test_a_pause_ends_requests(llm, sync, mode):
+    [want] = expected(sync, TEXT, greedy(60))
+
+    async def run():
+        tasks = [asyncio.create_task(collect(llm, TEXT, greedy(60))) for _ in range(3)]
+        while len(llm._client.consumers) < 3:
+            await asyncio.sleep(0.001)
+        await llm.pause_generation(mode=mode)
+        assert not llm._client.seqs
+        for task in tasks:
+            last = (await task)[-1].outputs[0]
+            assert last.finish_reason == {"abort": "abort", "wait": "length"}[mode]
+            assert last.token_ids == want.token_ids[: len(last.token_ids)]
+        late = asyncio.create_task(collect(llm, TEXT, greedy(60)))
+        await asyncio.sleep(0.05)
+        assert not late.done()
+        await llm.pause_generation(mode=mode)  # once more is no harm
+        await llm.resume_generation()
+        assert (await late)[-1].outputs[0].token_ids == want.token_ids
+        await llm.resume_generation()
+        with pytest.raises(ValueError, match="mode must be 'abort', 'wait' or 'keep', got 'stop'"):
+            await llm.pause_generation(mode="stop")
+
+    asyncio.run(run())
+
+
+def test_a_paused_engine_can_be_shut_down(tiny):
+    llm = AsyncLLM(str(tiny), **SMALL)
+
+    async def run():
+        await llm.pause_generation(wait_for_inflight_requests=True)
+        task = asyncio.create_task(collect(llm))
+        while not llm._client.held:
+            await asyncio.sleep(0.01)
+        llm.shutdown()
+        with pytest.raises(RuntimeError, match="is shut down"):
+            await task
+
+    asyncio.run(run())
+
+
+def test_what_runs_is_logged_and_profiled(tiny, tmp_path, caplog):
+    profiler = {"profiler": "torch", "torch_profiler_dir": str(tmp_path)}
+    llm = AsyncLLM(str(tiny), **SMALL, profiler_config=profiler)
+
+    async def run():
+        await llm.start_profile("mine")
+        await collect(llm, TEXT, greedy(5))
+        await llm.stop_profile()
+        with caplog.at_level("INFO"):
+            await llm.do_log_stats()
+
+    asyncio.run(run())
+    llm.shutdown()
+    assert (tmp_path / "mine.pt.trace.json.gz").is_file()
+    assert "running: 0 requests" in caplog.text and "generated so far: 5 tokens" in caplog.text

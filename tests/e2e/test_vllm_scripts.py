@@ -1,11 +1,15 @@
 """What vLLM's example scripts do, written anew in a few lines each, with names from nanovllm."""
 
+import asyncio
 import json
+import time
 
 import pytest
 
 from nanovllm import (
     LLM,
+    AsyncEngineArgs,
+    AsyncLLM,
     Counter,
     EngineArgs,
     FlexibleArgumentParser,
@@ -14,6 +18,7 @@ from nanovllm import (
     LLMEngine,
     Metric,
     ProfilerConfig,
+    RequestOutputKind,
     SamplingParams,
     StructuredOutputsParams,
     Vector,
@@ -196,10 +201,80 @@ def test_the_same_seed_gives_the_same_texts(tiny):
     assert texts[0] == texts[1]
 
 
+def test_a_request_brings_its_own_logits_processor(llm):
+    """vLLM's example has a class for the engine, that reads a token of extra_args."""
+
+    def force(token_id):
+        def process(output_token_ids, logits):
+            value = logits[token_id].clone()
+            logits.fill_(float("-inf"))[token_id] = value
+            return logits
+
+        return process
+
+    params = [greedy(4, logits_processors=[force(token)]) for token in (128, 67)] + [greedy(4)]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert [out.outputs[0].token_ids for out in outputs[:2]] == [[128] * 4, [67] * 4]
+    assert set(outputs[2].outputs[0].token_ids) != {67}
+    with pytest.raises(ValueError, match="extra_args is not supported: leave it out; a function"):
+        SamplingParams(extra_args={"target_token": 128})
+    assert SamplingParams(logits_processors=[]) and SamplingParams(extra_args=None)
+
+
 def test_a_logger_is_pythons(caplog):
     logger = init_logger("a.script")
     logger.warning("one of %d", 2)
     assert caplog.records[-1].name == "a.script" and "one of 2" in caplog.text
+
+
+def test_tokens_are_streamed(tiny, llm):
+    async def run():
+        engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(model=str(tiny), enforce_eager=True, **SMALL)
+        )
+        params, text = greedy(8, seed=42, output_kind=RequestOutputKind.DELTA), ""
+        async for output in engine.generate(request_id="a", prompt=TEXT, sampling_params=params):
+            for completion in output.outputs:
+                text += completion.text
+            if output.finished:
+                break
+        engine.shutdown()
+        return text
+
+    [want] = llm.generate(TEXT, greedy(8), use_tqdm=False)
+    assert asyncio.run(run()) == want.outputs[0].text
+
+
+def test_generation_is_paused_and_resumed(tiny):
+    async def run():
+        args = AsyncEngineArgs(str(tiny), disable_log_stats=False, **SMALL)
+        engine = AsyncLLM.from_engine_args(args)
+        times, begun = [], asyncio.Event()
+
+        async def generate():
+            params = SamplingParams(max_tokens=30, ignore_eos=True)
+            async for output in engine.generate("Count to 100", params, request_id="test"):
+                times.append((len(output.outputs[0].token_ids), time.monotonic()))
+                if len(times) > 5:
+                    begun.set()
+            return output
+
+        async def control():
+            await begun.wait()
+            await engine.pause_generation(mode="keep")
+            paused = time.monotonic()
+            await asyncio.sleep(0.5)
+            await engine.resume_generation()
+            return paused
+
+        output, paused = await asyncio.gather(generate(), control())
+        engine.shutdown()
+        return output, paused
+
+    output, paused = asyncio.run(run())
+    assert output.finished and len(output.outputs[0].token_ids) == 30
+    metrics = output.metrics
+    assert metrics.last_token_ts > paused + 0.5 and metrics.first_token_latency < 60
 
 
 def test_every_name_is_there():
