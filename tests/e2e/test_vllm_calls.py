@@ -447,3 +447,20 @@ def test_the_models_config_has_vllms_names(llm, tiny):
     assert llm.model_config.hf_config.num_hidden_layers == config["num_hidden_layers"]
     with LLM(str(tiny), **SMALL) as other:
         assert other.model_config.max_model_len == 256
+
+
+def test_in_float32_a_batch_changes_nothing_but_the_last_digits(llm):
+    """Greedy tokens, the tokens of a seed, and log-probabilities to float32's rounding."""
+    params = [
+        greedy(12, logprobs=3, ignore_eos=True),
+        SamplingParams(seed=3, max_tokens=12, logprobs=3, ignore_eos=True),
+    ]
+    others = ["The king", "In the beginning was the", TEXT * 3, "a"] * 3
+    for own in params:
+        [alone] = llm.generate(TEXT, own, use_tqdm=False)
+        among = llm.generate([TEXT, *others], [own] + [greedy(20)] * 12, use_tqdm=False)[0]
+        assert among.outputs[0].token_ids == alone.outputs[0].token_ids
+        for one, other in zip(alone.outputs[0].logprobs, among.outputs[0].logprobs, strict=True):
+            assert one.keys() == other.keys()
+            for token in one:
+                assert one[token].logprob == pytest.approx(other[token].logprob, abs=1e-4)
