@@ -66,12 +66,12 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
-        priority: int = 0,
         *,
         prompt_text: str | None = None,
         lora_request: None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
         trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
         data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate for one prompt, and hand out what comes, as output_kind says; to a consumer that

@@ -15,9 +15,16 @@ class _FromCommandLine:
     """What an EngineArgs has besides its fields."""
 
     @classmethod
-    def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Give a parser an option --like-this for each field, with its default. Returns it."""
-        add_options(parser, "engine", cls, hidden=VLLM_DEFAULTS, with_defaults=True)
+    def add_cli_args(
+        cls, parser: argparse.ArgumentParser, async_args_only: bool = False
+    ) -> argparse.ArgumentParser:
+        """Give a parser an option --like-this for each field, with its default. Returns it.
+
+        Args:
+            async_args_only: only for the fields that an EngineArgs does not have.
+        """
+        names = ASYNC_ONLY if async_args_only else None
+        add_options(parser, "engine", cls, names, VLLM_DEFAULTS, with_defaults=True)
         return parser
 
     @classmethod

@@ -89,6 +89,11 @@ class LLMEngine(LLM):
         for request_id in request_ids:
             self.abort(request_id)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, or None."""
+        return self._checkpoint.tokenizer
+
 
 def init_logger(name: str) -> logging.Logger:
     """Python's own logger of that name."""

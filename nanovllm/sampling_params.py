@@ -192,8 +192,8 @@ class SamplingParams:
             ids, output token ids, logits) -> logits. Token ids are lists of ints, logits [vocab]
             float32 on the model's device, which may be changed in place.
         structured_outputs: the form that the text must have; StructuredOutputsParams.
-        seed: the same seed draws the same tokens whatever else is in the batch, other tokens for
-            each sample; None or -1: a seed made from the engine's.
+        seed: in float32 the same seed draws the same tokens whatever else is in the batch, other
+            tokens for each sample; None or -1: a seed made from the engine's.
         flat_logprobs: log-probabilities are FlatLogprobs: numbers of all tokens in one list each.
         skip_reading_prefix_cache: compute the whole prompt, without prefix hits.
         extra_args, logprob_token_ids, repetition_detection, routed_experts_prompt_start,

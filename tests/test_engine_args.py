@@ -85,6 +85,14 @@ def test_the_command_line_gives_engine_args():
     )
 
 
+def test_only_the_asynchronous_options():
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(), async_args_only=True)
+    assert vars(parser.parse_args([])) == {"enable_log_requests": False}
+    assert AsyncEngineArgs.from_cli_args(parser.parse_args(["--enable-log-requests"])) == (
+        AsyncEngineArgs(enable_log_requests=True)
+    )
+
+
 def test_a_scripts_own_options_are_read_likewise():
     parser = FlexibleArgumentParser(description="a script")
     group = parser.add_argument_group("sampling")

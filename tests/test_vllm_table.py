@@ -4,21 +4,43 @@ import ast
 import inspect
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
-from nanovllm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
+from nanovllm import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    CompletionOutput,
+    EngineArgs,
+    LLMEngine,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from nanovllm.config import VLLM_DEFAULTS, EngineConfig
+from nanovllm.outputs import RequestMetrics
 
 ROOT = Path(__file__).parents[1]
 NAMES = json.loads((ROOT / "tests/data/vllm_0_26_names.json").read_text())
+TESTS = "".join(
+    file.read_text() for file in ROOT.glob("tests/**/test_*.py") if file != Path(__file__)
+)
+CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        *(RequestOutput, CompletionOutput, Logprob, RequestMetrics, EngineArgs),
+        *(BeamSearchParams, StructuredOutputsParams, LLMEngine, AsyncLLM),
+    )
+}
 SECTIONS = {
     "SamplingParams": [*NAMES["SamplingParams"], *NAMES["SamplingParams methods"]],
     "LLM(...)": list(NAMES["options"]),
     "LLM's methods": list(NAMES["LLM"]),
-    **{name: NAMES[name] for name in ("RequestOutput", "CompletionOutput", "Logprob")},
+    **{name: list(NAMES[name]) for name in CLASSES},
 }
 OURS = {"supported", "differs"}
 STATES = {*OURS, "refused", "no effect", "missing"}
@@ -39,9 +61,10 @@ HAS = {
     "SamplingParams": {f.name for f in fields(SamplingParams)} | set(dir(SamplingParams)),
     "LLM(...)": {f.name for f in fields(EngineConfig)},
     "LLM's methods": set(dir(LLM)),
-    "RequestOutput": {f.name for f in fields(RequestOutput)} | set(dir(RequestOutput)),
-    "CompletionOutput": {f.name for f in fields(CompletionOutput)} | set(dir(CompletionOutput)),
-    "Logprob": {f.name for f in fields(Logprob)},
+    **{
+        name: set(dir(cls)) | {f.name for f in (fields(cls) if is_dataclass(cls) else ())}
+        for name, cls in CLASSES.items()
+    },
 }
 
 
@@ -67,9 +90,9 @@ def test_a_row_says_what_is_so(section, name, state, caplog):
         else:
             EngineConfig.from_options("folder", **{name: object()})
             assert "has no effect here" in caplog.text
-    elif section == "LLM's methods" and state == "refused":
+    elif section in ("LLM's methods", "LLMEngine") and state == "refused":
         with pytest.raises(AttributeError, match=f"vLLM's LLM.{name} is not supported: "):
-            getattr(LLM.__new__(LLM), name)
+            getattr(LLMEngine.__new__(LLMEngine), name)
     elif section == "SamplingParams" and state in ("refused", "missing"):
         error = ValueError if state == "refused" else TypeError
         with pytest.raises(error, match=name):
@@ -93,13 +116,26 @@ def test_defaults_are_vllms():
     assert compared > 50
 
 
+@pytest.mark.parametrize(("section", "name"), [row[:2] for row in TABLE if row[2] == "supported"])
+def test_what_is_supported_was_run(section, name):
+    assert re.search(rf"\b{name}\b", TESTS), f"no test uses {section}'s {name}"
+
+
+CALLED = {"LLM's methods": LLM, "LLMEngine": LLMEngine, "AsyncLLM": AsyncLLM}
+
+
 @pytest.mark.parametrize(
-    ("name", "note"), [row[1::2] for row in TABLE if row[0] == "LLM's methods" and row[2] in OURS]
+    ("section", "name", "note"),
+    [
+        (section, name, note)
+        for section, name, state, note in TABLE
+        if section in CALLED and state in OURS and callable(getattr(CALLED[section], name))
+    ],
 )
-def test_methods_take_vllms_arguments(name, note):
+def test_methods_take_vllms_arguments(section, name, note):
     """In vLLM's order, which a script may rely on; the row names the missing arguments."""
-    arguments = inspect.signature(getattr(LLM, name)).parameters
-    vllms = NAMES["LLM"][name]
+    arguments = inspect.signature(getattr(CALLED[section], name)).parameters
+    vllms = NAMES["LLM" if section == "LLM's methods" else section][name]
     shared = [a for a in arguments if a in vllms]
     assert shared == [a for a in vllms if a in shared]
     if all(a.kind is not a.VAR_KEYWORD for a in arguments.values()):

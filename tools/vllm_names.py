@@ -37,9 +37,10 @@ def class_fields(file: Path, name: str) -> dict[str, str | None]:
     }
 
 
-def functions(file: Path, name: str) -> dict[str, ast.FunctionDef]:
+def functions(file: Path, name: str) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
     """Of overloads the last one, which has the body."""
-    return {n.name: n for n in class_body(file, name) if isinstance(n, ast.FunctionDef)}
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return {n.name: n for n in class_body(file, name) if isinstance(n, kinds)}
 
 
 def methods(file: Path, name: str) -> dict[str, list[str]]:
@@ -54,7 +55,7 @@ def methods(file: Path, name: str) -> dict[str, list[str]]:
 SELF = ("self", "cls")
 
 
-def init_defaults(function: ast.FunctionDef) -> dict[str, str | None]:
+def init_defaults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, str | None]:
     args = function.args
     known = zip(args.kwonlyargs, args.kw_defaults, strict=True)
     return {"model": None} | {a.arg: ast.unparse(d) if d else None for a, d in known}
@@ -82,6 +83,12 @@ def main(root: Path) -> None:
             *methods(outputs, "CompletionOutput"),
         ],
         "Logprob": list(class_fields(root / "logprobs.py", "Logprob")),
+        "RequestMetrics": list(class_fields(root / "v1/metrics/stats.py", "RequestStateStats")),
+        "BeamSearchParams": class_fields(params, "BeamSearchParams"),
+        "StructuredOutputsParams": class_fields(params, "StructuredOutputsParams"),
+        "EngineArgs": methods(root / "engine/arg_utils.py", "EngineArgs"),
+        "LLMEngine": methods(root / "v1/engine/llm_engine.py", "LLMEngine"),
+        "AsyncLLM": methods(root / "v1/engine/async_llm.py", "AsyncLLM"),
     }
     print(json.dumps(names, indent=1))
 

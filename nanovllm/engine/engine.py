@@ -174,10 +174,14 @@ class Engine:
             self.scheduler.logprobs.put(step.input, step.sampled, output.logprobs)
         if output.scores is not None:
             _keep_scores(step, output.scores)
-        going_on = (s for s in step.sampled if len(s.token_ids) > s.num_prompt_tokens)
-        times = Counter(s.metrics.last_token_time for s in going_on if s.finish_reason is None)
-        for last_time, number in times.items():
-            self.metrics.between_tokens.add(now - (last_time or now), number)
+        num_decodes, between = step.input.num_decodes, self.metrics.between_tokens
+        if num_decodes:  # their last tokens came together, in the step before
+            number = sum(seq.finish_reason is None for seq in step.sampled[:num_decodes])
+            between.add(now - (step.sampled[0].metrics.last_token_time or now), number)
+        for seq in step.sampled[num_decodes:]:
+            if len(seq.token_ids) > seq.num_prompt_tokens and seq.finish_reason is None:
+                between.add(now - (seq.metrics.last_token_time or now))
+            seq.metrics.first_token_time = seq.metrics.first_token_time or now
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
@@ -189,9 +193,6 @@ class Engine:
                 if seq.finished:
                     seq.metrics.finished_time = now
                     ended.append(seq)
-        for seq in step.sampled[step.input.num_decodes :]:
-            if seq.metrics.first_token_time is None:
-                seq.metrics.first_token_time = now
         if ended:
             self.scheduler.finish(ended)
             self._remove(ended)

@@ -9,6 +9,7 @@ import json
 import pickle
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -483,16 +484,22 @@ def test_histograms_count_each_request(tiny):
         assert total(name) == (num, pytest.approx(sum(seconds)))
 
 
-def test_time_between_tokens_counts_preemptions(tiny):
-    """Sequences that are preempted go on later; the pause is a time between two tokens."""
-    options = {"num_gpu_blocks_override": 6, "max_num_seqs": 3, "block_size": 16}
-    with LLM(str(tiny), dtype="float32", max_model_len=96, **options) as llm:
-        params = greedy(40, ignore_eos=True)
-        outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False)
+def test_time_between_tokens_counts_a_new_start(tiny):
+    """Sequences that compute their tokens again go on: the pause is a time between two tokens."""
+    with LLM(str(tiny), **SMALL) as llm:
+        for prompt, num in ((TEXT, 9), ("a", 5), ("b", 12)):
+            llm.add_request(prompt, greedy(num, ignore_eos=True))
+        outputs = []
+        for i in range(40):
+            if i == 3:
+                time.sleep(0.2)
+                assert llm.reset_prefix_cache(reset_running_requests=True)
+            outputs += [out for out in llm.step() if out.finished]
         seen = {metric.name: metric for metric in llm.get_metrics()}
     between, times = seen["vllm:inter_token_latency_seconds"], [out.metrics for out in outputs]
-    assert between.count == 3 * 39 and seen["vllm:num_preemptions"].value > 0
+    assert len(outputs) == 3 and between.count == 9 + 5 + 12 - 3
     assert between.sum == pytest.approx(sum(t.last_token_ts - t.first_token_ts for t in times))
+    assert between.buckets["0.15"] <= between.count - 3
 
 
 def test_the_models_config_has_vllms_names(llm, tiny):
@@ -502,3 +509,20 @@ def test_the_models_config_has_vllms_names(llm, tiny):
     assert llm.model_config.hf_config.num_hidden_layers == config["num_hidden_layers"]
     with LLM(str(tiny), **SMALL) as other:
         assert other.model_config.max_model_len == 256
+
+
+def test_in_float32_a_batch_changes_nothing_but_the_last_digits(llm):
+    """Greedy tokens, the tokens of a seed, and log-probabilities to float32's rounding."""
+    params = [
+        greedy(12, logprobs=3, ignore_eos=True),
+        SamplingParams(seed=3, max_tokens=12, logprobs=3, ignore_eos=True),
+    ]
+    others = ["The king", "In the beginning was the", TEXT * 3, "a"] * 3
+    for own in params:
+        [alone] = llm.generate(TEXT, own, use_tqdm=False)
+        among = llm.generate([TEXT, *others], [own] + [greedy(20)] * 12, use_tqdm=False)[0]
+        assert among.outputs[0].token_ids == alone.outputs[0].token_ids
+        for one, other in zip(alone.outputs[0].logprobs, among.outputs[0].logprobs, strict=True):
+            assert one.keys() == other.keys()
+            for token in one:
+                assert one[token].logprob == pytest.approx(other[token].logprob, abs=1e-4)

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,7 @@ from nanovllm import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TABLE = Path(__file__).parents[2] / "docs" / "vllm.md"
 TEXT = "It is a truth universally acknowledged, that"
 PROMPTS = [TEXT, "In the beginning", "The king"]
 SMALL = {"dtype": "float32", "kv_cache_memory_bytes": 4 << 20, "max_model_len": 256}
@@ -116,6 +119,32 @@ def test_an_engine_takes_vllms_arguments(engine):
             engine.add_request(**{"request_id": "d", "prompt": "a", "params": greedy(), **change})
     with pytest.raises(ValueError, match="stat_loggers are not supported"):
         LLMEngine.from_engine_args(EngineArgs(), stat_loggers=[object])
+
+
+VALUES = {
+    "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2,
+    "temperature": 0.7, "top_p": 0.5, "top_k": 3, "min_p": 0.2, "seed": 5, "stop": ["zzzz"],
+    "stop_token_ids": [1], "ignore_eos": True, "include_stop_str_in_output": True,
+    "max_tokens": 3, "min_tokens": 2, "detokenize": False, "skip_special_tokens": False,
+    "spaces_between_special_tokens": False, "output_kind": RequestOutputKind.FINAL_ONLY,
+    "logit_bias": {67: 5.0}, "allowed_token_ids": [67, 68], "bad_words": ["the"],
+    "flat_logprobs": True, "skip_reading_prefix_cache": True, "n": 2,
+}  # fmt: skip
+
+
+def test_every_parameter_that_vllm_shares_runs(llm):
+    """docs/vllm.md calls these parameters supported; what each does has tests of its own."""
+    rows = re.search(r"^## SamplingParams$(.*?)^## ", TABLE.read_text(), re.M | re.S)[1]
+    rows = re.findall(r"^\| (`.*?) \| supported \|", rows, re.M)
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"clone"}
+    assert names == set(VALUES)
+    params = [SamplingParams(**{"max_tokens": 4, "seed": 1, name: VALUES[name]}) for name in VALUES]
+    outputs = llm.generate([TEXT] * len(params), params, use_tqdm=False)
+    assert all(out.finished for out in outputs)
+    by_name = {name: out.outputs for name, out in zip(VALUES, outputs, strict=True)}
+    assert set(by_name["allowed_token_ids"][0].token_ids) <= {67, 68}
+    assert len(by_name["max_tokens"][0].token_ids) <= 3 and len(by_name["n"]) == 2
+    assert by_name["detokenize"][0].text == "" != by_name["top_p"][0].text
 
 
 def test_running_requests_survive_a_forgotten_cache(engine, llm):
