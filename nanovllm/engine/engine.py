@@ -4,7 +4,7 @@ thread.py drives it; what runs in a step is the scheduler's choice, how it runs 
 """
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
