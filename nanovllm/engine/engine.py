@@ -167,7 +167,7 @@ class Engine:
                 continue  # as below
             for sample in step.sampled[i].samples:  # all of the request end by it
                 if not sample.finished:
-                    self._fail(sample, "sampling", error)
+                    self._fail(sample, "logits_processors or other parameters", error)
                     ended.append(sample)
         advanced += ended
         if output.logprobs is not None:

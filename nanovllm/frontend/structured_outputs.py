@@ -159,7 +159,7 @@ class GrammarCompiler:
 
     def _source(self, params: StructuredOutputsParams) -> str:
         """The grammar as llguidance takes it; it may still be wrong."""
-        from llguidance import LLMatcher, grammar_from
+        from llguidance import LLMatcher
 
         if params.json is not None:
             schema = params.json
@@ -177,7 +177,7 @@ class GrammarCompiler:
         if params.grammar is not None:
             # As in vLLM: Lark's syntax has no "::=".
             if "::=" in params.grammar:
-                return grammar_from("gbnf", _joined_alternatives(params.grammar))
+                return _lark(params.grammar)
             return self._by_number(params.grammar)
         assert params.structural_tag is not None
         return self._by_number(self._tag_grammar(json.loads(params.structural_tag), params))
@@ -279,9 +279,21 @@ def _spaces_alone(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
     return normalizer if is_space else None
 
 
-def _joined_alternatives(gbnf: str) -> str:
-    """GBNF without lines that begin with a bar, which llguidance does not take."""
-    return GBNF.sub(lambda found: " |" if found["bar"] else found[0], gbnf)
+def _lark(gbnf: str) -> str:
+    """GBNF as Lark. llguidance takes no line that begins with a bar. It looks for terminals rule by
+    rule until it finds no more, so the last rules, which others name, come first: else a chain of
+    3,000 rules takes 6 s of Python, in which each step of the engine waits for its turn."""
+    from llguidance.gbnf_to_lark import GrammarParser, is_lark_syntax, resolve
+
+    if is_lark_syntax(gbnf):
+        return gbnf
+    joined = GBNF.sub(lambda found: " |" if found["bar"] else found[0], gbnf)
+    try:
+        rules = dict(reversed(GrammarParser().parse(joined).items()))
+        resolve(rules)
+    except Exception as error:  # of its own kinds
+        raise ValueError(f"it is not GBNF: {error}") from None
+    return "\n\n".join(["%llguidance {}", *map(str, rules.values())])
 
 
 def _json_grammar(schema: Any, params: StructuredOutputsParams) -> str:
