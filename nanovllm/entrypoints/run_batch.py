@@ -151,8 +151,8 @@ def read_results(path: Path) -> Results:
                 record = json.loads(raw)
                 number = int(record["id"].removeprefix("batch_req_"))
                 found.hashes[number] = record["line_hash"]
-                found.models.add(record["model"])
-            except (ValueError, KeyError, TypeError):
+                found.models.add(str(record["model"]))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise BatchFileError(
                     f"{path} has a broken line, or one of another version: {raw[:80]!r}; take it "
                     f"out, or {OTHER_FILE}"

@@ -271,26 +271,33 @@ def bind_params(
 
 
 def _bad_words_token_ids(words: list[str], tokenizer: Any, max_tokens: int) -> list[list[int]]:
-    """The tokens of each word at the beginning of a text, after a space, and after a line's end.
-    (vLLM leaves out all but the first if it has another number of tokens.) A word that the output
-    has no room for is left out."""
-    texts = []
+    """The tokens of each word at the beginning of a text, after a space, and after a line's end; of
+    white space also before a letter, where many tokenizers split it. (vLLM leaves out all but the
+    first if it has another number of tokens.) A word that the output has no room for is left
+    out."""
+    line_end, letter = tokenize(["\n", "a"], tokenizer, add_special_tokens=False)
+    texts: list[str] = []
+    around: list[tuple[list[int], list[int]]] = []  # tokens before and after the word
     for word in words:
         check_unicode(word, f"bad_words: {word!r:.80}")
         word = word.lstrip() or word  # white space alone is a word too
-        if not has_more_tokens(word, tokenizer, max_tokens):
-            texts += [word, f" {word}", f"\n{word}"]
-    [line_end] = tokenize(["\n"], tokenizer, add_special_tokens=False)
+        if has_more_tokens(word, tokenizer, max_tokens):
+            continue
+        # Sentencepiece writes a word without a space in no other place than after a line's end.
+        texts += [word, f" {word}", f"\n{word}"]
+        around += [([], []), ([], []), (line_end, [])]
+        if word.isspace():
+            texts.append(f"{word}a")
+            around.append(([], letter))
     result: dict[tuple[int, ...], None] = {}
-    for i, token_ids in enumerate(tokenize(texts, tokenizer, add_special_tokens=False)):
+    tokenized = tokenize(texts, tokenizer, add_special_tokens=False)
+    for text, (before, after), token_ids in zip(texts, around, tokenized, strict=True):
         if not token_ids:
-            raise ValueError(
-                f"bad_words has {texts[i]!r:.80}, which the tokenizer makes no token of"
-            )
-        if i % 3 == 2:  # sentencepiece writes a word without a space in no other place
-            if token_ids[: len(line_end)] != line_end:
-                continue
-            token_ids = token_ids[len(line_end) :]
+            raise ValueError(f"bad_words has {text!r:.80}, which the tokenizer makes no token of")
+        start, end = len(before), len(token_ids) - len(after)
+        if token_ids[:start] != before or token_ids[end:] != after:
+            continue
+        token_ids = token_ids[start:end]
         if 0 < len(token_ids) <= max_tokens:
             result[tuple(token_ids)] = None
     size = sum(len(word) + 1 for word in result)

@@ -3,6 +3,7 @@ tokenizer. llm.py calls it at construction; models/loader.py reads the weights.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -140,11 +141,13 @@ def resolve_folder(
 
 def _check_files(folder: Path) -> None:
     """Refuse a folder, pipe or device in the place of a file: to read a pipe or device may never
-    end."""
+    end. A link to nothing would be read as if the file were not part of the checkpoint."""
     for pattern in (*SMALL_FILES, *WEIGHT_FILES):
         for file in folder.glob(pattern):
-            if file.exists() and not file.is_file():
-                raise ValueError(f"{file} is no regular file; fetch the checkpoint again")
+            if not os.path.isfile(file):  # False, too, for a link to itself
+                is_dangling = file.is_symlink() and not os.path.exists(file)
+                what = "a link to nothing" if is_dangling else "no regular file"
+                raise ValueError(f"{file} is {what}; fetch the checkpoint again")
 
 
 def read_json(

@@ -96,6 +96,8 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
                 raise ValueError(
                     f"{place} is truncated or not a safetensors file ({error}); fetch it again"
                 ) from None
+            except OSError as error:
+                raise ValueError(f"{place} can't be read: {error}") from None
         place = folder
 
     try:
@@ -145,7 +147,7 @@ def load_weights(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -
             f"the checkpoint lacks {len(targets)} weights that config.json asks for: "
             f"{some_of(list(targets))}"
         )
-    if tied_head is not None and not torch.equal(tied_head, model.lm_head.weight):
+    if tied_head is not None and not _are_equal(tied_head, model.lm_head.weight):
         raise WeightError(
             "lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"
         )
@@ -164,6 +166,11 @@ def _check_fit(name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
             f"{name} is in {tensor.dtype}: quantized weights are not supported yet "
             f"(this model's are in {target.dtype})"
         )
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Also where both are NaN; that is looked at only if they would differ: it takes memory."""
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _warn_of_broken(model: CausalLM) -> None:

@@ -324,6 +324,11 @@ def test_what_is_no_regular_file_is_refused_at_once(copy_tiny, make, name):
     make(file)
     with says(ValueError, f"{file} is no regular file"):
         LLM(str(file.parent), **SMALL)
+    for target in ("gone", file.name):  # a link to itself is no file either
+        file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
+        file.symlink_to(target)
+        with says(ValueError, f"{file} is a link to nothing"):
+            LLM(str(file.parent), **SMALL)
 
 
 def test_links_are_followed(copy_tiny, tmp_path, expected):

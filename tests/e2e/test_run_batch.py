@@ -386,7 +386,9 @@ def test_files_that_will_not_do(files, llm, run):
     with pytest.raises(BatchFileError, match="is both input and output"):
         run_batch(no_llm, source, source)
     for other in (b"my diary\n", b"my diary", b'{"id": "batch_req_1"\n', b"\n", b"\0\0mp4\n",
-                  b'{"id": "batch_req_1", "custom_id": "a"}\n'):  # fmt: skip
+                  b'{"id": "batch_req_1", "custom_id": "a"}\n',
+                  b'{"id": "batch_req_1", "id": 1}\n',
+                  b'{"id": "batch_req_1", "custom_id": ' + b"[" * 100_000 + b"\n"):  # fmt: skip
         results.write_bytes(other)
         with pytest.raises(BatchFileError, match=r"something else than results|a broken line"):
             run_batch(no_llm, *files)
@@ -434,6 +436,9 @@ def test_results_of_another_model_are_refused(files, run, tiny):
     with pytest.raises(BatchFileError, match=r"results of the model .*, and .* runs now: give"):
         run_batch(lambda: LLM(other, max_model_len=64), *files, use_tqdm=False)
     assert read(files[1]) == before
+    write(files[1], [{**before[0], "model": "x"}, {**before[1], "model": None}])
+    with pytest.raises(BatchFileError, match="results of the model 'None'"):
+        run_batch(lambda: LLM(str(tiny), max_model_len=64), *files, use_tqdm=False)
 
 
 def test_one_process_writes_results(files, run, monkeypatch):

@@ -126,6 +126,15 @@ def test_bad_words_are_tokens_at_the_beginning_after_a_space_and_a_line():
     assert bad_words_of(sentencepiece, ["\n"]) == [[9, 7], [9, 9, 7], [7]]
 
 
+def test_white_space_as_it_is_split_before_a_letter_is_a_bad_word():
+    ids = {"\n": [7], "\n\n": [8], " \n\n": [9, 8], "\n\n\n": [6], "a": [1], "\n\na": [7, 7, 1]}
+
+    def split_before_letters(texts, **_):
+        return {"input_ids": [ids[text] for text in texts]}
+
+    assert bad_words_of(split_before_letters, ["\n\n"]) == [[8], [9, 8], [7, 7]]
+
+
 def test_bad_words_in_the_usual_place(llm):
     tokenizer = llm.get_tokenizer()
     for word in ("days", " days"):  # two tokens, or one after a space

@@ -206,3 +206,6 @@ def test_broken_weights_are_a_warning(model, value, caplog):
     [record] = caplog.records
     assert "2 weights have NaN or infinite values" in record.getMessage()
     assert "k_proj" in record.getMessage() and "model.norm.weight" in record.getMessage()
+    weights[EMBEDDING].view(-1)[0] = value
+    load_weights(model, (weights | {HEAD: weights[EMBEDDING]}).items())  # it differs from no NaN
+    assert "3 weights have NaN" in caplog.messages[-1]
