@@ -181,6 +181,7 @@ CONTENT = "message 0 of conversation 0: content must be a text, or a list of tex
         ([message(None, tool_calls=[{"function": {"arguments": "{"}}])], ValueError,
          "message 0 of conversation 0 has a broken tool call {"),
         ([message(None, tool_calls=["f"])], ValueError, "has a broken tool call 'f'"),
+        ([message("a", tool_calls=3)], TypeError, "tool_calls must be a list, got 3"),
         ([[message()], [message(role="stranger")]], ValueError,
          "the chat template refuses conversation 1: 'no such role'"),
         ([[message()], [message("\ud800")]], ValueError, "conversation 1 is not valid Unicode"),

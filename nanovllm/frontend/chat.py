@@ -183,6 +183,8 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         )
     result = {**message, "content": list(_parts(message.get("content"), name))}
     if calls := result.pop("tool_calls", None):
+        if not _is_list(calls):
+            raise TypeError(f"{name}: tool_calls must be a list, got {calls!r:.80}")
         result["tool_calls"] = [_tool_call(call, name) for call in calls]
     return _with_text(result) if message["role"] == "tool" else result
 
