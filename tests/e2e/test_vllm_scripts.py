@@ -104,6 +104,7 @@ def test_an_engine_takes_vllms_arguments(engine):
     assert engine.get_num_unfinished_requests() == 3
     engine.step()
     engine.abort_request(["b", "unknown"])
+    engine.abort_request("ac")  # one id: neither "a" nor "c"
     outputs = {}
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
