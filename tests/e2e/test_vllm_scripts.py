@@ -128,7 +128,7 @@ VALUES = {
     "stop_token_ids": [1], "ignore_eos": True, "include_stop_str_in_output": True,
     "max_tokens": 3, "min_tokens": 2, "detokenize": False, "skip_special_tokens": False,
     "spaces_between_special_tokens": False, "output_kind": RequestOutputKind.FINAL_ONLY,
-    "logit_bias": {67: 5.0}, "allowed_token_ids": [67, 68], "bad_words": ["the"],
+    "logit_bias": {67: 5.0}, "allowed_token_ids": [67, 68],
     "flat_logprobs": True, "skip_reading_prefix_cache": True, "n": 2,
 }  # fmt: skip
 
