@@ -300,7 +300,10 @@ class _Client(Stream):
         self._note_idle()
 
     def pause(self, engine: Engine, ends: bool, clear_cache: bool) -> None:
-        """Run no step more, and end the requests or keep them."""
+        """Run no step more, and end the requests or keep them; unless the pause has ended while it
+        waited."""
+        if not self.is_paused:
+            return
         for request_id in list(self.consumers) if ends else ():
             self.thread.abort(request_id)
         self.drives = False

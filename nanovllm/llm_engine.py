@@ -84,9 +84,10 @@ class LLMEngine(LLM):
             lambda _: len({seq.request_id for seq in (*by_hand.seqs, *by_hand.news)})
         )
 
-    def abort_request(self, request_ids: list[str]) -> None:
-        """End requests without an output; a request that has ended or is unknown is left alone."""
-        for request_id in request_ids:
+    def abort_request(self, request_ids: str | list[str]) -> None:
+        """End one request, or some, without an output; a request that has ended or is unknown is
+        left alone."""
+        for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
             self.abort(request_id)
 
     @property

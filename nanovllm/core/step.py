@@ -14,6 +14,8 @@ import numpy as np
 from nanovllm.outputs import LogprobLines
 from nanovllm.sampling_params import SamplingParams
 
+NO_WAY_ON = "NoExtension"  # llguidance's error where a grammar can neither go on nor end
+
 
 def _no_rows() -> np.ndarray:
     return np.empty(0, np.int64)

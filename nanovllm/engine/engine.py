@@ -14,7 +14,7 @@ from nanovllm.core.step import Executor, PendingStep, StepOutput
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.policy import Policy
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, shown
 from nanovllm.outputs import LogprobLines
 
 
@@ -150,7 +150,7 @@ class Engine:
             if seq.finished:
                 continue
             if seq.failed_at == len(seq.token_ids):
-                seq.error, seq.finish_reason = str(error) or repr(error), "error"
+                seq.error, seq.finish_reason = shown(error, str), "error"
                 seq.metrics.finished_time = time.monotonic()
                 ended.append(seq)
             seq.failed_at = len(seq.token_ids)
@@ -231,7 +231,7 @@ class Engine:
         seq.finish_reason = "error"
         seq.error = (
             f"request {seq.request_id!r} ended by an error in its {where} after {num_tokens} "
-            f"tokens: {error!r}"
+            f"tokens: {shown(error)}"
         )
 
 

@@ -4,7 +4,7 @@ The frontend makes it, the engine appends its tokens, scheduler and block manage
 """
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from nanovllm.core.step import Scoring
@@ -13,6 +13,14 @@ from nanovllm.sampling_params import SamplingParams
 
 # Prompt tokens that are decoded before the first output token, so that its space is kept.
 NUM_CONTEXT_TOKENS = 5
+
+
+def shown(error: BaseException, show: Callable[[BaseException], str] = repr) -> str:
+    """An error in words. It may be of a user's class, which can fail at that too."""
+    try:
+        return show(error) or repr(error)
+    except Exception:
+        return type(error).__name__
 
 
 class TextState(NamedTuple):

@@ -4,7 +4,7 @@ runs; rendering is transformers' business."""
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -183,7 +183,7 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         )
     result = {**message, "content": list(_parts(message.get("content"), name))}
     if calls := result.pop("tool_calls", None):
-        if isinstance(calls, (str, Mapping)) or not isinstance(calls, Iterable):
+        if not _is_list(calls):
             raise TypeError(f"{name}: tool_calls must be a list, got {calls!r:.80}")
         result["tool_calls"] = [_tool_call(call, name) for call in calls]
     return _with_text(result) if message["role"] == "tool" else result

@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, shown
 from nanovllm.frontend import prompts, scoring, tokens
 from nanovllm.frontend.scoring import Scored
 from nanovllm.frontend.structured_outputs import GrammarCompiler
@@ -197,19 +197,20 @@ class Requests:
         )
 
     def _completion(self, seq: Sequence, delta: bool) -> CompletionOutput:
-        try:
-            text = self.detokenizer.text(seq) if self.detokenizer else ""
-        except Exception as error:  # a tokenizer may raise anything
-            if not seq.request_finished:
-                raise
-            return _without_text(seq, error)
         token_ids = seq.output_token_ids
         logprobs: SequenceOf[dict[int, Logprob]] | None = None
         cumulative, start = None, 0
+        failure: Exception | None = None
+        try:
+            text = self.detokenizer.text(seq) if self.detokenizer else ""
+        except Exception as error:  # a tokenizer may raise anything
+            text, failure = "", error
         if delta:
             start, num_characters = seq.delivered
-            seq.delivered = len(token_ids), len(text)
+            seq.delivered = len(token_ids), max(num_characters, len(text))
             text, token_ids = text[num_characters:], token_ids[start:]
+        if failure is not None and seq.finished:  # before, others that run must not suffer
+            return _without_text(seq, token_ids, failure)
         if seq.logprobs is not None:
             lines = seq.logprobs.copy(self._token_text(seq))
             logprobs = lines[start:] if delta else lines
@@ -234,14 +235,14 @@ class Requests:
         return partial(tokens.token_text, tokenizer)
 
 
-def _without_text(seq: Sequence, error: Exception) -> CompletionOutput:
+def _without_text(seq: Sequence, token_ids: Any, error: Exception) -> CompletionOutput:
     """Of an ended sequence whose tokens the tokenizer can't decode."""
     return CompletionOutput(
         index=seq.index,
         text="",
-        token_ids=seq.output_token_ids,
+        token_ids=token_ids,
         finish_reason="error",
-        error=f"request {seq.request_id!r} has no text, as the tokenizer fails: {error!r}",
+        error=f"request {seq.request_id!r} has no text, as the tokenizer fails: {shown(error)}",
     )
 
 

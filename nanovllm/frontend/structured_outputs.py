@@ -7,11 +7,13 @@ row a matcher of its own and advances it (worker/host_processors.py).
 import json
 import os
 import re
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from nanovllm.core.step import NO_WAY_ON
 from nanovllm.sampling_params import StructuredOutputsParams, refuses_deep_nesting
 
 NUM_KEPT = 1024  # compiled grammars, for later requests with the same one
@@ -20,8 +22,10 @@ NUM_KEPT = 1024  # compiled grammars, for later requests with the same one
 MAX_SOURCE = 2**21  # bytes
 STACK, STACK_PER_BYTE = 2**24, 512
 Result = TypeVar("Result")
-# In front of a special token's name no text has it (a noncharacter of Unicode).
-HIDDEN = "\uffff"
+# llguidance's bounds of a step, for texts that may go on in many ways. 2,000 is its own.
+MAX_ITEMS = 50_000
+# In front of a special token's name no text has it: what a text may spell is known beforehand.
+HIDDEN = "\uffff" + secrets.token_hex(8)
 # What may hold <...> in a Lark grammar, and special tokens.
 LARK = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*|<[^<>\s]+>')
 # Of a GBNF grammar its literals and classes; and the white space and comments before a bar, or not.
@@ -51,17 +55,22 @@ class Grammar:
         Raises:
             ValueError: the grammar is wrong or too large, or has what llguidance lacks.
         """
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
+
+        def make() -> Any:
+            limits = LLParserLimits(max_items_in_row=MAX_ITEMS)
+            matcher = LLMatcher(vocabulary, self.source, log_level=0, limits=limits)
+            if not matcher.is_error():
+                # The first mask may take seconds: copies have most of it, and no step waits.
+                matcher.compute_bitmask()
+            return matcher
 
         num_bytes = len(self.source.encode())
         if num_bytes > MAX_SOURCE:
             raise ValueError(f"it has {num_bytes} bytes, and may have {MAX_SOURCE}")
         # Other threads run meanwhile: it gives up the interpreter's lock.
-        matcher = _with_stack(
-            STACK + STACK_PER_BYTE * num_bytes,
-            lambda: LLMatcher(vocabulary, self.source, log_level=0),
-        )
-        if matcher.is_error():
+        matcher = _with_stack(STACK + STACK_PER_BYTE * num_bytes, make)
+        if matcher.is_error() and not matcher.get_error().startswith(NO_WAY_ON):
             raise ValueError(matcher.get_error().replace(HIDDEN, ""))
         return replace(self, matcher=matcher)
 
@@ -169,6 +178,8 @@ class GrammarCompiler:
         if params.regex is not None:
             if "\0" in params.regex:
                 raise ValueError("it has a NUL character")
+            if re.search(r"(?<!\\)(\\\\)*\\\Z", params.regex):  # llguidance would drop it
+                raise ValueError("a backslash at its end escapes nothing")
             return LLMatcher.grammar_from_regex(params.regex)
         if params.choice is not None:
             # A terminal: a rule has at most 2,000 alternatives.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nanovllm.core.step import RowStart
+from nanovllm.core.step import NO_WAY_ON, RowStart
 from nanovllm.sampling_params import takes_prompt
 from nanovllm.worker.logits import keep_allowed
 from nanovllm.worker.record import StepRecord
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NO_WAY_ON = "NoExtension"  # llguidance's error where a grammar can neither go on nor end
 BANNED = -1e30  # finite, also when divided by a temperature
 
 

@@ -587,6 +587,25 @@ def test_a_pause_ends_requests(llm, sync, mode):
     asyncio.run(run())
 
 
+def test_a_pause_that_ends_while_it_waits(llm, sync):
+    [want] = expected(sync, TEXT, greedy(60))
+
+    async def run():
+        task = asyncio.create_task(collect(llm, TEXT, greedy(60)))
+        while not llm._client.consumers:
+            await asyncio.sleep(0.001)
+        pause = asyncio.create_task(llm.pause_generation(mode="wait"))
+        while not await llm.is_paused():
+            await asyncio.sleep(0.001)
+        await llm.resume_generation()
+        await asyncio.gather(task, pause)
+        assert not await llm.is_paused()
+        late = await asyncio.wait_for(collect(llm, TEXT, greedy(60)), 60)
+        assert late[-1].outputs[0].token_ids == want.token_ids
+
+    asyncio.run(run())
+
+
 def test_a_paused_engine_can_be_shut_down(tiny):
     llm = AsyncLLM(str(tiny), **SMALL)
 

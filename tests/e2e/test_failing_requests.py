@@ -1,13 +1,14 @@
 """Every way in which a request can fail while it runs: it ends with a reason, and the requests
 beside it have the tokens that they have alone."""
 
+import asyncio
 import logging
 
 import pytest
 import torch
 from conftest import TINY
 
-from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 
 pytest.importorskip("llguidance")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +131,71 @@ def test_text_that_the_tokenizer_cannot_decode(engine, others, stop, monkeypatch
     bad, *found = [output.outputs[0] for output in outputs]
     assert [completion.token_ids for completion in found] == alone
     assert bad.finish_reason == "error" and "LookupError('no such piece')" in bad.error
+
+
+@pytest.mark.parametrize("way", ["stream", "step", "async"])
+def test_text_that_fails_while_others_are_read(engine, others, way, monkeypatch):
+    decode = engine.get_tokenizer().decode
+
+    def fails(token_ids, **options):
+        if 1234 in token_ids:
+            raise LookupError("no such piece")
+        return decode(token_ids, **options)
+
+    [good, *_], [alone, *_] = others
+    failing = SamplingParams(temperature=0, max_tokens=4, logit_bias={1234: 1e9})
+    last, num_tokens = {}, [0, 0]
+
+    def note(index, output):
+        last[index] = output.outputs[0]
+        num_tokens[index] += len(last[index].token_ids)
+
+    if way == "async":
+        llm = AsyncLLM(str(TINY), max_model_len=64)
+        monkeypatch.setattr(llm._llm._requests.detokenizer.tokenizer, "decode", fails)
+
+        async def run(index, params):
+            async for output in llm.generate("In the beginning", params):
+                note(index, output)
+
+        async def run_all():
+            await asyncio.gather(run(0, failing), run(1, good))
+
+        asyncio.run(run_all())
+        llm.shutdown()
+    else:
+        monkeypatch.setattr(engine._requests.detokenizer.tokenizer, "decode", fails)
+        if way == "stream":
+            for output in engine.stream(["In the beginning"] * 2, [failing, good]):
+                note(output.index, output)
+        else:
+            ids = [engine.add_request("In the beginning", p) for p in (failing, good)]
+            while not engine.is_finished():
+                for output in engine.step():
+                    note(ids.index(output.request_id), output)
+    assert last[0].finish_reason == "error" and "LookupError" in last[0].error
+    if way == "stream":
+        assert num_tokens == [4, len(alone)]
+    else:
+        assert last[1].token_ids == alone
+
+
+def test_an_error_that_cannot_be_shown(engine, others):
+    class MuteError(Exception):
+        def __repr__(self):
+            raise TypeError("no words")
+
+        __str__ = __repr__
+
+    def fails(output, logits):
+        raise MuteError
+
+    params, alone = others
+    failing = SamplingParams(logits_processors=[fails])
+    outputs = engine.generate(["In the beginning"] * 7, [failing, *params], use_tqdm=False)
+    bad, *found = [output.outputs[0] for output in outputs]
+    assert [completion.token_ids for completion in found] == alone
+    assert bad.finish_reason == "error" and bad.error.endswith("MuteError")
 
 
 @pytest.mark.parametrize(

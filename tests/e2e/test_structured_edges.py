@@ -2,6 +2,7 @@
 and what others see of a caller that compiles one."""
 
 import json
+import re
 import threading
 import time
 
@@ -25,6 +26,7 @@ ODD = [
     "\ufb01x \uff37ide",
     "a <|im_end|> b",
     "<|im_start|>",
+    "\uffff<|im_end|>",
     "é😀 \u1e9b\u0323",
     "  two  ",
 ]
@@ -145,6 +147,23 @@ def accepts(compiler, schema, text):
     matcher = compiler.compile(params).matcher.deep_copy()
     tokens = compiler.vocabulary.tokenize_str(text)
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def test_thousands_of_ways_on(compiler):
+    words = " | ".join(f'"w{i}"' for i in range(5000, 9000))
+    assert texts(compiler, grammar=f"start: {words}").startswith("w")
+    schema = {"properties": {f"p{i}": {"const": i} for i in range(3000)}, "type": "object"}
+    schema["additionalProperties"] = False
+    schema["required"] = ["p7"]
+    text = texts(compiler, max_tokens=6, json=schema, disable_any_whitespace=True)
+    assert text.startswith('{"p')
+
+
+@pytest.mark.parametrize("regex", ["\\", "ab\\", "a\\\\\\"])
+def test_a_regex_that_ends_in_its_escape(compiler, regex):
+    with pytest.raises(ValueError, match="backslash at its end"):
+        compiler.compile(StructuredOutputsParams(regex=regex))
+    assert texts(compiler, regex=regex + "\\") == re.sub(r"\\(.)", r"\1", regex + "\\")
 
 
 def test_pattern_properties_hold_for_named_ones(compiler):

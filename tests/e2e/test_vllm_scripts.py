@@ -104,6 +104,7 @@ def test_an_engine_takes_vllms_arguments(engine):
     assert engine.get_num_unfinished_requests() == 3
     engine.step()
     engine.abort_request(["b", "unknown"])
+    engine.abort_request("ac")  # one id: neither "a" nor "c"
     outputs = {}
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
@@ -127,7 +128,7 @@ VALUES = {
     "stop_token_ids": [1], "ignore_eos": True, "include_stop_str_in_output": True,
     "max_tokens": 3, "min_tokens": 2, "detokenize": False, "skip_special_tokens": False,
     "spaces_between_special_tokens": False, "output_kind": RequestOutputKind.FINAL_ONLY,
-    "logit_bias": {67: 5.0}, "allowed_token_ids": [67, 68], "bad_words": ["the"],
+    "logit_bias": {67: 5.0}, "allowed_token_ids": [67, 68],
     "flat_logprobs": True, "skip_reading_prefix_cache": True, "n": 2,
 }  # fmt: skip
 
