@@ -167,7 +167,9 @@ class Engine:
                 continue  # as below
             for sample in step.sampled[i].samples:  # all of the request end by it
                 if not sample.finished:
-                    self._fail(sample, "logits_processors or other parameters", error)
+                    self._fail(
+                        sample, "logits_processors, structured_outputs or other parameters", error
+                    )
                     ended.append(sample)
         advanced += ended
         if output.logprobs is not None:
@@ -175,13 +177,14 @@ class Engine:
         if output.scores is not None:
             _keep_scores(step, output.scores)
         num_decodes, between = step.input.num_decodes, self.metrics.between_tokens
-        if num_decodes:  # their last tokens came together, in the step before
-            number = sum(seq.finish_reason is None for seq in step.sampled[:num_decodes])
-            between.add(now - (step.sampled[0].metrics.last_token_time or now), number)
-        for seq in step.sampled[num_decodes:]:
-            if len(seq.token_ids) > seq.num_prompt_tokens and seq.finish_reason is None:
+        prefilled = [seq for seq in step.sampled[num_decodes:] if seq.finish_reason is None]
+        for seq in prefilled:
+            if len(seq.token_ids) > seq.num_prompt_tokens:  # it was preempted
                 between.add(now - (seq.metrics.last_token_time or now))
             seq.metrics.first_token_time = seq.metrics.first_token_time or now
+        # The decodes' last tokens came together, in the step before.
+        before = step.sampled[0].metrics.last_token_time if num_decodes else None
+        num_failed = len(advanced)
         for seq, token_id in zip(step.sampled, output.token_ids, strict=True):
             if seq.finish_reason is not None:
                 continue  # ended while this step was in flight: it ran past its end
@@ -193,6 +196,8 @@ class Engine:
                 if seq.finished:
                     seq.metrics.finished_time = now
                     ended.append(seq)
+        if num_decodes:
+            between.add(now - (before or now), len(advanced) - num_failed - len(prefilled))
         if ended:
             self.scheduler.finish(ended)
             self._remove(ended)
