@@ -57,9 +57,7 @@ class AsyncLLM:
         """From an AsyncEngineArgs, ours or vLLM's, or any object whose attributes are options. The
         other arguments are vLLM's and have no effect; but for stat_loggers, which is a ValueError.
         """
-        if stat_loggers:
-            raise ValueError("stat_loggers are not supported: get_metrics() gives the counts")
-        return cls(**options_of(engine_args))
+        return cls(**options_of(engine_args, stat_loggers))
 
     def generate(
         self,

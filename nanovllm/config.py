@@ -253,8 +253,11 @@ class EngineConfig:
             )
 
 
-def options_of(engine_args: Any) -> dict[str, Any]:
-    """The options that an object holds as attributes: an EngineArgs, ours or vLLM's, or another."""
+def options_of(engine_args: Any, stat_loggers: list[Any] | None = None) -> dict[str, Any]:
+    """The options that an object holds as attributes: an EngineArgs, ours or vLLM's, or another.
+    Raises ValueError for stat_loggers, which vLLM's from_engine_args takes beside it."""
+    if stat_loggers:
+        raise ValueError("stat_loggers are not supported: get_metrics() gives the counts")
     return {name: v for name, v in vars(engine_args).items() if not name.startswith("_")}
 
 

@@ -538,7 +538,7 @@ class LLM:
 
     @property
     def llm_engine(self) -> Engine:
-        """The engine inside, for those who watch it: its scheduler, its blocks, its metrics."""
+        """The engine inside, to be watched: its scheduler, its blocks, its metrics."""
         return self._thread.call(lambda engine: engine)
 
     # A look inside

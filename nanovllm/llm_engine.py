@@ -34,9 +34,7 @@ class LLMEngine(LLM):
     ) -> "LLMEngine":
         """From an EngineArgs. The other arguments are vLLM's and have no effect; but for
         stat_loggers, which is a ValueError."""
-        if stat_loggers:
-            raise ValueError("stat_loggers are not supported: get_metrics() gives the counts")
-        return cls(**options_of(engine_args))
+        return cls(**options_of(engine_args, stat_loggers))
 
     def add_request(  # type: ignore[override]
         self,
